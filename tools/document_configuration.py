@@ -1,0 +1,75 @@
+"""Writes docs/configuration.md from the configuration dataclasses and the comments beside their keys.
+
+    python tools/document_configuration.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import yaml  # noqa: E402
+
+from megamug.config import Config  # noqa: E402
+from megamug.models.presets import PRESETS  # noqa: E402
+
+HEAD = """# Configuration
+
+<!-- Written by `python tools/document_configuration.py` from megamug/config.py: edit there. -->
+
+```
+megamug train CONFIG.yaml [section.key=value ...]
+```
+
+The YAML file holds the sections below; an override wins over the file, and the last override of a key wins. Reading is
+strict: an unknown key, a key given twice, or a value of another type ends with a sentence and exit code 2 before any
+process group exists. `null` stands for "not set". What comes out is written to `RUN/config.yaml`.
+"""
+
+
+def document() -> str:
+    """The Markdown text."""
+    default = Config()
+    text = HEAD + _table("Top level", Config, default, "")
+    for entry in fields(Config):
+        section = getattr(default, entry.name)
+        if is_dataclass(section):
+            text += _table(f"`{entry.name}`", type(section), section, f"{entry.name}.")
+    return text + _presets()
+
+
+def _table(title: str, kind: type, default: object, prefix: str) -> str:
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), re.MULTILINE))
+    rows = [f"\n## {title}\n\n{inspect.cleandoc(kind.__doc__)}\n\n"]
+    rows.append("| key | type | default | meaning |\n|---|---|---|---|\n")
+    for entry in fields(kind):
+        value = getattr(default, entry.name)
+        if is_dataclass(value):
+            continue
+        assert entry.name in comments, f"{kind.__name__}.{entry.name} has no comment that says what it means"
+        assert entry.default is not MISSING or entry.default_factory is not MISSING
+        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+        cells = (f"`{prefix}{entry.name}`", f"`{entry.type}`", f"`{shown}`", comments[entry.name])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    return "".join(rows).replace("None", "null").replace("Sources", "str \\| list[dict]")
+
+
+def _presets() -> str:
+    """The sizes that each preset fills in."""
+    names = list(next(iter(PRESETS.values())))
+    head = "\n## Presets\n\n`model.preset` fills the `model` keys left at `null`.\n\n| key | " + " | ".join(PRESETS)
+    rows = [f"{head} |\n|---|{'---|' * len(PRESETS)}\n"]
+    for name in names:
+        rows.append(f"| `{name}` | " + " | ".join(str(preset[name]) for preset in PRESETS.values()) + " |\n")
+    return "".join(rows)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "configuration.md").write_text(document(), encoding="utf-8")
