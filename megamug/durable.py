@@ -16,7 +16,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace file `path` by `text` (UTF-8): a reader sees the old content or the new, never a part, even after a crash.
+    """Replace file `path` by `text` (UTF-8): a reader sees the old content or the new, even after a crash.
 
     Raises OSError where the disk is full or not writable; `path` is then unchanged.
     """

@@ -198,7 +198,10 @@ class CheckpointStore:
         return name
 
     def _retain(self) -> None:
-        """Remove complete checkpoints beyond the `keep` newest; damaged ones are not counted and left to be looked at."""
+        """Remove complete checkpoints beyond the `keep` newest; damaged ones are not counted, and left to be looked at.
+
+        Only names and sizes are checked here.
+        """
         if self.keep == 0:
             return
         pointed = self._pointed()
