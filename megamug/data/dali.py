@@ -1,0 +1,123 @@
+"""The one door to NVIDIA DALI: two small pipelines, from encoded bytes to pixels.
+
+DALI is used for what it does best (decode a region, resize, flip); which region is decided by the caller. A file that
+does not decode raises out of a pipeline and leaves it unusable: both classes drop the pipeline then and build another
+one (about 20 ms) at the next call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megamug.errors import UserError
+
+# What DALI raises where a file does not decode; its own errors derive from RuntimeError, bad arguments are ValueError.
+DECODE_ERRORS = (RuntimeError, ValueError)
+
+
+def load_dali():
+    """(fn, types, pipeline_def, version). Raises `UserError` where DALI is not installed."""
+    try:
+        import nvidia.dali
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise UserError(
+            f"images are decoded by NVIDIA DALI, which does not import ({error}); run: pip install nvidia-dali-cuda130"
+        ) from error
+    return fn, types, pipeline_def, nvidia.dali.__version__
+
+
+def decoder_version() -> str:
+    return f"nvidia-dali {load_dali()[3]}"
+
+
+class FullDecoder:
+    """Decodes whole images on the CPU, to see whether they decode and how large they are."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._pipeline = None
+
+    def _build(self):
+        fn, types, pipeline_def, _ = load_dali()
+
+        @pipeline_def(batch_size=self.batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        def pipeline():
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+        built = pipeline()
+        built.build()
+        return built
+
+    def __call__(self, images: list[bytes]) -> list[tuple[int, int]]:
+        """(height, width) of each image as decoded. Raises one of `DECODE_ERRORS` where any of them does not decode."""
+        assert 0 < len(images) <= self.batch_size
+        pipeline, self._pipeline = self._pipeline or self._build(), None
+        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+        (decoded,) = pipeline.run()
+        sizes = [tuple(decoded[i].shape()[:2]) for i in range(len(images))]
+        self._pipeline = pipeline  # only after a success
+        return sizes
+
+
+class CropDecoder:
+    """Encoded bytes and regions -> uint8 [b, 3, size, size] (RGB): decode the region, resize (cubic, antialiased), flip.
+
+    On the CPU, or with `mixed` decoding on the GPU of `device`; the tensor is on `device`.
+    """
+
+    def __init__(self, image_size: int, batch_size: int, threads: int, device: torch.device) -> None:
+        self.image_size, self.batch_size, self.threads, self.device = image_size, batch_size, threads, device
+        self._pipeline = None
+
+    def _build(self):
+        fn, types, pipeline_def, _ = load_dali()
+        on_gpu = self.device.type == "cuda"
+        device_id = (self.device.index or 0) if on_gpu else None
+
+        @pipeline_def(
+            batch_size=self.batch_size, num_threads=self.threads, device_id=device_id, prefetch_queue_depth=1
+        )
+        def pipeline():
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+            shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            pixels = fn.decoders.image_slice(
+                encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, start=anchor, shape=shape,
+                axes=[0, 1],
+            )
+            size = [self.image_size, self.image_size]
+            pixels = fn.resize(pixels, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+            # mean 0 and std 1: only the mirror and the layout; pixels travel as bytes and are normalised by the model
+            return fn.crop_mirror_normalize(pixels, dtype=types.UINT8, output_layout="CHW", mirror=flip)
+
+        built = pipeline()
+        built.build()
+        return built
+
+    def __call__(self, images: list[bytes], regions: np.ndarray, flips: np.ndarray) -> torch.Tensor:
+        """`regions`: int [b, 4] of (top, left, height, width) in pixels; `flips`: bool [b].
+
+        Raises one of `DECODE_ERRORS` where any image does not decode.
+        """
+        assert 0 < len(images) <= self.batch_size
+        pipeline, self._pipeline = self._pipeline or self._build(), None
+        regions = np.asarray(regions, np.int32)
+        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+        pipeline.feed_input("anchor", list(regions[:, :2]))
+        pipeline.feed_input("shape", list(regions[:, 2:]))
+        pipeline.feed_input("flip", list(np.asarray(flips, np.int32)))
+        # DALI reuses its buffer in the next run: copy
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            (pixels,) = pipeline.run(stream)
+            tensor = torch.from_dlpack(pixels.as_tensor()).clone()
+            stream.synchronize()
+        else:
+            (pixels,) = pipeline.run()
+            tensor = torch.from_numpy(np.array(pixels.as_tensor()))
+        self._pipeline = pipeline  # only after a success
+        return tensor

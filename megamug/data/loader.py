@@ -1,0 +1,327 @@
+"""Batches of image-caption pairs, made ahead of the step by one background thread.
+
+The global batch that starts at cursor c is positions c .. c + global_batch_size of the one order; data-parallel rank r
+of D takes the r-th of D contiguous parts and cuts it into micro-batches. So sample j of a global batch is the same
+sample, with the same crop and flip, in every layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megamug.data.dali import CropDecoder, load_dali
+from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
+from megamug.data.order import Cursor, GlobalOrder
+from megamug.data.shards import OpenShards
+from megamug.data.sources import Source
+from megamug.data.text import Tokenizer
+from megamug.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_DECODE_BATCH = 128  # images that DALI holds at a time
+_GRACE = 10_000  # the failure rate is that of at least so many samples, so that one early failure does not end a run
+
+
+class TooManyFailures(RuntimeError):
+    """More samples failed at run time than `max_failure_rate` allows."""
+
+
+@dataclass
+class PairBatch:
+    """One micro-batch of b pairs."""
+
+    images: torch.Tensor | None  # uint8 [b, 3, S, S] RGB
+    tokens: torch.Tensor | None  # int64 [b, caption_length + 1]
+    epochs: np.ndarray  # int64 [b]
+    indices: np.ndarray  # int64 [b]: a number that no other sample of any source has
+    valid: np.ndarray  # bool [b]: False for the padding at the end of a validation pass
+    _locations: list[tuple[Source, int]] = field(repr=False, default_factory=list)
+
+    def keys(self) -> list[str]:
+        """`shard file: key` of each sample, read from the indexes when asked for."""
+        places = [source.locate(index) for source, index in self._locations]
+        return [f"{shard.path.name}: {shard.key(i)}" for shard, i in places]
+
+    def captions(self) -> list[str]:
+        """The captions as they stand in the shards."""
+        places = [source.locate(index) for source, index in self._locations]
+        return [shard.caption_aside(i) for shard, i in places]
+
+
+@dataclass
+class GlobalBatch:
+    """This rank's micro-batches of one global batch."""
+
+    micro_batches: list[PairBatch]
+    samples: int  # the cursor behind this batch: samples of the order consumed, by all ranks together
+    wait_seconds: float = 0.0  # how long the caller of `next` was blocked
+    failures: int = 0  # samples replaced on this rank since the loader was made
+
+
+class PairLoader:
+    """Training: endless, shuffled, augmented. Validation (`train=False`): one pass, fixed order, centre squares.
+
+    A validation pass covers the first `max_samples` samples of the order (all where None), but ends before any sample
+    would come twice; `total_samples` says how many that are. Each comes exactly once; the last global batch is filled
+    up with pairs whose `valid` is False.
+
+    A sample that fails although it was verified is replaced by the next one of its source (index + 1, and so on), in
+    every layout alike, counted and logged; past `max_failure_rate` `next` raises `TooManyFailures`.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        *,
+        tokenizer: Tokenizer | None,
+        image_size: int,
+        caption_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        train: bool = True,
+        need_images: bool = True,
+        need_captions: bool = True,
+        crop_scale: Sequence[float] = (0.2, 1.0),
+        flip: bool = True,
+        device: torch.device | str = "cpu",
+        threads: int = 2,
+        prefetch: int = 2,
+        max_failure_rate: float = 0.001,
+        state: dict | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        """`state`: what `state()` gave, or None to start at the first sample.
+
+        Raises `UserError`: no tokenizer for captions, no DALI for images, a state of other data or of another seed.
+        """
+        assert global_batch_size % (dp_size * micro_batch_size) == 0, (global_batch_size, dp_size, micro_batch_size)
+        assert 0 <= dp_rank < dp_size and prefetch >= 1
+        assert train or state is None, "a validation pass always starts at its first sample"
+        if need_captions and tokenizer is None:
+            raise UserError("data.tokenizer is not set, but captions are trained on; run tools/train_tokenizer.py")
+        if need_images:
+            load_dali()  # its absence is told here, not by the background thread
+        self.sources, self.tokenizer, self.device = sources, tokenizer, torch.device(device)
+        self.image_size, self.caption_length = image_size, caption_length
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.seed, self.dp_rank, self.dp_size, self.train = seed, dp_rank, dp_size, train
+        self.need_images, self.need_captions = need_images, need_captions
+        self.crop_scale, self.flip, self.threads = crop_scale, flip, threads
+        self.max_failure_rate = max_failure_rate
+
+        weights = None if sources[0].weight is None else [source.weight for source in sources]
+        fingerprints = [source.fingerprint() for source in sources]
+        self.order = GlobalOrder([len(s) for s in sources], weights=weights, seed=seed, fingerprints=fingerprints)
+        start = 0
+        if state is not None:
+            cursor = Cursor.from_dict(state)
+            self.order.check(cursor)
+            start = cursor.samples
+        self.total_samples: int | None = None  # of a validation pass
+        if not train:
+            first_pass = self.order.first_pass()
+            self.total_samples = first_pass if max_samples is None else min(max_samples, first_pass)
+        self.samples = start  # consumed: the cursor of the next batch
+        self._failures = self._served = 0
+        self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        self._ended: BaseException | None = None
+        self._thread = threading.Thread(target=self._produce, args=(start,), name="megamug-loader", daemon=True)
+        self.close = weakref.finalize(self, _close, self._stop, self._queue, self._thread)
+        self._thread.start()
+
+    def next(self) -> GlobalBatch:
+        """The next global batch. Raises `StopIteration` at the end of a validation pass, `TooManyFailures`."""
+        started = time.perf_counter()
+        if self._ended is None:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                self._ended = item
+        if self._ended is not None:
+            raise self._ended
+        item.wait_seconds = time.perf_counter() - started
+        self.samples = item.samples
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for batch in item.micro_batches:  # made on another stream
+                for tensor in (batch.images, batch.tokens):
+                    if tensor is not None:
+                        tensor.record_stream(stream)
+        return item
+
+    def __iter__(self) -> PairLoader:
+        return self
+
+    __next__ = next
+
+    def state(self) -> dict:
+        """The cursor of the next batch, for a checkpoint: JSON."""
+        return self.order.cursor(self.samples).to_dict()
+
+    def _produce(self, start: int) -> None:
+        """Background thread: puts global batches into the queue, and at the end the exception that ended it."""
+        shards = OpenShards()
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+                with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                    self._produce_batches(start, shards)
+            else:
+                self._produce_batches(start, shards)
+        except BaseException as error:  # handed to the caller of `next`, whatever it is
+            _put(self._queue, self._stop, error)
+        finally:
+            shards.close()
+
+    def _produce_batches(self, start: int, shards: OpenShards) -> None:
+        part = self.global_batch_size // self.dp_size
+        decoder = None
+        if self.need_images:
+            decoder = CropDecoder(self.image_size, min(part, MAX_DECODE_BATCH), self.threads, self.device)
+        while not self._stop.is_set():
+            if self.total_samples is not None and start >= self.total_samples:
+                raise StopIteration
+            batch = self._make_batch(start, start + part * self.dp_rank, part, decoder, shards)
+            if not _put(self._queue, self._stop, batch):
+                return
+            start += self.global_batch_size
+
+    def _make_batch(
+        self, start: int, mine: int, part: int, decoder: CropDecoder | None, shards: OpenShards
+    ) -> GlobalBatch:
+        end = start + self.global_batch_size
+        positions = np.arange(mine, mine + part)
+        valid = np.ones(part, bool)
+        if self.total_samples is not None:
+            end = min(end, self.total_samples)
+            valid = positions < end
+        if valid.any():
+            sources, epochs, indices = self.order.slice(mine, int(valid.sum()))
+        else:  # a rank without a share of the last batch: padding alone
+            sources, epochs, indices = self.order.slice(self.total_samples - 1, 1)
+        fill = np.minimum(np.arange(part), len(indices) - 1)  # padding repeats the last sample
+        sources, epochs, indices = sources[fill], epochs[fill], indices[fill]
+        images, captions = self._read_and_decode(sources, epochs, indices, decoder, shards)
+        tokens = None
+        if captions is not None:
+            tokens = self.tokenizer.encode_batch(captions, self.caption_length).to(self.device)
+        self._served += part
+        micro_batches = []
+        unique = self.order.unique(sources, indices)
+        for i in range(0, part, self.micro_batch_size):
+            rows = slice(i, i + self.micro_batch_size)
+            locations = [(self.sources[s], int(n)) for s, n in zip(sources[rows], indices[rows], strict=True)]
+            micro_batches.append(PairBatch(
+                None if images is None else images[rows], None if tokens is None else tokens[rows],
+                epochs[rows], unique[rows], valid[rows], locations,
+            ))  # fmt: skip
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return GlobalBatch(micro_batches, end, failures=self._failures)
+
+    def _read_and_decode(
+        self, sources: np.ndarray, epochs: np.ndarray, indices: np.ndarray, decoder: CropDecoder | None,
+        shards: OpenShards,
+    ) -> tuple[torch.Tensor | None, list[str] | None]:  # fmt: skip
+        """Images uint8 [n, 3, S, S] and captions of n samples. Replaced samples change `indices` in place."""
+        count = len(indices)
+        step = decoder.batch_size if decoder is not None else count
+        parts: list[torch.Tensor] = []
+        captions: list[str] = []
+        for i in range(0, count, step):
+            rows = slice(i, min(i + step, count))
+            read = [self._read(sources, indices, row, shards) for row in range(rows.start, rows.stop)]
+            captions.extend(caption for _, caption, _ in read)
+            if decoder is not None:
+                parts.append(self._decode(sources, epochs, indices, rows, read, captions, decoder, shards))
+        images = (parts[0] if len(parts) == 1 else torch.cat(parts)) if decoder is not None else None
+        return images, captions if self.need_captions else None
+
+    def _read(self, sources: np.ndarray, indices: np.ndarray, row: int, shards: OpenShards):
+        """(image bytes, caption, (width, height)) of sample `row`, or of its replacement."""
+        for _ in range(len(self.sources[sources[row]])):
+            shard, i = self.sources[sources[row]].locate(indices[row])
+            try:
+                shard = shards.use(shard)
+                image = shard.image_bytes(i) if self.need_images else b""
+                caption = shard.caption(i) if self.need_captions else ""
+                record = shard.samples[i]
+                return image, caption, (int(record["width"]), int(record["height"]))
+            except (OSError, ValueError) as error:
+                self._replace(sources, indices, row, f"cannot be read: {error}")
+        raise TooManyFailures(f"no sample of {self.sources[sources[row]].name} can be read")
+
+    def _decode(
+        self, sources: np.ndarray, epochs: np.ndarray, indices: np.ndarray, rows: slice, read: list,
+        captions: list[str], decoder: CropDecoder, shards: OpenShards,
+    ) -> torch.Tensor:  # fmt: skip
+        views = self._views(sources, epochs, indices, rows, read)
+        pixels, failed = decode_or_none(decoder, [r[0] for r in read], *views)
+        while failed:
+            for position, reason in failed.items():
+                row = rows.start + position
+                self._replace(sources, indices, row, f"does not decode: {reason}")
+                read[position] = self._read(sources, indices, row, shards)
+                captions[row] = read[position][1]
+            again = sorted(failed)
+            regions, flips = self._views(sources, epochs, indices, rows, read)
+            replaced, still = decode_or_none(decoder, [read[p][0] for p in again], regions[again], flips[again])
+            pixels[again] = replaced
+            failed = {again[p]: reason for p, reason in still.items()}
+        return pixels
+
+    def _views(
+        self, sources: np.ndarray, epochs: np.ndarray, indices: np.ndarray, rows: slice, read: list
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Regions [b, 4] and flips [b] of some samples."""
+        widths, heights = np.array([r[2] for r in read]).T
+        if not self.train:
+            return centre_squares(widths, heights), np.zeros(len(read), bool)
+        epochs, unique = epochs[rows], self.order.unique(sources[rows], indices[rows])
+        regions = random_resized_crops(self.seed, epochs, unique, widths, heights, self.crop_scale)
+        flips = random_flips(self.seed, epochs, unique) if self.flip else np.zeros(len(read), bool)
+        return regions, flips
+
+    def _replace(self, sources: np.ndarray, indices: np.ndarray, row: int, reason: str) -> None:
+        source = self.sources[sources[row]]
+        shard, i = source.locate(indices[row])
+        indices[row] = (indices[row] + 1) % len(source)
+        self._failures += 1
+        log.warning("%s, sample %d %s; the next sample takes its place", shard.path, i, " ".join(reason.split())[:300])
+        if self._failures > self.max_failure_rate * max(self._served, _GRACE):
+            raise TooManyFailures(
+                f"{self._failures} samples failed at run time, more than data.max_failure_rate="
+                f"{self.max_failure_rate}; the last is sample {i} of {shard.path} ({reason[:300]}); check the storage, or index the shards again"
+            )
+
+
+def _put(target: queue.Queue, stop: threading.Event, item: object) -> bool:
+    """Put `item` unless asked to stop meanwhile."""
+    while not stop.is_set():
+        try:
+            target.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _close(stop: threading.Event, target: queue.Queue, thread: threading.Thread) -> None:
+    """Ends the background thread; also runs when the interpreter exits."""
+    stop.set()
+    while not target.empty():
+        target.get_nowait()
+    thread.join(timeout=60)

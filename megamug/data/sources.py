@@ -1,0 +1,107 @@
+"""What `data.train` and `data.validation` name: sets of indexed shards, with weights.
+
+A value is a folder of shards, a glob, a shard, or a list of those; an item may be a string or
+`{path: ..., weight: ...}`. With weights, the sets are blended in their proportion; without, in that of their sizes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megamug.data.shards import Shard, find_index, index_command
+from megamug.errors import UserError
+
+
+@dataclass
+class Source:
+    """One set of shards. Samples are numbered through all shards, in the order of the shards' paths."""
+
+    name: str
+    shards: list[Shard]
+    weight: float | None
+    starts: np.ndarray  # int64 [shards + 1]: number of the first sample of each shard, and the total
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """The shard that holds sample `index`, and its place in there."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.shards[shard], int(index - self.starts[shard])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, contents and numbers of samples of the shards: another set is another order."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.header.shard} {shard.header.shard_sha256} {len(shard)}\n".encode())
+        return digest.hexdigest()
+
+
+def find_shards(path: str | Path) -> list[Path]:
+    """The tar files that `path` (a folder, a glob or a file) names, sorted. Raises `UserError` where there is none."""
+    text = str(path)
+    if Path(text).is_dir():
+        shards = sorted(Path(text).glob("*.tar"))
+        if not shards:
+            raise UserError(f"{text}: no .tar shards in this folder; python tools/make_shards.py packs images into some")
+        return shards
+    if Path(text).is_file():
+        return [Path(text)]
+    if any(character in text for character in "*?["):
+        shards = sorted(Path(match) for match in glob.glob(text, recursive=True) if Path(match).is_file())
+        if not shards:
+            raise UserError(f"{text}: the glob matches no file; give a folder of .tar shards, a glob or a list of those")
+        return shards
+    raise UserError(f"{text}: no such file or folder; give a folder of .tar shards, a glob or a list of those")
+
+
+def resolve_sources(value: object) -> list[Source]:
+    """Open the sets that a configuration value names (see above).
+
+    Raises `UserError`: nothing there, no index or a stale one, weights for some sets only, a set without samples.
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise UserError("data: an empty list of data sets; give a folder of .tar shards, a glob or a list of those")
+    parsed = [_parse_item(item) for item in items]
+    weighted = [weight is not None for _, weight in parsed]
+    if any(weighted) and not all(weighted):
+        missing = next(path for path, weight in parsed if weight is None)
+        raise UserError(f"data: {missing} has no weight but other sets have one; give each set a weight, or none")
+    return [_open_source(path, weight) for path, weight in parsed]
+
+
+def _parse_item(item: object) -> tuple[str, float | None]:
+    if isinstance(item, str | Path):
+        return str(item), None
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str | Path):
+        raise UserError(f"data: {item!r} names no data set; give a path, or {{path: ..., weight: ...}}")
+    unknown = sorted(set(item) - {"path", "weight"})
+    if unknown:
+        raise UserError(f"data: unknown key {unknown[0]!r} beside path {item['path']}; the keys are path and weight")
+    weight = item.get("weight")
+    if weight is None:
+        return str(item["path"]), None
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise UserError(f"data: the weight of {item['path']} is {weight!r}; it must be a number above 0")
+    return str(item["path"]), float(weight)
+
+
+def _open_source(path: str, weight: float | None) -> Source:
+    paths = find_shards(path)
+    missing = [shard for shard in paths if find_index(shard) is None]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(paths)} shards have no index (the first is {missing[0]}); "
+            f"run: {index_command([path])}"
+        )
+    shards = [Shard(shard) for shard in paths]
+    starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
+    if starts[-1] == 0:
+        raise UserError(f"{path}: no usable sample in {len(shards)} shards; {index_command([path])} lists the reasons")
+    return Source(path, shards, weight, starts)

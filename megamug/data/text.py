@@ -1,0 +1,114 @@
+"""Captions to tokens and back: SentencePiece (Kudo and Richardson 2018), with four fixed ids.
+
+pad 0, begin of sequence 1, end of sequence 2, unknown 3. Bytes stand in for what no piece covers, so nothing becomes
+unknown and decoding gives the caption back.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megamug.data.shards import write_atomically
+from megamug.data.sources import Source
+from megamug.errors import UserError
+
+PAD, BOS, EOS, UNKNOWN = range(4)
+MAX_TRAINING_CAPTIONS = 2_000_000  # SentencePiece holds them in memory
+
+
+def _sentencepiece():
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UserError(f"captions need SentencePiece ({error}); run: pip install sentencepiece") from error
+    return sentencepiece
+
+
+class Tokenizer:
+    """A trained SentencePiece model."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises `UserError` where `path` is not a SentencePiece model with the ids above."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            command = f"python tools/train_tokenizer.py SHARDS --output {path} --vocab-size 8000"
+            raise UserError(f"{path}: no such tokenizer; run: {command}")
+        self._model = _sentencepiece().SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(self.path.read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({error})") from error
+        ids = (self._model.pad_id(), self._model.bos_id(), self._model.eos_id(), self._model.unk_id())
+        if ids != (PAD, BOS, EOS, UNKNOWN):
+            raise UserError(f"{path}: pad, bos, eos, unk have the ids {ids}; train it with ids (0, 1, 2, 3)")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.GetPieceSize()
+
+    def encode(self, caption: str) -> list[int]:
+        """Token ids of the caption alone, without begin and end."""
+        return self._model.EncodeAsIds(caption)
+
+    def encode_batch(self, captions: list[str], caption_length: int) -> torch.Tensor:
+        """Captions -> int64 [b, caption_length + 1]: begin, tokens, end, padding.
+
+        The model reads [:, :-1] and predicts [:, 1:]. A caption with more than caption_length - 1 tokens is cut after
+        caption_length tokens and has no end, so that the model does not learn to stop in the middle.
+        """
+        tokens = np.full((len(captions), caption_length + 1), PAD, np.int64)
+        for row, ids in zip(tokens, self._model.EncodeAsIds(captions) if captions else [], strict=True):
+            ids = [BOS, *ids, EOS][: caption_length + 1]
+            row[: len(ids)] = ids
+        return torch.from_numpy(tokens)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of the tokens up to the first end; begin and padding are left out."""
+        ids = []
+        for token in tokens:
+            token = int(token)
+            if token == EOS:
+                break
+            if token not in (PAD, BOS):
+                ids.append(token)
+        return self._model.DecodeIds(ids)
+
+
+def iterate_captions(sources: list[Source], limit: int = MAX_TRAINING_CAPTIONS) -> Iterator[str]:
+    """Captions of the sources in the order of the shards; every k-th where there are more than `limit`."""
+    total = sum(len(source) for source in sources)
+    stride = -(-total // limit)
+    position = 0
+    for source in sources:
+        for shard in source.shards:
+            for i in range(-position % stride, len(shard), stride):
+                yield shard.caption(i)
+            position += len(shard)
+            shard.close()
+
+
+def train_tokenizer(captions: Iterable[str], output: str | Path, vocab_size: int) -> int:
+    """Train a unigram model on `captions`, write it to `output` atomically, return its size.
+
+    Deterministic: the same captions give the same bytes. Few different words make fewer pieces than asked for.
+    Raises `UserError` where `vocab_size` does not hold the bytes and characters.
+    """
+    sentencepiece = _sentencepiece()
+    if vocab_size < 4 + 256 + 1:
+        raise UserError(f"--vocab-size is {vocab_size}; 4 control tokens, 256 bytes and the characters need 300 or more")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="unigram",
+            hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, max_sentence_length=1 << 16,
+            pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNKNOWN, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(f"SentencePiece cannot train a vocabulary of {vocab_size}: {error}") from error
+    write_atomically(Path(output), model.getvalue())
+    return Tokenizer(output).vocab_size
