@@ -340,7 +340,7 @@ def _as_float(value: object) -> float | None:
 
 
 def _source(entry: object, name: str) -> dict:
-    """One entry of a list of data sets: a path, or a path with its weight (1 where none is given)."""
+    """One entry of a list of data sets: a path, or a path with its weight."""
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, dict) or "path" not in entry:
@@ -348,10 +348,8 @@ def _source(entry: object, name: str) -> dict:
     for key in entry:
         if key not in ("path", "weight"):
             raise UserError(f"{name}: unknown key {key}; the nearest is {nearest(str(key), ('path', 'weight'))}")
-    return {
-        "path": _coerce(entry["path"], str, f"{name}.path"),
-        "weight": _coerce(entry.get("weight", 1.0), float, f"{name}.weight"),
-    }
+    kinds = {"path": str, "weight": float}
+    return {key: _coerce(value, kinds[key], f"{name}.{key}") for key, value in entry.items()}
 
 
 _KIND_NAMES = {

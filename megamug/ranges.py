@@ -1,0 +1,87 @@
+"""What each configuration key may hold on its own: numbers within ranges, words out of choices, lists of a length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megamug.config import Config, keys, nearest
+from megamug.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed numbers: [low, high], or without its ends where they are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        above = x > self.low if self.open_low else x >= self.low
+        return above and (x < self.high if self.open_high else x <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {f'below {self.high:g}' if self.open_high else f'at most {self.high:.16g}'}"
+
+
+_COUNT, _FROM_ZERO, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
+_DECAY = Range(0, 1, open_high=True)
+
+RANGES = {
+    "seed": Range(0, 2**31 - 1),
+    "model.image_loss_weight": _FROM_ZERO, "model.caption_loss_weight": _FROM_ZERO, "model.mask_ratio": _DECAY,
+    "model.patch_size": _COUNT, "model.layers": _COUNT, "model.width": _COUNT, "model.heads": _COUNT,
+    "model.ffn_width": _COUNT, "model.register_tokens": _FROM_ZERO, "model.decoder_layers": _COUNT,
+    "model.decoder_width": _COUNT, "model.decoder_heads": _COUNT, "model.decoder_register_tokens": _FROM_ZERO,
+    "model.text_unimodal_layers": _FROM_ZERO, "model.text_multimodal_layers": _COUNT, "model.text_width": _COUNT,
+    "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE,
+    "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
+    "data.micro_batch_size": _COUNT, "data.crop_scale": Range(0, 1, open_low=True), "data.mean": Range(0, 1),
+    "data.std": _POSITIVE, "data.validation_samples": _COUNT, "data.threads": _COUNT, "data.prefetch": _COUNT,
+    "data.max_failure_rate": Range(0, 1),
+    "parallel.tensor": _COUNT, "parallel.pipeline": _COUNT, "parallel.data": _COUNT,
+    "parallel.timeout_minutes": _POSITIVE,
+    "optimizer.learning_rate": _POSITIVE, "optimizer.min_learning_rate": _FROM_ZERO,
+    "optimizer.warmup_steps": _FROM_ZERO, "optimizer.weight_decay": _FROM_ZERO, "optimizer.beta1": _DECAY,
+    "optimizer.beta2": _DECAY, "optimizer.eps": _POSITIVE, "optimizer.clip_grad": _FROM_ZERO,
+    "train.steps": _COUNT, "train.validate_every": _FROM_ZERO, "train.pictures_every": _FROM_ZERO,
+    "checkpoint.every": _FROM_ZERO, "checkpoint.keep": _FROM_ZERO, "log.every": _COUNT,
+}  # fmt: skip
+
+CHOICES = {
+    "model.kind": ("mug",),
+    "parallel.recompute": ("none", "full"),
+    "precision.dtype": ("fp32", "bf16"),
+    "precision.fp8": ("none", "delayed", "current", "blockwise"),
+    "precision.layers": ("auto", "local", "te"),
+}
+
+LENGTHS = {"data.crop_scale": 2, "data.mean": 3, "data.std": 3}
+
+
+def check_values(config: Config) -> None:
+    """Every number in its range, every word one of its choices, every list of its length; else UserError."""
+    for key in keys():
+        value = _get(config, key)
+        if key in CHOICES and value not in CHOICES[key]:
+            choices = CHOICES[key]
+            raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}; set {key}={nearest(value, choices)}")
+        if key in LENGTHS and len(value) != LENGTHS[key]:
+            raise UserError(f"{key}: {LENGTHS[key]} numbers wanted, found {len(value)}: {value}")
+        if key in RANGES and value is not None:
+            for number in value if isinstance(value, list) else [value]:
+                if number not in RANGES[key]:
+                    raise UserError(f"{key}({number}) must be {RANGES[key]}")
+    low, high = config.data.crop_scale
+    if low > high:
+        raise UserError(f"data.crop_scale: {low} is above {high}; set data.crop_scale=[{high}, {low}]")
+
+
+def _get(config: Config, key: str) -> object:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)

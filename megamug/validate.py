@@ -1,0 +1,356 @@
+"""Checks of a whole configuration, before any device or process group is touched.
+
+One function per concern; each raises `UserError` with both numbers and the fix, such as
+`parallel: tensor(4) x pipeline(2) x data(2) = 16 but WORLD_SIZE is 8; set parallel.data=1`.
+The formulas for tokens and blocks are those of `megamug.models.mug_plan`, which needs torch; a test compares them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+from megamug.config import Config, load_config, resolve
+from megamug.errors import UserError
+from megamug.ranges import check_values
+
+VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to it whatever the layout, so that checkpoints fit every layout
+FP8_ROWS = 8  # Transformer Engine: FP8 products want batch x tokens in multiples of 8 ...
+FP8_COLUMNS = 16  # ... and features in multiples of 16
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises UserError for the first thing that could not work on `world_size` processes; changes nothing.
+
+    What needs torch (tokenizer, devices, FP8) comes last, so that most mistakes are told before it is imported.
+    """
+    config = resolve(config)
+    check_values(config)
+    losses(config)
+    image(config)
+    widths(config)
+    layout(config, world_size)
+    batch(config, world_size)
+    schedule(config)
+    tensor_parallel(config)
+    sequence_parallel(config)
+    pipeline(config)
+    files(config)
+    run_folder(config)
+    vocabulary(config)
+    devices(config)
+    precision(config)
+
+
+def losses(config: Config) -> None:
+    """At least one loss."""
+    if config.model.image_loss_weight == config.model.caption_loss_weight == 0:
+        raise UserError(
+            "model: image_loss_weight(0) and caption_loss_weight(0) leave nothing to learn; set one of them above 0"
+        )
+
+
+def image(config: Config) -> None:
+    """Whole patches, some of them visible and, for the image loss, some hidden."""
+    size, patch, ratio = config.data.image_size, config.model.patch_size, config.model.mask_ratio
+    if size % patch:
+        fix = max(patch, round(size / patch) * patch)
+        raise UserError(f"data.image_size({size}) is not divisible by model.patch_size({patch});"
+                        f" set data.image_size={fix}")
+    patches, visible = patch_count(config), visible_patches(config)
+    if visible < 1:
+        fix = math.floor((1 - 1 / patches) * 1000) / 1000
+        raise UserError(f"model.mask_ratio({ratio}) leaves 0 of {patches} patches visible; set model.mask_ratio={fix}"
+                        if patches > 1 else f"data.image_size({size}) makes one patch; set data.image_size={8 * patch}")
+    if config.model.image_loss_weight > 0 and visible == patches:
+        raise UserError(
+            f"model.mask_ratio({ratio}) hides 0 of {patches} patches: there is nothing to paint;"
+            f" set model.mask_ratio=0.75 or model.image_loss_weight=0"
+        )
+
+
+def widths(config: Config) -> None:
+    """Widths that heads share evenly; widths that 2-D sine-cosine positions (four equal parts) can fill."""
+    model = config.model
+    stacks = [("width", "heads", 4)]
+    if model.image_loss_weight > 0:
+        stacks.append(("decoder_width", "decoder_heads", 4))
+    if model.caption_loss_weight > 0:
+        stacks.append(("text_width", "text_heads", 1))
+    for width_key, heads_key, multiple in stacks:
+        width, heads = getattr(model, width_key), getattr(model, heads_key)
+        step = math.lcm(heads, multiple)
+        fix = f"set model.{width_key}={_round_up(width, step)}"
+        if width % heads:
+            raise UserError(f"model.{width_key}({width}) is not divisible by model.{heads_key}({heads}); {fix}")
+        if width % multiple:
+            raise UserError(f"model.{width_key}({width}) is not divisible by 4, which 2-D positions need; {fix}")
+
+
+def layout(config: Config, world_size: int) -> None:
+    """tensor x pipeline x data = WORLD_SIZE, and switches that need one another."""
+    parallel = config.parallel
+    tensor, stages, data = parallel.tensor, parallel.pipeline, parallel.data
+    product = tensor * stages * (data or 1)
+    if product != world_size and (data is not None or world_size % product):
+        said = f"parallel: tensor({tensor}) x pipeline({stages})" + (f" x data({data})" if data is not None else "")
+        said += f" = {product} but WORLD_SIZE is {world_size}"
+        if world_size % (tensor * stages) == 0:
+            raise UserError(f"{said}; set parallel.data={world_size // (tensor * stages)}")
+        fewer_tensor = math.gcd(tensor, world_size)
+        fewer_stages = math.gcd(stages, world_size // fewer_tensor)
+        free = " parallel.data=null" if data is not None else ""
+        raise UserError(
+            f"{said}; start {product} processes (torchrun --nproc-per-node N), or set parallel.tensor={fewer_tensor}"
+            f" parallel.pipeline={fewer_stages}{free}"
+        )
+    if parallel.sequence and tensor == 1:
+        raise UserError("parallel.sequence(true) shares tokens among tensor-parallel ranks, but parallel.tensor is 1;"
+                        " set parallel.sequence=false or parallel.tensor=2")
+    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
+        raise UserError("parallel.overlap_param_gather(true) needs parallel.distributed_optimizer(false) to be true;"
+                        " set parallel.distributed_optimizer=true or parallel.overlap_param_gather=false")
+
+
+def batch(config: Config, world_size: int) -> None:
+    """Whole micro-batches for every data-parallel rank."""
+    whole, micro, data = config.data.global_batch_size, config.data.micro_batch_size, data_parallel(config, world_size)
+    if micro > whole:
+        raise UserError(f"data.micro_batch_size({micro}) is larger than data.global_batch_size({whole});"
+                        f" set data.micro_batch_size={max(1, whole // data)}")
+    if whole % (micro * data):
+        if whole % data == 0:
+            share = whole // data
+            fix = f"data.micro_batch_size={max(n for n in range(1, min(micro, share) + 1) if share % n == 0)}"
+        else:
+            fix = f"data.global_batch_size={_round_up(whole, micro * data)}"
+        raise UserError(f"data: global_batch_size({whole}) is not divisible by micro_batch_size({micro}) x"
+                        f" data-parallel ranks({data}) = {micro * data}; set {fix}")
+
+
+def schedule(config: Config) -> None:
+    """Warm-up within the run, learning rates in order."""
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps > steps:
+        raise UserError(f"optimizer.warmup_steps({optimizer.warmup_steps}) is more than train.steps({steps});"
+                        f" set optimizer.warmup_steps={steps // 10}")
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise UserError(
+            f"optimizer.min_learning_rate({optimizer.min_learning_rate:g}) is above"
+            f" optimizer.learning_rate({optimizer.learning_rate:g}); set optimizer.min_learning_rate=0"
+        )
+
+
+def tensor_parallel(config: Config) -> None:
+    """Heads and feed-forward shared evenly. The decoders' feed-forwards are 4 x width, and the heads divide the width,
+    so their heads say it all."""
+    model, tensor = config.model, config.parallel.tensor
+    shared = {"heads": model.heads, "ffn_width": model.ffn_width}
+    if model.image_loss_weight > 0:
+        shared["decoder_heads"] = model.decoder_heads
+    if model.caption_loss_weight > 0:
+        shared["text_heads"] = model.text_heads
+    common = math.gcd(*shared.values())
+    for name, number in shared.items():
+        if number % tensor:
+            fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise UserError(f"model.{name}({number}) is not divisible by parallel.tensor({tensor});"
+                            f" set parallel.tensor to one of {fits}")
+
+
+def sequence_parallel(config: Config) -> None:
+    """Tokens of each stack shared evenly under parallel.sequence."""
+    model, tensor = config.model, config.parallel.tensor
+    if not config.parallel.sequence:
+        return
+    tokens = visible_tokens(config)
+    if tokens % tensor:
+        raise UserError(
+            f"visible tokens: 1 class + {model.register_tokens} register + {visible_patches(config)} visible patches ="
+            f" {tokens} is not divisible by parallel.tensor({tensor}) under parallel.sequence;"
+            f" set model.register_tokens={model.register_tokens + -tokens % tensor}"
+        )
+    tokens = decoder_tokens(config)
+    if model.image_loss_weight > 0 and tokens % tensor:
+        raise UserError(
+            f"image decoder tokens: 1 class + {model.decoder_register_tokens} register + {patch_count(config)} patches"
+            f" = {tokens} is not divisible by parallel.tensor({tensor}) under parallel.sequence;"
+            f" set model.decoder_register_tokens={model.decoder_register_tokens + -tokens % tensor}"
+        )
+    tokens = config.data.caption_length
+    if model.caption_loss_weight > 0 and tokens % tensor:
+        raise UserError(f"data.caption_length({tokens}) is not divisible by parallel.tensor({tensor}) under"
+                        f" parallel.sequence; set data.caption_length={_round_up(tokens, tensor)}")
+
+
+def pipeline(config: Config) -> None:
+    """A block for every stage."""
+    stages, blocks = config.parallel.pipeline, block_count(config)
+    if stages > blocks:
+        raise UserError(f"parallel.pipeline({stages}) is more than the model's blocks({blocks});"
+                        f" set parallel.pipeline to at most {blocks}")
+
+
+def files(config: Config) -> None:
+    """Data sets are there and indexed, and the tokenizer is there."""
+    data = config.data
+    if data.train is None:
+        raise UserError("data.train is not set; give it a folder of tar shards, a glob, or a list of {path, weight}")
+    from megamug.data.sources import resolve_sources
+
+    for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
+        try:
+            if sources is not None:
+                resolve_sources(sources)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    if config.model.caption_loss_weight > 0 and data.tokenizer is None:
+        raise UserError(f"data.tokenizer is not set and model.caption_loss_weight is"
+                        f" {config.model.caption_loss_weight:g}; make one with `python tools/train_tokenizer.py SHARDS"
+                        f" --output FILE --vocab-size N`, or set model.caption_loss_weight=0")
+    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+        raise UserError(f"data.tokenizer: there is no file {data.tokenizer}; make it with"
+                        f" `python tools/train_tokenizer.py SHARDS --output {data.tokenizer} --vocab-size N`")
+
+
+def vocabulary(config: Config) -> None:
+    """A tokenizer that can be read, and its padded vocabulary shared evenly."""
+    if config.model.caption_loss_weight == 0:
+        return
+    from megamug.data.text import Tokenizer
+
+    try:
+        size = Tokenizer(config.data.tokenizer).vocab_size
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from None
+    padded, tensor = _round_up(size, VOCABULARY_MULTIPLE), config.parallel.tensor
+    if padded % tensor:
+        fits = ", ".join(str(n) for n in range(1, tensor) if padded % n == 0 and config.model.text_heads % n == 0)
+        raise UserError(f"the vocabulary of {config.data.tokenizer}, padded to a multiple of {VOCABULARY_MULTIPLE}"
+                        f" ({padded}), is not divisible by parallel.tensor({tensor});"
+                        f" set parallel.tensor to one of {fits}")
+
+
+def run_folder(config: Config) -> None:
+    """RUN can be written, and holds no run of another model."""
+    run = Path(config.run_dir)
+    there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "is a file" if there == run.absolute() else f"lies below {there}, which is a file"
+        raise UserError(f"run_dir: {run} {what}; set run_dir to a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: {there} is not writable by this user; set run_dir to a folder that is")
+    written = run / "config.yaml"
+    if written.exists() and any((run / "checkpoints").glob("step-*")):
+        before, now = _identity(resolve(load_config(written))), _identity(config)
+        for key in now:
+            if before[key] != now[key]:
+                raise UserError(f"run_dir: {run} holds checkpoints of another model: {key} was {before[key]} and is now"
+                                f" {now[key]}; set run_dir to a new folder, or {key} as it was")
+
+
+def devices(config: Config) -> None:
+    """One GPU for every process of this machine, where there are GPUs."""
+    import torch
+
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < gpus < processes:
+        raise UserError(f"{processes} processes on this machine but {gpus} GPUs; start torchrun with --nproc-per-node"
+                        f" {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU")
+    needs = "precision.layers(te)" if config.precision.layers == "te" else f"precision.fp8({config.precision.fp8})"
+    if config.precision.layers != "te" and config.precision.fp8 == "none":
+        return
+    fix = "set precision.layers=auto and precision.fp8=none"
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(f"{needs} needs Transformer Engine, which is not installed; `pip install megamug[te]` or {fix}")
+    if gpus == 0:
+        raise UserError(f"{needs} needs a GPU and this machine has none that torch sees; {fix}")
+
+
+def precision(config: Config) -> None:
+    """FP8: Transformer Engine's layers, Hopper, and sizes that its products take."""
+    if config.precision.fp8 == "none":
+        return
+    needs = f"precision.fp8({config.precision.fp8})"
+    if config.precision.layers == "local":
+        raise UserError(f"{needs} needs Transformer Engine layers but precision.layers is local;"
+                        f" set precision.layers=te or precision.fp8=none")
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    if capability < (9, 0):
+        found = f"{capability[0]}.{capability[1]}"
+        raise UserError(f"{needs} needs compute capability 9.0 (Hopper) and this GPU has {found};"
+                        f" set precision.fp8=none")
+    rows, micro = visible_tokens(config), config.data.micro_batch_size
+    if rows * micro % FP8_ROWS:
+        shared_by = config.parallel.tensor if config.parallel.sequence else 1
+        step = math.lcm(FP8_ROWS // math.gcd(FP8_ROWS, micro), shared_by)
+        raise UserError(
+            f"{needs}: visible tokens({rows}) x data.micro_batch_size({micro}) = {rows * micro} is not divisible by"
+            f" {FP8_ROWS}; set model.register_tokens={config.model.register_tokens + -rows % step}"
+        )
+    for name in ("width", "ffn_width"):
+        size, multiple = getattr(config.model, name), FP8_COLUMNS * config.parallel.tensor
+        if size % multiple:
+            raise UserError(f"{needs}: model.{name}({size}) is not divisible by {FP8_COLUMNS} x parallel.tensor"
+                            f"({config.parallel.tensor}) = {multiple}; set model.{name}={_round_up(size, multiple)}")
+
+
+def data_parallel(config: Config, world_size: int) -> int:
+    """Data-parallel ranks; `layout` has passed."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def patch_count(config: Config) -> int:
+    """Patches of one image."""
+    return (config.data.image_size // config.model.patch_size) ** 2
+
+
+def visible_patches(config: Config) -> int:
+    """Patches that the encoder sees, rounded as MAE rounds."""
+    return int(patch_count(config) * (1 - config.model.mask_ratio))
+
+
+def visible_tokens(config: Config) -> int:
+    """Tokens in the encoder: class, registers, visible patches."""
+    return 1 + config.model.register_tokens + visible_patches(config)
+
+
+def decoder_tokens(config: Config) -> int:
+    """Tokens in the image decoder: class, registers, all patches."""
+    return 1 + config.model.decoder_register_tokens + patch_count(config)
+
+
+def block_count(config: Config) -> int:
+    """What a pipeline can be cut into: layers, and each stack's embedding and head."""
+    model = config.model
+    blocks = 1 + model.layers
+    if model.image_loss_weight > 0:
+        blocks += 1 + model.decoder_layers + 1
+    if model.caption_loss_weight > 0:
+        blocks += 1 + model.text_unimodal_layers + model.text_multimodal_layers + 1
+    return blocks
+
+
+def _identity(config: Config) -> dict[str, object]:
+    """What makes checkpoints of one model unfit for another."""
+    model = config.model
+    sizes = ["kind", "patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"]
+    if model.image_loss_weight > 0:
+        sizes += ["decoder_layers", "decoder_width", "decoder_heads", "decoder_register_tokens"]
+    if model.caption_loss_weight > 0:
+        sizes += ["text_unimodal_layers", "text_multimodal_layers", "text_width", "text_heads", "tie_vocabulary"]
+    found = {
+        "model.image_loss_weight above 0": model.image_loss_weight > 0,
+        "model.caption_loss_weight above 0": model.caption_loss_weight > 0,
+        "data.image_size": config.data.image_size,
+        "data.caption_length": config.data.caption_length if model.caption_loss_weight > 0 else None,
+    }
+    return found | {f"model.{name}": getattr(model, name) for name in sizes}
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

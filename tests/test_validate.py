@@ -1,0 +1,263 @@
+"""Every impossible configuration ends in a sentence with both numbers and the fix; following the fix mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+import re
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megamug import ranges, validate
+from megamug.config import Config, keys, load_config, resolve, save_config
+from megamug.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    """A folder with one indexed shard, a tokenizer of 300 pieces (384 padded), and a run folder that is not there."""
+    from PIL import Image
+
+    from megamug.data.text import train_tokenizer
+    from megamug.data.verify import index_shard
+
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "shards").mkdir()
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(png, "PNG")
+    with tarfile.open(folder / "shards" / "0.tar", "w") as shard:
+        for name, content in (("a.png", png.getvalue()), ("a.txt", b"a red square")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    index_shard(folder / "shards" / "0.tar")
+    captions = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("square", "disc", "star")]
+    train_tokenizer(captions * 20, folder / "tokenizer.model", 300)
+    return {
+        "data.train": str(folder / "shards"), "data.tokenizer": str(folder / "tokenizer.model"),
+        "run_dir": str(folder / "run"), "model.preset": "demo", "data.image_size": "64",
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def configured(inputs: dict[str, str], *overrides: str) -> Config:
+    return load_config(None, [f"{key}={value}" for key, value in inputs.items()] + list(overrides))
+
+
+def refusal(inputs: dict[str, str], overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        validate.validate(configured(inputs, *overrides.split()), world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# overrides of the demo model at 64 pixels (64 patches, 16 visible), processes, what the message must hold
+BAD = [
+    ("parallel.tensor=2 parallel.pipeline=2 parallel.data=4", 8,
+     ["parallel: tensor(2) x pipeline(2) x data(4) = 16 but WORLD_SIZE is 8", "set parallel.data=2"]),
+    ("parallel.tensor=2", 1, ["tensor(2) x pipeline(1) = 2 but WORLD_SIZE is 1", "set parallel.tensor=1"]),
+    ("parallel.tensor=2 parallel.pipeline=3", 4, ["= 6 but WORLD_SIZE is 4",
+                                                  "set parallel.tensor=2 parallel.pipeline=1"]),
+    ("data.global_batch_size=32 data.micro_batch_size=64", 1,
+     ["data.micro_batch_size(64) is larger than data.global_batch_size(32)", "set data.micro_batch_size=32"]),
+    ("data.global_batch_size=96 data.micro_batch_size=36", 2,
+     ["global_batch_size(96)", "micro_batch_size(36) x data-parallel ranks(2) = 72", "set data.micro_batch_size=24"]),
+    ("data.global_batch_size=100 data.micro_batch_size=8", 3,
+     ["global_batch_size(100)", "= 24", "set data.global_batch_size=120"]),
+    ("parallel.tensor=4", 4, ["model.heads(6) is not divisible by parallel.tensor(4)", "one of 1, 2"]),
+    ("parallel.tensor=6 model.text_heads=6 model.decoder_heads=4", 6,
+     ["model.decoder_heads(4) is not divisible by parallel.tensor(6)", "one of 1, 2"]),
+    ("parallel.tensor=4 model.heads=4 model.decoder_heads=4", 4,
+     ["model.text_heads(6) is not divisible by parallel.tensor(4)"]),
+    ("parallel.tensor=2 model.ffn_width=769", 2, ["model.ffn_width(769)", "parallel.tensor(2)", "one of 1"]),
+    ("parallel.tensor=9 model.heads=9 model.width=36 model.ffn_width=72 model.caption_loss_weight=0.1"
+     " model.image_loss_weight=0 model.text_heads=9 model.text_width=36 data.global_batch_size=32", 9,
+     ["padded to a multiple of 128 (384)", "parallel.tensor(9)", "one of 1, 3"]),
+    ("parallel.tensor=2 parallel.sequence=true", 2,
+     ["1 class + 0 register + 16 visible patches = 17", "parallel.tensor(2)", "set model.register_tokens=1"]),
+    ("parallel.tensor=2 parallel.sequence=true model.register_tokens=1", 2,
+     ["1 class + 0 register + 64 patches = 65", "set model.decoder_register_tokens=1"]),
+    ("parallel.tensor=2 parallel.sequence=true model.register_tokens=1 model.decoder_register_tokens=1"
+     " data.caption_length=15", 2, ["data.caption_length(15)", "parallel.tensor(2)", "set data.caption_length=16"]),
+    ("parallel.sequence=true", 1, ["parallel.tensor is 1", "set parallel.sequence=false"]),
+    ("parallel.overlap_param_gather=true", 1, ["set parallel.distributed_optimizer=true"]),
+    ("data.image_size=60", 1, ["data.image_size(60) is not divisible by model.patch_size(8)", "data.image_size=64"]),
+    ("model.mask_ratio=0.99", 1, ["model.mask_ratio(0.99) leaves 0 of 64 patches visible", "model.mask_ratio=0.984"]),
+    ("model.mask_ratio=0", 1, ["model.mask_ratio(0.0) hides 0 of 64 patches", "set model.mask_ratio=0.75"]),
+    ("data.image_size=8", 1, ["data.image_size(8) makes one patch", "set data.image_size=64"]),
+    ("model.image_loss_weight=0 model.caption_loss_weight=0", 1, ["nothing to learn", "set one of them above 0"]),
+    ("model.heads=7", 1, ["model.width(192) is not divisible by model.heads(7)", "set model.width=196"]),
+    ("model.width=6 model.heads=6", 1, ["model.width(6) is not divisible by 4", "set model.width=12"]),
+    ("model.decoder_heads=3", 1, ["model.decoder_width(128) is not divisible by model.decoder_heads(3)", "=132"]),
+    ("model.text_heads=5", 1, ["model.text_width(192) is not divisible by model.text_heads(5)", "=195"]),
+    ("parallel.pipeline=19 model.caption_loss_weight=0", 19,
+     ["parallel.pipeline(19) is more than the model's blocks(13)", "at most 13"]),
+    ("train.steps=10 optimizer.warmup_steps=20", 1, ["warmup_steps(20) is more than train.steps(10)", "steps=1"]),
+    ("optimizer.min_learning_rate=1", 1, ["min_learning_rate(1) is above optimizer.learning_rate(0.00015)"]),
+    ("data.train=null", 1, ["data.train is not set"]),
+    ("data.train=/absent/shards", 1, ["data.train: /absent/shards: no such file or folder"]),
+    ("data.train=/absent/*.tar", 1, ["data.train: /absent/*.tar: ", "matches no"]),
+    ("data.train=[]", 1, ["data.train: data: an empty list"]),
+    ("data.validation=/absent", 1, ["data.validation: /absent"]),
+    ("data.tokenizer=null", 1, ["data.tokenizer is not set and model.caption_loss_weight is 0.1", "train_tokenizer"]),
+    ("data.tokenizer=/absent.model", 1, ["data.tokenizer: there is no file /absent.model", "train_tokenizer"]),
+    ("data.tokenizer=" + __file__, 1, ["data.tokenizer: ", "not a SentencePiece model"]),
+    ("model.kind=mugg", 1, ["model.kind: 'mugg'", "set model.kind=mug"]),
+    ("model.preset=dem", 1, ["no preset 'dem'", "'demo'"]),
+    ("precision.dtype=bf32", 1, ["precision.dtype: 'bf32'", "set precision.dtype="]),
+    ("data.mean=[0.5]", 1, ["data.mean: 3 numbers wanted, found 1"]),
+    ("data.crop_scale=[1,0.2]", 1, ["1.0 is above 0.2", "set data.crop_scale=[0.2, 1.0]"]),
+    ("precision.layers=te", 1, ["precision.layers(te) needs", "set precision.layers=auto"]),
+    ("precision.fp8=delayed", 1, ["precision.fp8(delayed) needs", "precision.fp8=none"]),
+    ("precision.fp8=delayed precision.layers=local", 1, ["precision.fp8(delayed) needs", "precision.fp8=none"]),
+]  # fmt: skip
+
+
+def test_the_valid_configuration_passes(inputs):
+    validate.validate(configured(inputs), 1)
+    validate.validate(configured(inputs), 8)
+    validate.validate(configured(inputs, "parallel.tensor=2", "parallel.pipeline=2", "parallel.data=2"), 8)
+    validate.validate(configured(inputs, "model.caption_loss_weight=0", "data.tokenizer=null"), 1)
+    validate.validate(configured(inputs, "model.image_loss_weight=0", "model.mask_ratio=0"), 1)
+    assert not Path(inputs["run_dir"]).exists()  # looking changes nothing
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "said"), BAD, ids=[overrides for overrides, _, _ in BAD])
+def test_refusals(inputs, overrides, world_size, said):
+    if "precision.layers=te" in overrides or "precision.fp8" in overrides:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU, where Transformer Engine may be right")
+    message = refusal(inputs, overrides, world_size)
+    for part in said:
+        assert part in message
+
+    # `set section.key=value` in a message can be pasted behind the command; of several ways out, each one works.
+    for way_out in re.split(r",? or (?:set )?", message.rpartition("; ")[2]):
+        fix = re.findall(r"\b[a-z]+\.[a-z0-9_]+=(?:\[.*?\]|[^\s;,]+)", way_out)
+        if fix and "FILE" not in message:
+            try:
+                validate.validate(configured(inputs, *overrides.split(), *fix), world_size)
+            except UserError as error:
+                assert str(error).partition(")")[0] != message.partition(")")[0], f"{fix} does not mend: {error}"
+
+
+@pytest.mark.parametrize("key", ranges.RANGES)
+def test_every_range_is_enforced_at_both_ends(inputs, key):
+    bounds = ranges.RANGES[key]
+    number = int if keys()[key] in (int, int | None) else float
+    outside = [bounds.low if bounds.open_low else bounds.low - 1]
+    if bounds.high != math.inf:
+        outside.append(bounds.high if bounds.open_high else bounds.high + 1)
+    for value in outside:
+        value = [number(value)] * ranges.LENGTHS[key] if key in ranges.LENGTHS else number(value)
+        assert f"{key}(" in refusal(inputs, f"{key}={str(value).replace(' ', '')}")
+
+
+def test_every_number_has_a_range_and_every_word_its_choices():
+    words = {"run_dir", "model.preset", "data.train", "data.validation", "data.tokenizer"}
+    for key, kind in keys().items():
+        if kind is bool or key in words:
+            continue
+        assert key in (ranges.CHOICES if kind is str else ranges.RANGES), key
+    assert set(ranges.RANGES) | set(ranges.CHOICES) | set(ranges.LENGTHS) <= set(keys())
+
+
+@pytest.mark.parametrize("side", range(2, 40))
+def test_the_proposed_mask_ratio_leaves_a_patch_visible(inputs, side):
+    config = resolve(configured(inputs, f"data.image_size={8 * side}", "model.mask_ratio=0.99999"))
+    with pytest.raises(UserError) as caught:
+        validate.image(config)
+    config.model.mask_ratio = float(str(caught.value).rpartition("=")[2])
+    assert 1 <= validate.visible_patches(config) <= 2
+
+
+@pytest.mark.parametrize("preset", ["demo", "vit_b16", "vit_h14"])
+@pytest.mark.parametrize("weights", [(1, 0.1), (1, 0), (0, 1)])
+def test_token_and_block_counts_are_those_of_the_model(preset, weights):
+    from megamug.models.mug_plan import MugPlan
+
+    config = resolve(load_config(None, [f"model.preset={preset}", "model.register_tokens=3"]))
+    config.model.decoder_register_tokens = 2
+    config.model.image_loss_weight, config.model.caption_loss_weight = weights
+    plan = MugPlan(config, vocabulary=1000)
+    assert plan.visible == validate.visible_patches(config) and plan.patches == validate.patch_count(config)
+    assert plan.latent_tokens == validate.visible_tokens(config)
+    assert plan.decoder_tokens == validate.decoder_tokens(config)
+    assert len(plan.blocks) == validate.block_count(config), Counter(block.part for block in plan.blocks)
+    assert plan.padded_vocabulary == 1024 and plan.padded_vocabulary % validate.VOCABULARY_MULTIPLE == 0
+
+
+def test_run_folder_that_is_a_file_or_lies_below_one(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file is a file; set run_dir" in refusal(inputs, f"run_dir={tmp_path / 'file'}")
+    assert "which is a file; set run_dir" in refusal(inputs, f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_run_folder_that_is_not_writable(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    assert f"{tmp_path} is not writable" in refusal(inputs, f"run_dir={tmp_path / 'a' / 'b'}")
+
+
+def test_run_folder_of_another_model(inputs, tmp_path):
+    run = configured(inputs, f"run_dir={tmp_path}")
+    save_config(resolve(run))
+    here = f"run_dir={tmp_path} "
+    validate.validate(configured(inputs, *(here + "model.layers=2").split()), 1)  # no checkpoint yet: nothing to lose
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert "model.layers was 6 and is now 2; set run_dir to a new folder" in refusal(inputs, here + "model.layers=2")
+    assert "model.caption_loss_weight above 0 was True" in refusal(inputs, here + "model.caption_loss_weight=0")
+    assert "data.image_size was 64 and is now 128" in refusal(inputs, here + "data.image_size=128")
+    longer = "train.steps=5 optimizer.learning_rate=1 model.caption_loss_weight=0.2 model.mask_ratio=0.5"
+    validate.validate(configured(inputs, *(here + longer).split()), 1)  # the same model, trained otherwise
+    validate.validate(configured(inputs, *(here + "parallel.tensor=2 parallel.pipeline=2").split()), 4)  # moved
+
+
+def test_more_processes_than_gpus(inputs, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "4 processes on this machine but 2 GPUs" in refusal(inputs, "", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    validate.validate(configured(inputs), 2)
+
+
+def test_fp8_where_the_machine_could(inputs, monkeypatch):
+    """Sizes that Transformer Engine's FP8 products refuse; the machine is made up."""
+    import importlib.util
+
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    capability = [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
+    fp8 = "precision.fp8=delayed data.micro_batch_size=4"
+    assert "compute capability 9.0 (Hopper) and this GPU has 8.0" in refusal(inputs, fp8)
+    capability[0] = (9, 0)
+    assert "precision.layers is local" in refusal(inputs, fp8 + " precision.layers=local")
+    message = refusal(inputs, fp8)
+    assert "visible tokens(17) x data.micro_batch_size(4) = 68" in message and "register_tokens=1" in message
+    fp8 += " model.register_tokens=1"
+    message = refusal(inputs, fp8 + " model.width=168 model.ffn_width=672")
+    assert "model.width(168) is not divisible by 16 x parallel.tensor(1) = 16" in message and "=176" in message
+    validate.validate(configured(inputs, *fp8.split()), 1)
+
+
+def test_validation_does_not_change_its_argument(inputs):
+    config = configured(inputs)
+    before = dataclasses.asdict(config)
+    validate.validate(config, 1)
+    assert dataclasses.asdict(config) == before
