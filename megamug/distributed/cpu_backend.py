@@ -1,0 +1,185 @@
+"""Megatron-core on a machine without CUDA: gloo collectives, CPU tensors, the same Megatron code above.
+
+Megatron-core takes a GPU for granted in few places: it asks CUDA for the current device, it names "cuda" in factories,
+it keeps CUDA random states, it synchronises streams. `apply()` redirects exactly these to the CPU, once, and only where
+torch sees no GPU; with a GPU this module changes nothing. Everything that computes (parallel linears, schedules,
+optimizers, checkpoints) is Megatron's own code, unchanged.
+
+`PATCHES` is the whole list: what is replaced, and why. `MEGATRON_SOURCES` names the Megatron functions these patches
+rest on, with a hash of the source of each version they were checked against, so that a new Megatron-core which rewrites
+one of them fails a test instead of computing something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+
+_applied = False
+
+
+# ---------------------------------------------------------------------------------------------- replacements
+
+def _current_device() -> torch.device:
+    # Megatron passes the result on as `device=`. An int would mean cuda:0, so a torch.device is returned.
+    return torch.device("cpu")
+
+
+def _is_cuda(device: object) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """A tensor factory that reads a CUDA `device=` as the CPU."""
+
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _stay(self, *args, **kwargs):
+    # `.cuda()` of a tensor or module: it is where it should be.
+    return self
+
+
+def _type_in_cuda_spelling(original: Callable) -> Callable:
+    """`tensor.type()` without arguments: "torch.FloatTensor" becomes "torch.cuda.FloatTensor".
+
+    The optimizers sort parameters by comparing this string with the CUDA spelling.
+    """
+
+    @functools.wraps(original)
+    def wrapped(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            result = result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return wrapped
+
+
+def _get_rng_state(device="cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()  # already a copy
+
+
+def _set_rng_state(new_state: torch.Tensor, device=-1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _nothing(*args, **kwargs) -> None:
+    return None
+
+
+class _NoStream:
+    """A CUDA stream or event where work is synchronous anyway."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name: str) -> Callable:
+        return _nothing
+
+
+@contextlib.contextmanager
+def _no_stream_context(stream=None):
+    yield
+
+
+# ---------------------------------------------------------------------------------------------- the list
+
+# (module, attribute path, how to make the replacement from the original, why)
+PATCHES: list[tuple[str, str, Callable, str]] = [
+    ("torch", "cuda.current_device", lambda _: _current_device, "used as a device= by every layer and buffer"),
+    *[
+        ("torch", name, _on_cpu, 'literal device="cuda" in optimizers, schedules and buffers')
+        for name in ("zeros", "ones", "empty", "full", "tensor", "rand", "randn", "randint", "arange", "zeros_like", "empty_like")
+    ],
+    ("torch", "Tensor.cuda", lambda _: _stay, "tensors are moved with .cuda()"),
+    ("torch", "nn.Module.cuda", lambda _: _stay, "modules are moved with .cuda()"),
+    ("torch", "Tensor.type", _type_in_cuda_spelling, "optimizers compare type() with the CUDA spelling"),
+    ("torch", "cuda.synchronize", lambda _: _nothing, "around communication and timers"),
+    ("torch", "cuda.current_stream", lambda _: _NoStream, "stream waits around communication"),
+    ("torch", "cuda.default_stream", lambda _: _NoStream, "stream waits around communication"),
+    ("torch", "cuda.Stream", lambda _: _NoStream, "side streams of overlapped communication"),
+    ("torch", "cuda.Event", lambda _: _NoStream, "events of overlapped communication"),
+    ("torch", "cuda.stream", lambda _: _no_stream_context, "side streams of overlapped communication"),
+    ("torch", "cuda.get_rng_state", lambda _: _get_rng_state, "random states of the tensor-parallel tracker"),
+    ("torch", "cuda.set_rng_state", lambda _: _set_rng_state, "random states of the tensor-parallel tracker"),
+    ("torch", "cuda.manual_seed", lambda _: torch.manual_seed, "random states of the tensor-parallel tracker"),
+    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", lambda _: _get_rng_state, "the same"),
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", lambda _: _set_rng_state, "the same"),
+]
+
+# Megatron functions that the patches assume something of.
+MEGATRON_SOURCES: dict[str, list[str]] = {
+    "megatron.core.tensor_parallel.random": [
+        "_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker.add", "CudaRNGStatesTracker.fork",
+        "model_parallel_cuda_manual_seed", "CheckpointFunction",
+    ],
+    "megatron.core.optimizer.distrib_optimizer": [
+        "DistributedOptimizer._build_model_and_main_param_groups",
+    ],
+    "megatron.core.optimizer.clip_grads": ["get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"],
+    "megatron.core.distributed.finalize_model_grads": ["finalize_model_grads", "_allreduce_word_embedding_grads"],
+    "megatron.core.pipeline_parallel.schedules": [
+        "forward_step_calc_loss", "forward_backward_no_pipelining", "forward_backward_pipelining_without_interleaving",
+    ],
+}
+
+
+def _attribute(module: str, path: str) -> tuple[object, str]:
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name
+
+
+def import_megatron() -> None:
+    """Imports Megatron-core without its advice about packages that are optional here (`megamug doctor` names them)."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("megatron.core")
+
+
+def apply() -> bool:
+    """Makes Megatron-core run on CPU tensors and gloo. Returns whether it did; a machine with CUDA is left alone."""
+    global _applied
+    if torch.cuda.is_available():
+        return False
+    if not _applied:
+        import_megatron()
+        for module, path, replace, _ in PATCHES:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                owner, name = _attribute(module, path)
+            setattr(owner, name, replace(getattr(owner, name)))
+        _applied = True
+    return True
+
+
+def source_hashes() -> dict[str, str]:
+    """SHA-256 (first 16 digits) of the source of every function in `MEGATRON_SOURCES`, as installed.
+
+    Call it before `apply()`: a patched function has another source.
+    """
+    hashes = {}
+    for module, names in MEGATRON_SOURCES.items():
+        for path in names:
+            owner, name = _attribute(module, path)
+            source = inspect.getsource(inspect.unwrap(getattr(owner, name)))
+            hashes[f"{module}.{path}"] = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return hashes

@@ -1,0 +1,171 @@
+"""Building blocks under Megatron's TransformerLayer: norm, attention, linears, and a run of layers of a larger stack.
+
+Axes: s sequence, b batch, h width, n heads, d head width. Hidden states are [s, b, h]; under sequence parallelism each
+tensor-parallel rank holds s / tp of the sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import CrossAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from torch import Tensor, nn
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis.
+
+    Under sequence parallelism every rank sees a part of the sequence, so the parameters are marked
+    `sequence_parallel`: Megatron then sums their gradients over the tensor-parallel group.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__()
+        self.eps, self.kind = eps, config.normalization
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros_like(self.weight)) if self.kind == "LayerNorm" else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "LayerNorm":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LocalAttention(nn.Module):
+    """softmax(q k / sqrt(d)) v by torch's scaled_dot_product_attention: no score matrix in memory."""
+
+    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_):
+        super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **_) -> Tensor:
+        """query [s, b, n, d], key and value [t, b, n, d] -> [s, b, n * d]."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # One query against cached keys sees all of them: causality is in what the cache holds.
+        causal = self.causal and query.shape[2] > 1
+        dropout = self.dropout if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=causal, dropout_p=dropout)
+        return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
+
+
+def _plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
+    return F.linear(input, weight, bias)
+
+
+class LocalColumnParallelLinear(ColumnParallelLinear):
+    """ColumnParallelLinear that adds its bias itself, on one rank inside the matrix product (a pass over the output less).
+
+    Callers that ask for `skip_bias_add` get `None` for the bias and so have nothing left to add.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "skip_bias_add": False})
+        if self.tp_group.size() == 1 and not self.config.gradient_accumulation_fusion:
+            self._forward_impl = _plain_linear
+
+
+class LocalRowParallelLinear(RowParallelLinear):
+    """RowParallelLinear that adds its bias itself, on one rank inside the matrix product."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "skip_bias_add": False})
+        self.alone = self.tp_group.size() == 1 and not self.config.gradient_accumulation_fusion
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.alone:
+            return super().forward(input_)
+        return F.linear(input_, self.weight, self.bias), None
+
+
+def context_linear(base: type, context_width: int) -> type:
+    """A column-parallel linear class for keys and values whose input is a context of another width than the layer's."""
+
+    class ContextColumnParallelLinear(base):
+        def __init__(self, input_size: int, output_size: int, **kwargs):
+            super().__init__(context_width, output_size, **kwargs)
+
+    return ContextColumnParallelLinear
+
+
+class LatentCrossAttention(CrossAttention):
+    """Cross-attention to a latent that does not change while a caption is written: its keys and values can be kept."""
+
+    kept: tuple[Tensor, Tensor] | None = None  # keys and values [t, b, n, d] of the latent, while generating
+    keep = False
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, key_value_states: Tensor, *args, **kwargs):
+        if not self.keep:
+            return super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
+        if self.kept is None:
+            query, *self.kept = super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
+        else:
+            query, _ = self.linear_q(hidden_states)
+            query = query.view(*query.shape[:-1], -1, self.hidden_size_per_attention_head)
+        return query, *self.kept
+
+
+class LayerRun(TransformerBlock):
+    """Layers [first, last) of a stack of `config.num_layers`, as one pipeline stage holds them.
+
+    Checkpoint and initialisation names carry a layer's number in the whole stack, so they do not depend on the stage.
+    `final_norm` stands after the last layer.
+    """
+
+    def __init__(self, config, layer_specs: list, norm, first: int, last: int, final_norm: bool = True):
+        self.first_layer = first
+        super().__init__(
+            config=config,
+            spec=TransformerBlockSubmodules(layer_specs=layer_specs[first:last], layer_norm=norm),
+            post_layer_norm=final_norm,
+            pre_process=True,
+            post_process=final_norm and first < last == config.num_layers,
+        )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+        from megatron.core.transformer.utils import sharded_state_dict_default
+
+        state: dict = {}
+        for index, layer in enumerate(self.layers):
+            local, name = f"{prefix}layers.{index}.", f"{prefix}layers.{self.first_layer + index}."
+            shards = layer.sharded_state_dict(local, (), metadata)
+            replace_prefix_for_sharding(shards, local, name)
+            state.update(shards)
+        if self.final_layernorm is not None:
+            state.update(sharded_state_dict_default(self.final_layernorm, f"{prefix}final_layernorm.", (), metadata))
+        return state
+
+
+def replicated(module: nn.Module, partial_gradient: bool) -> nn.Module:
+    """Marks a module that every tensor-parallel rank holds whole.
+
+    `partial_gradient`: each rank feeds it another part of the sequence, so its gradients are summed over the ranks.
+    """
+    for parameter in module.parameters():
+        parameter.sequence_parallel = partial_gradient
+    return module
+
+
+def sincos_positions(width: int, grid_height: int, grid_width: int, prefix: int) -> Tensor:
+    """Fixed 2-D sin-cos positions [prefix + grid_height * grid_width, width], float32; the prefix rows are zero.
+
+    As in MAE: the first half of the width encodes the column, the second the row; frequencies 10000^(-2i/width').
+    """
+    if width % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, not {width}")
+    frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(grid_height, dtype=torch.float64), torch.arange(grid_width, dtype=torch.float64), indexing="ij"
+    )
+    halves = []
+    for coordinate in (columns, rows):
+        angles = coordinate.reshape(-1, 1) * frequencies
+        halves += [angles.sin(), angles.cos()]
+    table = torch.cat(halves, dim=1).float()
+    return torch.cat([table.new_zeros(prefix, width), table])

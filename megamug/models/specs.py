@@ -1,0 +1,188 @@
+"""Tables of Megatron ModuleSpecs: `local` (plain torch) and `te` (Transformer Engine, FP8-able).
+
+Both give the same parameters under the same checkpoint names: `local` maps its norms to the names under which
+Transformer Engine keeps them, so a checkpoint does not know which of the two wrote it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.attention import (
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+from megamug.errors import UserError
+from megamug.models import layers
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules that a layer is put together from."""
+
+    norm: type
+    attention: type
+    column_linear: type
+    row_linear: type
+    norm_linear: type | None  # a column-parallel linear with the norm before it folded in
+
+
+def modules(kind: str) -> Modules:
+    """`local` or `te`. Raises UserError where Transformer Engine is asked for and missing."""
+    if kind == "local":
+        return Modules(
+            norm=layers.Norm,
+            attention=layers.LocalAttention,
+            column_linear=layers.LocalColumnParallelLinear,
+            row_linear=layers.LocalRowParallelLinear,
+            norm_linear=None,
+        )
+    assert kind == "te", kind
+    try:
+        from megatron.core.extensions import transformer_engine as te
+
+        assert te.HAVE_TE
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            "precision.layers=te needs Transformer Engine, which is not installed: pip install 'megamug[te]', "
+            "or set precision.layers=local"
+        ) from error
+    return Modules(
+        norm=te.TENorm,
+        attention=te.TEDotProductAttention,
+        column_linear=te.TEColumnParallelLinear,
+        row_linear=te.TERowParallelLinear,
+        norm_linear=te.TELayerNormColumnParallelLinear,
+    )
+
+
+def choose(requested: str) -> tuple[str, str]:
+    """Resolves `precision.layers`: ("local" | "te", reason)."""
+    if requested != "auto":
+        return requested, f"precision.layers={requested}"
+    if not torch.cuda.is_available():
+        return "local", "no CUDA device"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return "local", "Transformer Engine is not installed"
+    return "te", "CUDA device and Transformer Engine found"
+
+
+def transformer_layer(kind: str, config: TransformerConfig, causal: bool, context_width: int | None = None) -> ModuleSpec:
+    """A pre-norm transformer layer: self-attention, cross-attention to a context where `context_width` is given, MLP."""
+    m = modules(kind)
+    fused = m.norm_linear is not None
+    cross = {}
+    if context_width is not None:
+        cross = dict(
+            pre_cross_attn_layernorm=m.norm,
+            cross_attention=ModuleSpec(
+                module=layers.LatentCrossAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=CrossAttentionSubmodules(
+                    linear_q=m.column_linear,
+                    linear_kv=layers.context_linear(m.column_linear, context_width),
+                    core_attention=m.attention,
+                    linear_proj=m.row_linear,
+                ),
+            ),
+            cross_attn_bda=get_bias_dropout_add,
+        )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused else m.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=m.norm_linear or m.column_linear,
+                    core_attention=m.attention,
+                    linear_proj=m.row_linear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fused else m.norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                params={"ffn_hidden_size": config.ffn_hidden_size},
+                submodules=MLPSubmodules(linear_fc1=m.norm_linear or m.column_linear, linear_fc2=m.row_linear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={}
+            if fused
+            else {
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+            **cross,
+        ),
+    )
+
+
+def leave_uninitialised(weight: torch.Tensor) -> None:
+    """Megatron's init_method here: it marks a parallel weight as such and leaves the numbers to `models.init`."""
+
+
+def transformer_config(
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    ffn_width: int,
+    norm_eps: float,
+    dtype: torch.dtype,
+    tensor: int,
+    sequence: bool,
+    recompute: bool,
+    pipeline: int = 1,
+    **more,
+) -> TransformerConfig:
+    """A TransformerConfig with what every stack here shares.
+
+    Parameters are not initialised by Megatron (see `megamug.models.init`); there is no dropout; GELU is the exact one;
+    losses are scaled by us, so Megatron divides by nothing (`calculate_per_token_loss`).
+    """
+    cuda = torch.cuda.is_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a default of its own that Megatron deprecates
+        return TransformerConfig(
+            num_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            ffn_hidden_size=ffn_width,
+            layernorm_epsilon=norm_eps,
+            activation_func=F.gelu,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            pipeline_dtype=dtype,
+            sequence_parallel=sequence,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            init_method=leave_uninitialised,
+            output_layer_init_method=leave_uninitialised,
+            gradient_accumulation_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=cuda,
+            calculate_per_token_loss=True,
+            batch_p2p_comm=cuda,  # gloo mixes up the messages of a ring of two when they are batched
+            recompute_granularity="full" if recompute else None,
+            recompute_method="uniform" if recompute else None,
+            recompute_num_layers=1 if recompute else None,
+            **more,
+        )

@@ -1,0 +1,104 @@
+"""A model as an ordered list of blocks, and the list cut into pipeline stages.
+
+A stage is a contiguous run of blocks. The cut minimises the FLOPs of the heaviest stage, so a 12-layer encoder and an
+8-layer decoder of another width are balanced by their work, not by their layer counts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of the model that a stage boundary may precede.
+
+    `part` and `index` say what it is (`encoder` 3: its fourth layer); `flops` is one sample's forward work.
+    """
+
+    part: str
+    name: str  # embedding | layer | head
+    index: int
+    flops: float
+
+
+def cut(blocks: list[Block], stages: int) -> list[range]:
+    """Splits the blocks into contiguous stages with the smallest possible heaviest stage (dynamic programming).
+
+    Raises ValueError when there are fewer blocks than stages. Ties go to the earliest cut, so every rank finds the same.
+    """
+    count = len(blocks)
+    if stages > count:
+        raise ValueError(f"{count} blocks cannot fill {stages} pipeline stages")
+    before = [0.0]
+    for block in blocks:
+        before.append(before[-1] + block.flops)
+    best = {(0, 0): (0.0, 0)}  # (stages used, blocks used) -> (heaviest stage, where the last one starts)
+    for stage in range(1, stages + 1):
+        for end in range(stage, count - (stages - stage) + 1):
+            options = (
+                (max(best[stage - 1, start][0], before[end] - before[start]), start)
+                for start in range(stage - 1, end)
+                if (stage - 1, start) in best
+            )
+            best[stage, end] = min(options)
+    ranges, end = [], count
+    for stage in range(stages, 0, -1):
+        start = best[stage, end][1]
+        ranges.append(range(start, end))
+        end = start
+    return ranges[::-1]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What one stage hands to the next: named tensors of static shapes, packed into one tensor [1, 1, numbers].
+
+    Megatron's schedules send one 3-D tensor per boundary. Shapes are this rank's (sequence parallelism included).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        return (1, 1, sum(math.prod(shape) for shape in self.shapes.values()))
+
+    def pack(self, carry: dict[str, Tensor]) -> Tensor:
+        assert list(carry) == list(self.shapes), (list(carry), list(self.shapes))
+        for name, tensor in carry.items():
+            assert tuple(tensor.shape) == self.shapes[name], (name, tensor.shape, self.shapes[name])
+        # cat copies even a single tensor: the schedule may free what it has sent.
+        return torch.cat([tensor.reshape(-1) for tensor in carry.values()]).view(self.packed_shape)
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        carry, start = {}, 0
+        flat = packed.reshape(-1)
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            carry[name] = flat[start : start + size].view(shape)
+            start += size
+        return carry
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device)
+
+
+def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
+    """Returns `output`; when backward reaches it, `loss` gets gradient 1, at the stage where it was computed.
+
+    So a loss that stands before the last stage takes part in backward although only `output` is sent on (Megatron
+    treats its auxiliary losses in the same way).
+    """
+    return _AttachLoss.apply(output, loss)

@@ -1,0 +1,199 @@
+"""AdamW under Megatron's optimizers, its schedule, and its state by parameter name.
+
+Megatron has three: plain (fp32), with fp32 main parameters (bf16), and distributed (states sharded over the
+data-parallel ranks). `MainState` shows all three in one way, which is what makes a checkpoint of one loadable by another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from torch import Tensor
+
+from megamug.config import Config, OptimizerConfig, TrainConfig
+from megamug.pipeline import finalise_gradients
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
+    """Rate of step `step` (1, 2, ...): linear warm-up, then half a cosine to `min_learning_rate` at the last step.
+
+    A pure function of the step: nothing of the schedule needs saving. MAE's schedule, per step.
+    """
+    peak, low, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
+    if step <= warmup:
+        return peak * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, train.steps - warmup))
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wrap_model(model: torch.nn.Module, config: Config) -> DistributedDataParallel:
+    """Megatron's gradient buffers and reductions around one stage; gradients are summed in fp32."""
+    parallel = config.parallel
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            average_in_collective=False,  # sums; gloo has no average
+        ),
+        module=model,
+    )
+    model.config.finalize_model_grads_func = finalise_gradients
+    model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+class Optimizer:
+    """AdamW of one rank: rate and decay of the step, gradient norm, clipping, a step that a bad gradient cannot spoil."""
+
+    def __init__(self, config: Config, model: DistributedDataParallel):
+        options = config.optimizer
+        self.options, self.train = options, config.train
+        self.distributed = config.parallel.distributed_optimizer
+        bf16 = config.precision.dtype == "bf16"
+        self.megatron = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=options.learning_rate,
+                min_lr=options.min_learning_rate,
+                weight_decay=options.weight_decay,
+                adam_beta1=options.beta1,
+                adam_beta2=options.beta2,
+                adam_eps=options.eps,
+                clip_grad=options.clip_grad,
+                bf16=bf16,
+                params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                use_distributed_optimizer=self.distributed,
+                overlap_param_gather=config.parallel.overlap_param_gather,
+            ),
+            [model],
+            config_overrides={
+                ParamKey(
+                    predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay)
+                ): {"wd_mult": 0.0}
+            },
+            use_gloo_process_groups=False,
+        )
+        self.parts = [o for o in self.megatron.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]
+        for group in self._groups():
+            if "fused" in group:  # torch's AdamW: one pass over the states instead of one per operation
+                group["fused"], group["foreach"] = True, False
+        self.names = {p: n.removeprefix("module.") for n, p in model.named_parameters()}
+
+    def _groups(self) -> Iterator[dict]:
+        return chain.from_iterable(part.param_groups for part in self.parts)
+
+    def step(self, step: int) -> tuple[bool, float, float]:
+        """One update with the gradients in the buffers: (done, gradient norm before clipping, learning rate).
+
+        A norm that is not finite changes nothing; every rank sees the same norm, so all of them skip.
+        """
+        rate = learning_rate(step, self.options, self.train)
+        for group in self._groups():
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.options.weight_decay * group.get("wd_mult", 1.0)
+        self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(norm):
+            return False, norm, rate
+        if self.options.clip_grad > 0:
+            for part in self.parts:
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, self.options.clip_grad, norm)
+        self.megatron.step_with_ready_grads()
+        return True, norm, rate
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    # ------------------------------------------------------------------------------------------ state by name
+
+    def main_states(self) -> Iterator[MainState]:
+        """Every parameter of this stage that this rank updates, at least in part."""
+        for part in self.parts:
+            torch_optimizer = part.optimizer
+            for parameter, main in _pairs(part):
+                span = None
+                if isinstance(part, DistributedOptimizer):
+                    found = part._get_model_param_range_map(parameter)["param"]
+                    span = (found.start, found.end)
+                yield MainState(self.names[parameter], parameter, main, span, torch_optimizer)
+
+    def restore_step(self, step: int) -> None:
+        """Sets the number of updates done, from which Adam corrects its bias."""
+        for part in self.parts:
+            for group in part.optimizer.param_groups:
+                if "step" in group or not _is_torch(part.optimizer):
+                    group["step"] = step
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    state["step"].fill_(step)
+
+    def updates_done(self) -> int:
+        """Number of updates so far (skipped steps not counted)."""
+        for part in self.parts:
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    return int(group["step"])
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    return int(state["step"])
+        return 0
+
+
+@dataclass
+class MainState:
+    """One parameter's fp32 main value and Adam moments, or this rank's part of them.
+
+    `span` (None: all of it) is the part [start, end) of the flattened parameter that this rank holds.
+    """
+
+    name: str
+    parameter: Tensor  # the model's
+    main: Tensor  # fp32; the parameter itself in the plain optimizer
+    span: tuple[int, int] | None
+    optimizer: torch.optim.Optimizer
+
+    def moment(self, which: str) -> Tensor:
+        """`exp_avg` or `exp_avg_sq`, shaped as `main`; made (zero) where no step was done yet."""
+        state = self.optimizer.state[self.main]
+        if which not in state:
+            if _is_torch(self.optimizer) and "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=self.main.device)
+            for name in MOMENTS:
+                state.setdefault(name, torch.zeros_like(self.main, dtype=torch.float32))
+        return state[which]
+
+
+def _is_torch(optimizer: torch.optim.Optimizer) -> bool:
+    """torch's AdamW counts steps per parameter; Transformer Engine's and apex's count per group."""
+    return isinstance(optimizer, torch.optim.Adam)
+
+
+def _pairs(part) -> Iterator[tuple[Tensor, Tensor]]:
+    """(model parameter, what the optimizer updates) of one Megatron optimizer."""
+    if isinstance(part, DistributedOptimizer):
+        model = chain(part.model_float16_groups, part.model_fp32_groups)
+        main = chain(part.shard_fp32_from_float16_groups, part.shard_fp32_groups)
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        model = chain(part.float16_groups, part.fp32_from_fp32_groups)
+        main = chain(part.fp32_from_float16_groups, part.fp32_from_fp32_groups)
+    else:
+        model = main = [group["params"] for group in part.optimizer.param_groups]
+    for model_group, main_group in zip(model, main, strict=True):
+        yield from zip(model_group, main_group, strict=True)

@@ -1,0 +1,105 @@
+"""Trains a tiny MUG for some steps under a layout and prints one JSON line: losses, gradient norms, gradient hashes.
+
+    python layout_worker.py '{"parallel": {...}, "model": {...}, "steps": 10, "save": DIR, "load": DIR, ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megamug.config import Config
+from megamug.distributed import setup
+
+
+def tiny(options: dict) -> Config:
+    """A MUG small enough for ten steps in a second, whose sizes divide by 2 everywhere."""
+    config = Config()
+    config.model.__dict__.update(
+        patch_size=8, layers=2, width=32, heads=4, ffn_width=64, decoder_layers=3, decoder_width=32, decoder_heads=4,
+        text_unimodal_layers=1, text_multimodal_layers=2, text_width=48, text_heads=4,
+        register_tokens=3, decoder_register_tokens=3, caption_loss_weight=0.3,
+    )
+    config.data.__dict__.update(image_size=32, caption_length=8, global_batch_size=8, micro_batch_size=2)
+    config.optimizer.__dict__.update(learning_rate=2e-3, warmup_steps=3)
+    config.train.steps = 10
+    for section, values in options.items():
+        if isinstance(values, dict):
+            getattr(config, section).__dict__.update(values)
+    return config
+
+
+def sample(index: int, plan):
+    """Pixels, mask and caption of sample `index`: a pure function of it."""
+    from megamug.models.mug import PAD
+
+    g = torch.Generator().manual_seed(1000 + index)
+    size = plan.grid[0] * plan.patch_size
+    image = torch.randint(0, 256, (3, size, size), generator=g, dtype=torch.uint8)
+    order = torch.randperm(plan.patches, generator=g)
+    tokens = torch.randint(1, plan.vocabulary, (plan.caption_length + 1,), generator=g)
+    tokens[int(torch.randint(3, plan.caption_length + 1, (), generator=g)) + 1 :] = PAD
+    return image, order[: plan.visible].sort()[0], order[plan.visible :].sort()[0], tokens
+
+
+def micro_batches(step: int, plan, config: Config, world):
+    from megamug.models.mug import PAD, MugBatch
+
+    count = config.data.global_batch_size
+    samples = [sample(step * count + i, plan) for i in range(count)]
+    totals = {"image": float(count * plan.masked), "caption": float(sum((s[3][1:] != PAD).sum() for s in samples))}
+    mine = samples[world.dp_rank * count // world.dp_size : (world.dp_rank + 1) * count // world.dp_size]
+    size = config.data.micro_batch_size
+    batches = []
+    for start in range(0, len(mine), size):
+        image, visible, masked, tokens = (torch.stack(x) for x in zip(*mine[start : start + size], strict=True))
+        batches.append(MugBatch(visible, masked, image, tokens))
+    return batches, totals
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    config = tiny(options)
+    world = setup.start(config.parallel, config.seed, options.get("vocabulary_stages"))
+    from megamug.checkpoint import state
+    from megamug.models.init import initialise
+    from megamug.models.mug import Mug
+    from megamug.models.mug_plan import MugPlan
+    from megamug.optim import Optimizer, wrap_model
+    from megamug.pipeline import reduce_losses, run_batch
+
+    plan = MugPlan(config, vocabulary=70)
+    plan.place_tensor(world.tp_rank, world.tp_group if world.tp_size > 1 else None)
+    stage = Mug(plan, world.pp_rank)
+    initialise(stage.sharded_state_dict(), config.seed)
+    model = wrap_model(stage, config)
+    optimizer = Optimizer(config, model)
+    first = options.get("first", 0)
+    if options.get("load"):
+        state.load_tensors(stage, optimizer, world, Path(options["load"]), step=first)
+    names = [n for n, used in (("image", plan.paints), ("caption", plan.writes)) if used]
+    records = []
+    for step in range(first, options.get("steps", 10)):
+        batches, totals = micro_batches(step, plan, config, world)
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        sums = run_batch(model, batches, totals, backward=True)
+        losses = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}
+        done, norm, _ = optimizer.step(step + 1)
+        assert done
+        records.append([*(losses[n] / losses[f"{n}_count"] for n in names), norm])
+    if options.get("save"):
+        folder = Path(options["save"])
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        state.save_tensors(state.sharded_state(stage, optimizer, world), folder)
+    blocks = [f"{plan.blocks[run[0]].part}.{plan.blocks[run[0]].name}.{plan.blocks[run[0]].index}" for run in plan.stages]
+    print("RESULT " + json.dumps({"records": records, "stage_starts": blocks, "vocabulary": plan.vocabulary_stages}))
+    setup.stop()
+
+
+if __name__ == "__main__":
+    main()
