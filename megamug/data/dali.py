@@ -7,10 +7,14 @@ one (about 20 ms) at the next call.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from megamug.errors import UserError
+
+if TYPE_CHECKING:  # indexing in many processes does without torch
+    import torch
 
 # What DALI raises where a file does not decode; its own errors derive from RuntimeError, bad arguments are ValueError.
 DECODE_ERRORS = (RuntimeError, ValueError)
@@ -63,7 +67,7 @@ class FullDecoder:
 
 
 class CropDecoder:
-    """Encoded bytes and regions -> uint8 [b, 3, size, size] (RGB): decode the region, resize (cubic, antialiased), flip.
+    """Encoded bytes and regions -> uint8 [b, 3, size, size] (RGB): decode the region, resize (cubic, antialias), flip.
 
     On the CPU, or with `mixed` decoding on the GPU of `device`; the tensor is on `device`.
     """
@@ -103,6 +107,8 @@ class CropDecoder:
 
         Raises one of `DECODE_ERRORS` where any image does not decode.
         """
+        import torch
+
         assert 0 < len(images) <= self.batch_size
         pipeline, self._pipeline = self._pipeline or self._build(), None
         regions = np.asarray(regions, np.int32)

@@ -7,11 +7,11 @@ sample, with the same crop and flip, in every layout.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -140,7 +140,8 @@ class PairLoader:
         self._stop = threading.Event()
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._produce, args=(start,), name="megamug-loader", daemon=True)
-        self.close = weakref.finalize(self, _close, self._stop, self._queue, self._thread)
+        # At exit too, and before DALI's own hook (later registered runs earlier), which wants all pipelines gone.
+        atexit.register(self.close)
         self._thread.start()
 
     def next(self) -> GlobalBatch:
@@ -166,6 +167,14 @@ class PairLoader:
         return self
 
     __next__ = next
+
+    def close(self) -> None:
+        """End the background thread. A loader that is not closed lives until the interpreter exits."""
+        self._stop.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join(timeout=60)
+        atexit.unregister(self.close)
 
     def state(self) -> dict:
         """The cursor of the next batch, for a checkpoint: JSON."""
@@ -304,7 +313,8 @@ class PairLoader:
         if self._failures > self.max_failure_rate * max(self._served, _GRACE):
             raise TooManyFailures(
                 f"{self._failures} samples failed at run time, more than data.max_failure_rate="
-                f"{self.max_failure_rate}; the last is sample {i} of {shard.path} ({reason[:300]}); check the storage, or index the shards again"
+                f"{self.max_failure_rate}; the last is sample {i} of {shard.path} ({reason[:300]}); check the "
+                "storage, or index the shards again"
             )
 
 
@@ -317,11 +327,3 @@ def _put(target: queue.Queue, stop: threading.Event, item: object) -> bool:
         except queue.Full:
             continue
     return False
-
-
-def _close(stop: threading.Event, target: queue.Queue, thread: threading.Thread) -> None:
-    """Ends the background thread; also runs when the interpreter exits."""
-    stop.set()
-    while not target.empty():
-        target.get_nowait()
-    thread.join(timeout=60)

@@ -180,7 +180,7 @@ def feistel_permutation(values: np.ndarray, size: int, key: tuple[int, int]) -> 
 
 
 def _feistel(values: np.ndarray, high_bits: int, low_bits: int, key: tuple[int, int]) -> np.ndarray:
-    # Halves of unequal width keep their places: even rounds change the high half by the low one, odd rounds the reverse.
+    # Halves of unequal width keep their places: even rounds change the high half by the low one, odd ones vice versa.
     high, low = values >> np.uint64(low_bits), values & np.uint64((1 << low_bits) - 1)
     for step in range(8):
         word = key[step % 2] << 32 | key[1 - step % 2]

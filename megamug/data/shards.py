@@ -74,7 +74,9 @@ def index_path(shard: Path) -> Path:
 
 
 def find_index(shard: Path) -> Path | None:
-    return next((path for path in index_candidates(shard) if path.is_file()), None)
+    """The newest index of `shard`, or None: one beside a shard that became read-only may be older than the other."""
+    found = [path for path in index_candidates(shard) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def write_atomically(path: Path, *parts: bytes) -> None:

@@ -48,14 +48,14 @@ def find_shards(path: str | Path) -> list[Path]:
     if Path(text).is_dir():
         shards = sorted(Path(text).glob("*.tar"))
         if not shards:
-            raise UserError(f"{text}: no .tar shards in this folder; python tools/make_shards.py packs images into some")
+            raise UserError(f"{text}: no .tar shards in there; python tools/make_shards.py packs images into some")
         return shards
     if Path(text).is_file():
         return [Path(text)]
     if any(character in text for character in "*?["):
         shards = sorted(Path(match) for match in glob.glob(text, recursive=True) if Path(match).is_file())
         if not shards:
-            raise UserError(f"{text}: the glob matches no file; give a folder of .tar shards, a glob or a list of those")
+            raise UserError(f"{text}: no file matches; give a folder of .tar shards, a glob or a list of those")
         return shards
     raise UserError(f"{text}: no such file or folder; give a folder of .tar shards, a glob or a list of those")
 

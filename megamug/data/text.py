@@ -92,15 +92,18 @@ def iterate_captions(sources: list[Source], limit: int = MAX_TRAINING_CAPTIONS) 
             shard.close()
 
 
-def train_tokenizer(captions: Iterable[str], output: str | Path, vocab_size: int) -> int:
+def train_tokenizer(
+    captions: Iterable[str], output: str | Path, vocab_size: int, *, overwrite: bool = False
+) -> int:
     """Train a unigram model on `captions`, write it to `output` atomically, return its size.
 
     Deterministic: the same captions give the same bytes. Few different words make fewer pieces than asked for.
-    Raises `UserError` where `vocab_size` does not hold the bytes and characters.
+    Raises `UserError` where `vocab_size` does not hold the bytes and characters, and where `output` is another file
+    that `overwrite` does not give up.
     """
     sentencepiece = _sentencepiece()
     if vocab_size < 4 + 256 + 1:
-        raise UserError(f"--vocab-size is {vocab_size}; 4 control tokens, 256 bytes and the characters need 300 or more")
+        raise UserError(f"--vocab-size is {vocab_size}; 4 control tokens, 256 bytes and the characters need 300 or so")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -110,5 +113,11 @@ def train_tokenizer(captions: Iterable[str], output: str | Path, vocab_size: int
         )  # fmt: skip
     except RuntimeError as error:
         raise UserError(f"SentencePiece cannot train a vocabulary of {vocab_size}: {error}") from error
-    write_atomically(Path(output), model.getvalue())
+    output = Path(output)
+    if not overwrite and output.exists() and output.read_bytes() != model.getvalue():
+        raise UserError(
+            f"{output} is there already and differs from what was trained now; checkpoints depend on their "
+            "tokenizer: give another --output, or --overwrite"
+        )
+    write_atomically(output, model.getvalue())
     return Tokenizer(output).vocab_size

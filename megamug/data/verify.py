@@ -48,6 +48,9 @@ class Limits:
     json_bytes: int = 1 << 20  # of a whole .json member
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass
 class ShardReport:
     """What became of one shard."""
@@ -68,7 +71,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def index_shard(path: Path, limits: Limits = Limits()) -> ShardReport:
+def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:
     """Bring the index of one shard up to date: nothing where size and time agree, a hash where only the time differs.
 
     Raises `UserError` where the shard cannot be read or the index cannot be written.

@@ -1,0 +1,62 @@
+"""Index many shards: in parallel, in a repeatable order, saying what was quarantined and why."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from megamug.data.dali import load_dali
+from megamug.data.shards import write_atomically
+from megamug.data.sources import find_shards
+from megamug.data.tooling import Progress, default_processes, parallel_map
+from megamug.data.verify import DEFAULT_LIMITS, Limits, ShardReport, index_shard
+from megamug.errors import UserError
+
+
+def index_paths(
+    paths: list[str | Path], *, limits: Limits = DEFAULT_LIMITS, processes: int | None = None
+) -> list[ShardReport]:
+    """Index every shard that `paths` (folders, globs, tar files) name; those that are up to date cost a stat.
+
+    Idempotent, and safe to repeat after an interruption. Reports come in the order of the shards. Raises `UserError`.
+    """
+    load_dali()  # its absence is told once, not by each process
+    shards = list(dict.fromkeys(shard for path in paths for shard in find_shards(path)))
+    for shard in shards:
+        if shard.suffix != ".tar":
+            raise UserError(f"{shard}: not a .tar shard; tools/make_shards.py packs images and captions into shards")
+    progress = Progress("shards", len(shards))
+    reports = {}
+    work = functools.partial(index_shard, limits=limits)
+    for shard, report in parallel_map(work, shards, processes or default_processes()):
+        reports[shard] = report
+        progress.update(note=f"{sum(len(r.quarantine) for r in reports.values())} quarantined")
+    return [reports[shard] for shard in shards]
+
+
+def write_quarantine(path: Path, reports: list[ShardReport]) -> None:
+    """The quarantine list as JSON lines: shard, key, member, reason."""
+    lines = [json.dumps({"shard": report.shard, **entry}) + "\n" for report in reports for entry in report.quarantine]
+    write_atomically(path, "".join(lines).encode())
+
+
+def summary(reports: list[ShardReport], shown: int = 20) -> str:
+    """What a person wants to know: counts, the first quarantined members, what was left out."""
+    samples = sum(report.samples for report in reports)
+    quarantine = [(report.shard, entry) for report in reports for entry in report.quarantine]
+    actions = [report.action for report in reports]
+    counts = ", ".join(f"{actions.count(action)} {action}" for action in dict.fromkeys(actions))
+    lines = [f"{len(reports)} shards ({counts}): {samples:,} samples, {len(quarantine):,} quarantined"]
+    for shard, entry in quarantine[:shown]:
+        lines.append(f"  {shard}: {entry['member'] or entry['key'] or 'shard'}: {entry['reason']}")
+    if len(quarantine) > shown:
+        lines.append(f"  and {len(quarantine) - shown:,} more; --quarantine FILE writes them all")
+    ignored: dict[str, int] = {}
+    for report in reports:
+        for extension, count in report.ignored.items():
+            ignored[extension] = ignored.get(extension, 0) + count
+    if ignored:
+        kinds = ", ".join(f"{count:,} .{extension}" for extension, count in sorted(ignored.items()))
+        lines.append(f"  members of other kinds, not used: {kinds}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""What the command-line tools for data share: progress, spawned workers, errors as one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from megamug.errors import UserError
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a tool: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, run the same command to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every few seconds and one at the end."""
+
+    def __init__(self, label: str, total: int, every_seconds: float = 5.0) -> None:
+        self.label, self.total, self.every, self.done = label, total, every_seconds, 0
+        self._started = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def update(self, amount: int = 1, note: str = "") -> None:
+        self.done += amount
+        now = time.monotonic()
+        last = self.done >= self.total
+        if not last and now - self._shown < (0.1 if self._terminal else self.every):
+            return
+        self._shown = now
+        elapsed = now - self._started
+        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
+        text = f"{self.label} {self.done}/{self.total} | {elapsed:.0f} s, {left:.0f} s left" + (note and f" | {note}")
+        if self._terminal:
+            filled = 30 * self.done // max(self.total, 1)
+            text = f"\r[{'#' * filled}{'.' * (30 - filled)}] {text}\x1b[K"
+        print(text, file=sys.stderr, end="" if self._terminal and not last else "\n", flush=True)
+
+
+def default_processes() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def parallel_map(function: Callable, items: Iterable, processes: int) -> Iterator[tuple[object, object]]:
+    """(item, function(item)) as they finish, in spawned processes; in this one where one is enough.
+
+    Few items are in flight at a time, so a million of them cost no memory. Raises what `function` raises, and
+    `RuntimeError` naming the items in flight where a process died (a decoder crashed, or memory ran out).
+    """
+    items = list(items)
+    if min(processes, len(items)) <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+    waiting = iter(items)
+    with ProcessPoolExecutor(min(processes, len(items)), mp_context=get_context("spawn")) as pool:
+        running = {}
+        try:
+            while True:
+                while len(running) < 2 * processes and (item := next(waiting, None)) is not None:
+                    running[pool.submit(function, item)] = item
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    yield running.pop(future), result
+        except BrokenProcessPool as error:
+            names = ", ".join(str(item) for item in running.values())
+            raise RuntimeError(f"a worker process died (crash or out of memory) while at work on: {names}") from error
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
