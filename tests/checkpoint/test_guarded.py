@@ -1,6 +1,6 @@
 """Hostile pickles in every place of a checkpoint where there can be one: refused by name, and not run.
 
-The places are poisoned in checkpoints that `dist_checkpointing.save` wrote; each is loaded with the guard and without it.
+The places are poisoned in checkpoints that `dist_checkpointing.save` wrote; each is loaded with the guard and without.
 A pickle that is run makes a folder (the canary). Loading needs a process group, and the writer starts its
 helper by spawn, so this file is also the script that does both: `python test_guarded.py FOLDER` writes `results.json`.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megamug.checkpoint.guarded import UntrustedCheckpoint, guarded_loading
 from megamug.errors import UserError
@@ -241,6 +242,12 @@ def test_a_swallowed_refusal_comes_up_and_the_guard_nests(tmp_path):
     assert not (tmp_path / "canary").exists()
     with guarded_loading():  # and does not stay
         assert pickle.loads(pickle.dumps({"a": [1, (2, "b")]})) == {"a": [1, (2, "b")]}
+
+
+def test_a_refusal_on_another_rank_comes_up():
+    failure = pickle.loads(pickle.dumps(UntrustedCheckpoint("refused on rank 1")))  # as torch gathers it
+    with pytest.raises(UntrustedCheckpoint, match="on rank 1"), guarded_loading():
+        raise CheckpointException("load", {1: (failure, None)})
 
 
 def test_other_errors_pass_through():
