@@ -1,0 +1,175 @@
+"""Stopping on request, skipping bad steps, and ending a run that hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request to stop after the current step, on all ranks at the same one.
+
+    A context manager, entered in the main thread:
+
+        with StopRequest() as stop:
+            for step in ...:
+                train_step()
+                if stop.agreed(cpu_group):
+                    save(); break
+
+    Schedulers warn before they kill (SLURM: `--signal=USR1@300`; torchrun hands on SIGTERM and waits 30 s). Signals
+    that come while the run is already stopping are ignored with a line.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.requested = False  # by a signal to this process
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, _frame) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            line = f"{name}: already stopping; a checkpoint is being written, please wait\n"
+        else:
+            line = f"{name}: stopping after this step, with a checkpoint\n"
+        self.requested = True
+        os.write(sys.__stderr__.fileno(), line.encode())  # not logging: the handler may interrupt a write to the log
+
+    def agreed(self, group: torch.distributed.ProcessGroup | None = None) -> bool:
+        """Whether any rank of `group` was asked to stop. A collective: every rank calls it once a step.
+
+        Use a gloo group: with NCCL the answer would wait for all work queued on the GPU. One process needs no group.
+        """
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
+            return self.requested
+        on_gpu = torch.distributed.get_backend(group) == "nccl"
+        flag = torch.tensor([int(self.requested)], dtype=torch.int32, device="cuda" if on_gpu else "cpu")
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
+        return bool(flag.item())
+
+
+class TooManyBadSteps(RuntimeError):
+    """Loss or gradient norm was not finite for too many steps in a row."""
+
+
+class BadStepGuard:
+    """Skips a step whose loss or gradient norm is not finite, and ends the run after `limit` of them in a row.
+
+    All ranks decide alike, without a collective, because they are given the same, already reduced values.
+    """
+
+    def __init__(self, limit: int = 10):
+        assert limit >= 1, f"limit={limit}"
+        self.limit = limit
+        self.in_a_row = 0
+        self.skipped = 0  # since the start of this process
+
+    def is_bad(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether the optimizer must not apply this step. Raises TooManyBadSteps at the `limit`-th bad step in a row.
+
+        Args:
+            loss: summed over micro-batches and data-parallel ranks and known to all ranks (all pipeline stages, too).
+            grad_norm: of the whole model, before clipping.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        self.skipped += 1
+        logger.warning(
+            "step %d skipped: loss %s, gradient norm %s (%d of at most %d in a row)",
+            step, loss, grad_norm, self.in_a_row, self.limit,
+        )  # fmt: skip
+        if self.in_a_row >= self.limit:
+            raise TooManyBadSteps(
+                f"loss or gradient norm was not finite in {self.limit} steps in a row, the last being step {step} "
+                f"(loss {loss}, gradient norm {grad_norm}). The parameters are those of step {step - self.limit}. "
+                "Lower optimizer.learning_rate or lengthen optimizer.warmup_steps and resume from the latest checkpoint"
+            )
+        return True
+
+
+class Watchdog:
+    """Ends the process, with the stacks of all its threads in the log, if nobody calls `beat` for `limit_seconds`.
+
+    A rank that waits in a collective for a rank that died waits for ever, unless somebody ends it. A context manager;
+    exit code 1. Works while the main thread hangs in a collective or in C code; if that code holds the GIL, the
+    watchdog's own thread cannot run either, and faulthandler's timer, which needs no GIL, does the same a little later.
+
+    Args:
+        limit_seconds: must exceed the longest step, validation interval or save between two beats.
+        log_path: file that the stacks are appended to (they also go to stderr).
+    """
+
+    EXIT_CODE = 1
+
+    def __init__(self, limit_seconds: float, log_path: str | Path):
+        assert limit_seconds > 0, f"limit_seconds={limit_seconds}"
+        self.limit = limit_seconds
+        self.period = min(1.0, limit_seconds / 4)
+        self.log_path = Path(log_path)
+        self._stopped = threading.Event()
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self._log = open(self.log_path, "a", encoding="utf-8")
+        self._stopped.clear()
+        self.beat()
+        self._arm_timer()
+        self._thread = threading.Thread(target=self._watch, name="megamug-watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stopped.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._log.close()
+
+    def beat(self) -> None:
+        """Say that the process gets on. Cheap; call it at least once a step."""
+        self._last = time.monotonic()
+
+    def _arm_timer(self) -> None:
+        # exit=True ends the process by _exit(1)
+        faulthandler.dump_traceback_later(self.limit + 4 * self.period, exit=True, file=self._log)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self.period):
+            silent = time.monotonic() - self._last
+            if silent > self.limit:
+                self._end(silent)
+            self._arm_timer()
+
+    def _end(self, silent: float) -> None:
+        line = (
+            f"watchdog: no step was finished for {silent:.0f} s (limit {self.limit:.0f} s); ending this process with "
+            f"exit code {self.EXIT_CODE}. Stacks of all threads, also in {self.log_path}:\n"
+        )
+        for file in (self._log, sys.__stderr__):
+            file.write(line)
+            file.flush()
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        os._exit(self.EXIT_CODE)

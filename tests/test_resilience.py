@@ -1,0 +1,126 @@
+"""Signals, bad steps and hangs: what one rank meets, all decide alike, and nothing waits for ever."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from megamug.resilience import BadStepGuard, StopRequest, TooManyBadSteps, Watchdog
+
+
+def run(script: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_sets_the_flag_and_a_second_is_ignored(number, capfd):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested and not stop.agreed()
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)  # would end the process
+        assert stop.agreed()
+    assert signal.getsignal(number) is before
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith(f"{number.name}: stopping") and lines[1].startswith("SIGTERM: already stopping")
+
+
+def stopping_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    with StopRequest() as stop:
+        for step in range(1, 100):
+            if rank == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if stop.agreed(torch.distributed.group.WORLD):
+                break
+    with open(f"{folder}/rank-{rank}", "w") as file:
+        file.write(f"{step} {stop.requested}")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_stop_at_the_same_step(tmp_path):
+    torch.multiprocessing.spawn(stopping_rank, (str(tmp_path),), nprocs=3)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)] == ["5 False", "5 True", "5 False"]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_bad_steps_are_skipped(caplog):
+    guard = BadStepGuard(limit=3)
+    steps = [(1.0, 1.0), (NAN, 1.0), (1.0, INF), (1.0, 1.0), (-INF, NAN), (2.0, 1.0)]
+    with caplog.at_level(logging.WARNING):
+        bad = [guard.is_bad(step, *values) for step, values in enumerate(steps, start=1)]
+    assert bad == [False, True, True, False, True, False]
+    assert guard.skipped == 3 and guard.in_a_row == 0
+    assert "step 2 skipped: loss nan" in caplog.text and "gradient norm inf" in caplog.text
+
+
+def test_too_many_in_a_row_end_the_run():
+    guard = BadStepGuard(limit=3)
+    guard.is_bad(10, NAN, 1.0)
+    guard.is_bad(11, NAN, 1.0)
+    with pytest.raises(TooManyBadSteps, match=r"3 steps in a row.*step 12 .*loss nan.*those of step 9.*learning_rate"):
+        guard.is_bad(12, NAN, 1.0)
+
+
+HANGING = {
+    "sleep": "def hang():\n    time.sleep(60)",
+    # gloo: rank 0 of two waits for a rank that never comes to the barrier
+    "collective": """
+def hang():
+    import threading, torch.distributed as dist
+    store = dist.HashStore()
+    def other():
+        group = dist.distributed_c10d.ProcessGroupGloo(store, 1, 2)
+        time.sleep(60)
+    threading.Thread(target=other, daemon=True).start()
+    group = dist.distributed_c10d.ProcessGroupGloo(store, 0, 2)
+    group.barrier().wait()
+""",
+    # a C call that keeps the GIL, so that no other Python thread runs
+    "GIL": "def hang():\n    import ctypes\n    ctypes.PyDLL(None).sleep(60)",
+}
+WATCHED = """
+import sys, time
+from megamug.resilience import Watchdog
+{hang}
+with Watchdog(1.0, sys.argv[1]) as watchdog:
+    for _ in range(8):  # longer than the limit, but alive
+        time.sleep(0.25)
+        watchdog.beat()
+    print("alive", flush=True)
+    hang()
+print("not reached")
+"""
+
+
+@pytest.mark.parametrize("kind", HANGING)
+def test_watchdog_ends_a_hanging_process_and_prints_its_stacks(tmp_path, kind):
+    log = tmp_path / "rank-0.log"
+    start = time.monotonic()
+    result = run(WATCHED.format(hang=HANGING[kind]), str(log))
+    assert time.monotonic() - start < 40, "it slept to its end"
+    assert result.returncode == 1 and result.stdout == "alive\n", result
+    stacks = log.read_text()
+    assert "in hang" in stacks
+    if kind != "GIL":
+        assert "watchdog: no step was finished for" in stacks
+        assert "in hang" in result.stderr and str(log) in result.stderr
+
+
+def test_watchdog_leaves_a_living_process_alone(tmp_path):
+    with Watchdog(0.5, tmp_path / "log") as watchdog:
+        for _ in range(6):
+            time.sleep(0.15)
+            watchdog.beat()
+    time.sleep(0.8)  # left: nothing is due any more
+    assert (tmp_path / "log").read_text() == ""
