@@ -1,0 +1,239 @@
+"""The command line.
+
+    megamug train CONFIG.yaml [section.key=value ...] [--dry-run]
+    torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
+    megamug evaluate RUN --task reconstruction|captioning
+    megamug generate RUN --images PATH...
+    megamug doctor
+
+Exit codes: 0 finished; 2 the user's mistake, told in one sentence before any process group exists; 3 stopped on request
+with a checkpoint saved; 1 failure. Checks come before torch is imported wherever they can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import megamug
+from megamug import validate
+from megamug.config import Config, load_config, resolve
+from megamug.errors import UserError
+
+TASKS = ("reconstruction", "captioning")
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; `argv` without the program's name."""
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+        return arguments.run(arguments)
+    except UserError as error:
+        _tell(f"megamug: error: {error}")
+        return EXIT_USER_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are sentences, not usage texts, and exit as every other mistake of the user does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser("megamug", description=megamug.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"megamug {megamug.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    train = commands.add_parser("train", help="train, or go on from the newest complete checkpoint", allow_abbrev=False)
+    train.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    train.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="win over the file")
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the layout, train nothing")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a trained model on held-out data", allow_abbrev=False)
+    _add_run(evaluate)
+    evaluate.add_argument("--task", choices=TASKS, required=True)
+    evaluate.add_argument("--samples", type=int, metavar="N", help="pairs at most (default: data.validation_samples)")
+    evaluate.add_argument("--data", metavar="PATH", help="shards (default: data.validation of the run)")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="repaint and caption pictures", allow_abbrev=False)
+    _add_run(generate)
+    generate.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders")
+    generate.add_argument("--mask-ratio", type=float, metavar="R", help="share of hidden patches (default: the run's)")
+    generate.add_argument("--top-p", type=float, metavar="P", help="sample captions from the top P of probability")
+    generate.add_argument("--temperature", type=float, metavar="T", default=1.0, help="of sampling (default: 1)")
+    generate.set_defaults(run=_generate)
+
+    doctor = commands.add_parser("doctor", help="what of this machine and its packages can be used", allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no positionals behind an option: `train CONFIG.yaml --dry-run train.steps=5`
+    late = [word for word in rest if "=" in word and not word.startswith("-")] if arguments.run is _train else []
+    if len(late) < len(rest):
+        unknown = next(word for word in rest if word not in late)
+        parser.error(f"unrecognised argument {unknown}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
+    return arguments
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run folder (run_dir of its configuration)")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest complete one")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures and figures go (default: in RUN)")
+
+
+def world_size() -> int:
+    """Processes of this run, from WORLD_SIZE as torchrun sets it; one without. Raises UserError for nonsense."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE is {text!r}, not a number of processes; start with torchrun, or unset WORLD_SIZE")
+    rank = os.environ.get("RANK")
+    if rank is None and int(text) > 1:
+        raise UserError(f"WORLD_SIZE is {text} but RANK is not set; start with torchrun, or unset WORLD_SIZE")
+    if rank is not None and not (rank.isdecimal() and int(rank) < int(text)):
+        raise UserError(f"RANK is {rank!r} but WORLD_SIZE is {text}; start with torchrun, or unset RANK and WORLD_SIZE")
+    return int(text)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    size = world_size()
+    config = resolve(load_config(arguments.config, arguments.overrides))
+    validate.validate(config, size)
+    if arguments.dry_run:
+        if _speaks():
+            print(layout_text(config, size))
+        return 0
+    from megamug import trainer
+
+    return trainer.train(config)
+
+
+def layout_text(config: Config, size: int) -> str:
+    """What `--dry-run` prints: the run in a few lines. `config` is resolved and valid on `size` processes."""
+    model, parallel, data = config.model, config.parallel, config.data
+    ranks = validate.data_parallel(config, size)
+    micro_batches = data.global_batch_size // (data.micro_batch_size * ranks)
+    lines = [
+        f"run        {config.run_dir}: {config.train.steps} steps of {data.global_batch_size} pairs",
+        f"processes  {size} = tensor({parallel.tensor}) x pipeline({parallel.pipeline}) x data({ranks})"
+        + (", sequence parallel" if parallel.sequence else "")
+        + (", distributed optimizer" if parallel.distributed_optimizer else ""),
+        f"batch      {data.global_batch_size} = micro-batch({data.micro_batch_size}) x {micro_batches} micro-batches"
+        f" x data({ranks})",
+        f"encoder    {model.layers} layers of {model.width}, {model.heads} heads;"
+        f" {validate.visible_tokens(config)} tokens ({validate.visible_patches(config)} of"
+        f" {validate.patch_count(config)} patches visible)",
+    ]
+    if model.image_loss_weight > 0:
+        lines.append(f"image      {model.decoder_layers} layers of {model.decoder_width}, {model.decoder_heads} heads;"
+                     f" {validate.decoder_tokens(config)} tokens; loss weight {model.image_loss_weight:g}")
+    if model.caption_loss_weight > 0:
+        lines.append(f"text       {model.text_unimodal_layers} + {model.text_multimodal_layers} layers of"
+                     f" {model.text_width}, {model.text_heads} heads; {data.caption_length} tokens;"
+                     f" loss weight {model.caption_loss_weight:g}")
+    lines.append(f"precision  {config.precision.dtype}, fp8 {config.precision.fp8}, layers {config.precision.layers}")
+    return "\n".join(lines)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    _check_run(arguments)
+    if arguments.samples is not None and arguments.samples < 1:
+        raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
+    config = load_config(arguments.run_dir / "config.yaml")
+    if arguments.data is None and config.data.validation is None:
+        raise UserError(f"{arguments.run_dir} was trained without data.validation; name held-out shards with --data")
+    weight = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}[arguments.task]
+    if getattr(config.model, weight) == 0:
+        raise UserError(f"--task {arguments.task}: {arguments.run_dir} was trained with model.{weight}=0, so it has no"
+                        f" such decoder; choose another task")
+    if arguments.data is not None:
+        from megamug.data.sources import resolve_sources
+
+        try:
+            resolve_sources(arguments.data)
+        except UserError as error:
+            raise UserError(f"--data: {error}") from None
+    from megamug import evaluate
+
+    figures = evaluate.run_task(
+        arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=arguments.data,
+        output=arguments.output,
+    )
+    if _speaks():
+        print(json.dumps(figures, indent=2, default=str))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    _check_run(arguments)
+    for path in arguments.images:
+        if not path.exists():
+            raise UserError(f"--images: {path} does not exist")
+    for option, value, allowed, wanted in (
+        ("--mask-ratio", arguments.mask_ratio, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        ("--top-p", arguments.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        ("--temperature", arguments.temperature, lambda x: 0 < x < float("inf"), "above 0"),
+    ):
+        if value is not None and not allowed(value):
+            raise UserError(f"{option} is {value:g}; it must be {wanted}")
+    from megamug import generate
+
+    figures = generate.generate_from_images(
+        arguments.run_dir, arguments.images, mask_ratio=arguments.mask_ratio, top_p=arguments.top_p,
+        temperature=arguments.temperature, output=arguments.output, step=arguments.checkpoint,
+    )
+    if _speaks():
+        print(json.dumps(figures, indent=2, default=str))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megamug import doctor
+
+    return doctor.run(as_json=arguments.json)
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """RUN is a run folder with a checkpoint (that of --checkpoint), and --output can be a folder."""
+    run, step = arguments.run_dir, arguments.checkpoint
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {run} (looked in {Path.cwd()}); give run_dir of the configuration")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml; give run_dir of the configuration")
+    names = [path.name for path in run.glob("checkpoints/step-*") if path.is_dir()]
+    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
+    if not steps:
+        raise UserError(f"{run} has no checkpoint yet; train first: megamug train {run / 'config.yaml'}")
+    if step is not None and step not in steps:
+        nearest = min(steps, key=lambda there: abs(there - step))
+        raise UserError(f"{run} has no checkpoint of step {step}; the nearest is --checkpoint {nearest}")
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"--output: {arguments.output} is a file; name a folder")
+
+
+def _speaks() -> bool:
+    """Whether this process prints what all of them know: rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tell(message: str) -> None:
+    """One line on stderr, from one process of a machine: a path that is missing on one machine is seen only there.
+
+    Once process groups exist, every process that finds a mistake says so: the others may not have found it.
+    """
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    distributed = sys.modules.get("torch.distributed")
+    if local_rank == "0" or distributed is not None and distributed.is_available() and distributed.is_initialized():
+        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
