@@ -98,25 +98,25 @@ class Optimizer:
     def _groups(self) -> Iterator[dict]:
         return chain.from_iterable(part.param_groups for part in self.parts)
 
-    def step(self, step: int) -> tuple[bool, float, float]:
-        """One update with the gradients in the buffers: (done, gradient norm before clipping, learning rate).
+    def prepare(self, step: int) -> tuple[float, float]:
+        """Sets rate and decay of update `step`; (gradient norm before clipping, learning rate). Changes no parameter.
 
-        A norm that is not finite changes nothing; every rank sees the same norm, so all of them skip.
+        The norm is that of the whole model, the same on every rank.
         """
         rate = learning_rate(step, self.options, self.train)
         for group in self._groups():
             group["lr"] = rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.options.weight_decay * group.get("wd_mult", 1.0)
         self.megatron.prepare_grads()
-        norm = float(self.megatron.get_grad_norm())
-        if not math.isfinite(norm):
-            return False, norm, rate
+        return float(self.megatron.get_grad_norm()), rate
+
+    def apply(self, norm: float) -> None:
+        """Clips to `clip_grad` by the given norm and updates the parameters."""
         if self.options.clip_grad > 0:
             for part in self.parts:
                 if parameters := part.get_parameters():
                     clip_grad_by_total_norm_fp32(parameters, self.options.clip_grad, norm)
         self.megatron.step_with_ready_grads()
-        return True, norm, rate
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()

@@ -95,3 +95,9 @@ class MugTask:
     def flops_per_sample(self) -> float:
         """Model FLOPs of one training pair: forward, and twice that for backward (recomputation is not counted)."""
         return 3 * self.plan.forward_flops
+
+    def losses_reason(self) -> str:
+        """Which implementation of the losses runs, and why."""
+        from megamug.losses import ops
+
+        return ops.status()[1]

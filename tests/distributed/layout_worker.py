@@ -88,8 +88,8 @@ def main() -> None:
         optimizer.zero_grad()
         sums = run_batch(model, batches, totals, backward=True)
         losses = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}
-        done, norm, _ = optimizer.step(step + 1)
-        assert done
+        norm, _ = optimizer.prepare(step + 1)
+        optimizer.apply(norm)
         records.append([*(losses[n] / losses[f"{n}_count"] for n in names), norm])
     if options.get("save"):
         folder = Path(options["save"])

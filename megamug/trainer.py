@@ -1,0 +1,238 @@
+"""Training: build, resume, then step, validate, save and log until the last step or a request to stop.
+
+    megamug train CONFIG.yaml section.key=value
+    torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from megamug.checkpoint.store import CheckpointStore
+from megamug.config import Config, save_config
+from megamug.distributed import cpu_backend, setup
+from megamug.errors import UserError
+from megamug.resilience import BadStepGuard, StopRequest, Watchdog
+from megamug.telemetry.metrics import MetricsLogger, setup_logging
+from megamug.telemetry.peaks import peak_flops
+
+logger = logging.getLogger(__name__)
+
+FINISHED, STOPPED = 0, 3
+
+
+def train(config: Config) -> int:
+    """Runs `config` (resolved, validated). Returns the exit code: 0 finished, 3 stopped on request and saved."""
+    cpu_backend.apply()
+    from megamug.models.mug_task import MugTask
+
+    task = MugTask(config)
+    store = CheckpointStore(config.run_dir, config.checkpoint.keep)
+    _check_resumable(config, task, store)  # before any process group exists
+    world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
+    log_path = setup_logging(config.run_dir, world.rank)
+    try:
+        with StopRequest() as stop, Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
+            return Trainer(config, task, store, world, stop, watchdog).run()
+    except Exception:
+        logger.exception("the run ends with an error")
+        raise
+    finally:
+        setup.stop()
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, config: Config, task, store: CheckpointStore, world, stop: StopRequest, watchdog: Watchdog):
+        from megamug.checkpoint import saver, state
+        from megamug.optim import Optimizer, wrap_model
+
+        self.config, self.task, self.world, self.stop, self.watchdog = config, task, world, stop, watchdog
+        if world.is_first:
+            save_config(config)
+        task.join(world)
+        self.stage = task.build(world)
+        self.model = wrap_model(self.stage, config)
+        self.optimizer = Optimizer(config, self.model)
+        self.saver = saver.Saver(store, world, config.checkpoint.asynchronous)
+        self.guard = BadStepGuard()
+        self._say_hello()
+        self.step, cursor = 0, None
+        found = saver.find(store, world)
+        if found is not None:
+            self.step, path, reason = found
+            contents = saver.read_state(path)
+            cursor, updates = contents["cursor"], contents["updates"]
+            state.load_tensors(self.stage, self.optimizer, world, path / "model", updates)
+            logger.info("resuming after step %d from %s (%s)", self.step, path, reason)
+        self.loader = task.loader(world, train=True, state=cursor)
+        self.metrics = MetricsLogger(
+            config.run_dir,
+            log_every=config.log.every,
+            tensorboard=config.log.tensorboard,
+            is_writer=world.is_first,
+            total_steps=config.train.steps,
+            world_size=world.size,
+            samples_per_step=config.data.global_batch_size,
+            flops_per_sample=task.flops_per_sample,
+            peak_flops=_peak(config, world),
+            resume_step=self.step,
+        )
+
+    def run(self) -> int:
+        config, last = self.config, self.config.train.steps
+        saved = self.step
+        stopped = False
+        try:
+            self.metrics.restart_clock()
+            while self.step < last and not stopped:
+                self.step += 1
+                stopped = self._train_step()
+                self.watchdog.beat()
+                self.saver.poll()
+                done = self.step == last
+                if done or _due(self.step, config.train.validate_every):
+                    with self.metrics.paused():
+                        self._validate(pictures=done or _due(self.step, config.train.pictures_every))
+                if done or stopped or _due(self.step, config.checkpoint.every):
+                    with self.metrics.paused():
+                        self._save()
+                    saved = self.step
+            self.saver.close()
+        finally:
+            self.loader.close()
+            self.metrics.close()
+        if stopped and self.step < last:
+            logger.info("stopped on request after step %d; start the same command again to go on", saved)
+            return STOPPED
+        logger.info("finished: step %d of %d, run folder %s", self.step, last, config.run_dir)
+        return FINISHED
+
+    def _train_step(self) -> bool:
+        """One optimizer step over the global batch. Returns whether to stop after it."""
+        from megamug.pipeline import reduce_losses, run_batch
+
+        pairs = self.loader.next()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = [self.task.batch(micro) for micro in pairs.micro_batches]
+        totals = self.task.totals(pairs, batches, self.world)
+        sums = run_batch(self.model, batches, totals, backward=True)
+        losses = self._losses(reduce_losses(sums, self.task.loss_names, self.world))
+        norm, rate = self.optimizer.prepare(self.step)
+        stop = self.stop.agreed()
+        if not self.guard.is_bad(self.step, losses["loss"], norm):
+            self.optimizer.apply(norm)
+        self.metrics.record(self.step, {
+            **losses, "grad_norm": norm, "learning_rate": rate, "samples_seen": pairs.samples,
+            "data_seconds": pairs.wait_seconds,
+        })  # fmt: skip
+        return stop
+
+    def _losses(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The weighted loss and its parts, from global sums and counts."""
+        keys, values = list(sums), torch.stack(list(sums.values())).tolist()  # the one wait for the device
+        sums = dict(zip(keys, values, strict=True))
+        parts = {name: sums[name] / max(sums[f"{name}_count"], 1.0) for name in self.task.loss_names}
+        weighted = sum(self.task.plan.loss_weights[name] * value for name, value in parts.items())
+        return {"loss": weighted, **{f"{name}_loss": value for name, value in parts.items()}}
+
+    def _validate(self, pictures: bool) -> None:
+        if self.config.data.validation is None:
+            return
+        from megamug.pipeline import reduce_losses, run_batch
+
+        started, gathered = time.perf_counter(), {}
+        loader = self.task.loader(self.world, train=False, max_samples=self.config.data.validation_samples)
+        self.stage.eval()
+        try:
+            with torch.no_grad():
+                for pairs in loader:
+                    batches = [self.task.batch(micro) for micro in pairs.micro_batches]
+                    totals = dict.fromkeys(self.task.plan.loss_weights, 1.0)
+                    for name, values in run_batch(self.model, batches, totals, backward=False).items():
+                        gathered.setdefault(name, []).extend(values)
+                    self.watchdog.beat()
+        finally:
+            self.stage.train()
+            loader.close()
+        losses = self._losses(reduce_losses(gathered, self.task.loss_names, self.world))
+        seconds = time.perf_counter() - started
+        self.metrics.validation(self.step, {**losses, "samples": loader.total_samples, "seconds": seconds})
+        if pictures:
+            picture = self.task.picture(self.stage, self.world, Path(self.config.run_dir), self.step)
+            if picture is not None:
+                self.metrics.picture(self.step, picture)
+
+    def _save(self) -> None:
+        self.saver.save(self.step, self.stage, self.optimizer, {
+            "step": self.step,
+            "updates": self.optimizer.updates_done(),
+            "cursor": self.loader.state(),
+            "identity": _identity(self.config, self.task),
+        })  # fmt: skip
+        self.watchdog.beat()
+
+    def _say_hello(self) -> None:
+        world, plan = self.world, self.task.plan
+        count = torch.tensor(float(sum(p.numel() for p in self.stage.parameters())))
+        logger.info(
+            "%d process(es): tensor %d%s x pipeline %d x data %d; %s",
+            world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", world.pp_size,
+            world.dp_size, world.reason,
+        )  # fmt: skip
+        logger.info("layers: %s (%s); losses: %s", self.task.spec, self.task.spec_reason, self.task.losses_reason())
+        logger.info(
+            "this rank holds %.2f M parameters; %.2f GFLOP a training pair", count / 1e6, self.task.flops_per_sample / 1e9
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _peak(config: Config, world) -> float | None:
+    if world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device), "bf16" if config.precision.fp8 == "none" else "fp8")
+
+
+def _identity(config: Config, task) -> dict:
+    """What must be the same when a run goes on: the model's shapes, the arithmetic, the seed. The layout is not in it."""
+    model = {k: v for k, v in vars(config.model).items() if k not in ("preset",)}
+    weights = ("image_loss_weight", "caption_loss_weight")
+    model.update({k: getattr(config.model, k) > 0 for k in weights})  # the value may change, not the decoder's presence
+    data = {k: getattr(config.data, k) for k in ("image_size", "caption_length")}
+    return {"model": model, "data": data, "vocabulary": task.vocabulary, "dtype": config.precision.dtype,
+            "seed": config.seed}  # fmt: skip
+
+
+def _check_resumable(config: Config, task, store: CheckpointStore) -> None:
+    """Raises UserError where the run folder's newest checkpoint is of another model, arithmetic or seed."""
+    from megamug.checkpoint.saver import STATE, read_state
+
+    pointer = store.root / "latest"
+    name = pointer.read_text().strip() if pointer.is_file() else ""
+    if not name or not (store.root / name / STATE).is_file():
+        return
+    try:
+        before = read_state(store.root / name)["identity"]
+    except (ValueError, KeyError):
+        return  # damaged: the verification that follows names it and passes it over
+    now = _identity(config, task)
+    for section in now:
+        pairs = now[section].items() if isinstance(now[section], dict) else [(None, now[section])]
+        for key, value in pairs:
+            old = before.get(section) if key is None else before.get(section, {}).get(key)
+            if old != value and not (isinstance(value, float) and old is not None and math.isclose(old, value)):
+                where = section if key is None else f"{section}.{key}"
+                raise UserError(
+                    f"{where}: {config.run_dir} holds a run with {old!r}, the configuration says {value!r}; "
+                    "go back to that value or choose another run_dir"
+                )
