@@ -83,12 +83,17 @@ def vocab_parallel_cross_entropy(
     flat_targets = targets.reshape(-1)
     flat_weights = None if weights is None else weights.reshape(-1)
     if ops.choose(impl, logits, targets, weights):
-        inplace = inplace_backward and not logits.is_leaf
+        inplace = inplace_backward and not _is_leaf(logits)
         per_token = ops.cross_entropy(rows, flat_targets, flat_weights, terms, inplace)
     else:
         per_token = _TorchCrossEntropy.apply(rows, flat_targets, flat_weights, terms)
     total, count = per_token.sum(), count_tokens(flat_targets, flat_weights, ignore_index)
     return (total, count, per_token.view(targets.shape)) if return_per_token else (total, count)
+
+
+def _is_leaf(tensor: Tensor) -> bool:
+    """A leaf or a view of one: memory that belongs to the caller, not to the graph."""
+    return tensor.is_leaf or (tensor._base is not None and tensor._base.is_leaf)
 
 
 def count_tokens(targets: Tensor, weights: Tensor | None, ignore_index: int) -> Tensor:

@@ -1,0 +1,52 @@
+// The CPU kernels behind the operators: plain pointers, no torch. One table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace megamug {
+
+enum class Dtype { float32, bfloat16, float16, uint8 };
+
+// R rows of V columns, `stride` elements apart. Columns at and after `valid` are padding.
+struct Rows {
+  void* logits;
+  Dtype dtype;
+  int64_t stride, columns, valid;
+};
+
+// Statistics of a row over this rank's columns, each an array of R floats.
+struct Statistics {
+  float *maximum, *sum_of_exp, *target_logit, *sum_of_logits;
+};
+
+struct Gradient {
+  void* output;  // same dtype; may be the logits themselves
+  int64_t stride;
+  const float* logsumexp;
+  const float* factor;  // weight x incoming gradient of each row; a row of factor 0 with active 0 gets zero
+  const bool* active;
+  float label_smoothing, smoothing_per_column, z_loss;
+};
+
+struct Patches {
+  const void* images;
+  const void* predictions;
+  void* gradient;  // null: not wanted
+  Dtype image_dtype, prediction_dtype;
+  int64_t height, width, patch_size;
+  bool norm_pix;
+  float scale[3], shift[3];  // of a pixel: value * scale + shift
+};
+
+struct Kernels {
+  const char* name;
+  // `column[row]`: the target's column in this slice, or -1 where another rank owns it
+  void (*statistics)(const Rows&, const int64_t* column, const Statistics&, bool sum, int64_t begin, int64_t end);
+  void (*gradient)(const Rows&, const int64_t* column, const Gradient&, int64_t begin, int64_t end);
+  // One masked patch: mean squared error; the gradient of that error goes to row `row` of `gradient`.
+  float (*patch)(const Patches&, float* scratch, int64_t image, int64_t patch, int64_t row);
+};
+
+extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;
+
+}  // namespace megamug

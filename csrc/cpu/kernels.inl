@@ -1,0 +1,414 @@
+// The kernels themselves, compiled once per instruction set: the including file defines WIDTH (floats in a vector) and
+// TABLE, and the compiler is given the matching flags. Vectors are the GCC/Clang extension, so one source serves x86 and
+// ARM. No standard header with inline functions may come in here: the linker would keep one copy for all instruction sets.
+#include "kernels.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#if !defined(__clang__)  // GCC takes the deliberately undefined operand in its own AVX-512 header for a mistake
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+
+namespace megamug {
+namespace {
+
+typedef float vfloat __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t vint __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vuint __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * WIDTH)));
+
+constexpr float kInfinity = __builtin_inff();
+
+inline vfloat splat(float x) { return x - vfloat{}; }
+
+inline float horizontal_sum(vfloat x) {
+  float total = 0;
+  for (int i = 0; i < WIDTH; i++) total += x[i];
+  return total;
+}
+
+// The larger of the two; NaN where `b` is NaN, as the x86 instruction has it.
+inline vfloat larger(vfloat a, vfloat b) {
+#if WIDTH == 16 && defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif WIDTH == 8 && defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// exp for x <= 88 (what is larger is not defined): 2^n 2^f with x log2(e) = n + f, |f| <= 1/2, and a polynomial for 2^f
+// with the least relative error (1.1e-7) that is exactly 1 at 0. The rounding of x log2(e) adds |x| 6e-8. -inf gives 0,
+// results under 2^-126 give 0 or a subnormal number, NaN stays NaN.
+inline vfloat exp(vfloat x) {
+  const vfloat t = larger(splat(-150.0f), x * 1.44269504088896341f);
+#if WIDTH == 16 && defined(__AVX512F__)
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vfloat shifted = t + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+  const vfloat n = shifted - 12582912.0f;
+#endif
+  const vfloat f = t - n;
+  vfloat p = f * 0.001326472614891827f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+#if WIDTH == 16 && defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vfloat power = (vfloat)(((vint)shifted + 127) << 23);
+  return t < -126.0f ? vfloat{} : p * power;
+#endif
+}
+
+// ---- element types: load and store a vector, or its first `count` elements ----
+
+struct Float32 {
+  typedef float type;
+  typedef vfloat raw;
+  static vfloat widen(raw x) { return x; }
+  static raw narrow(vfloat x) { return x; }
+};
+
+struct BFloat16 {
+  typedef uint16_t type;
+  typedef vhalf raw;
+  static vfloat widen(raw x) { return (vfloat)(__builtin_convertvector(x, vuint) << 16); }
+  static raw narrow(vfloat x) {
+    const vuint bits = (vuint)x;
+    const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const vint not_a_number = x != x;
+    return __builtin_convertvector(not_a_number ? vuint{} + 0x7fc0u : rounded, vhalf);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t type;
+  typedef vhalf raw;
+  static vfloat widen(raw x) {
+    const vuint bits = __builtin_convertvector(x, vuint), magnitude = bits & 0x7fff;
+    const vfloat finite = (vfloat)(magnitude << 13) * 0x1p112f;  // exact, subnormal numbers included
+    const vuint special = (magnitude << 13) | 0x7f800000u;
+    const vint infinite_or_nan = magnitude >= 0x7c00u;
+    return (vfloat)((infinite_or_nan ? special : (vuint)finite) | ((bits & 0x8000) << 16));
+  }
+  static raw narrow(vfloat x) {
+    const vuint bits = (vuint)x, magnitude = bits & 0x7fffffff;
+    const vuint normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    const vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - 0x3f000000u;  // the sum rounds at 2^-24
+    const vint is_small = magnitude < 0x38800000u, overflows = magnitude >= 0x477ff000u, is_nan = magnitude > 0x7f800000u;
+    vuint half = is_small ? subnormal : normal;
+    half = overflows ? vuint{} + 0x7c00u : half;
+    half = is_nan ? vuint{} + 0x7e00u : half;
+    return __builtin_convertvector(half | ((bits >> 16) & 0x8000), vhalf);
+  }
+};
+
+template <class T>
+inline vfloat load(const typename T::type* p) {
+  typename T::raw x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return T::widen(x);
+}
+
+template <class T>
+inline void store(typename T::type* p, vfloat value) {
+  const typename T::raw x = T::narrow(value);
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+template <class T>
+inline vfloat load_first(const typename T::type* p, int64_t count, float padding) {
+  typename T::raw x{};
+  __builtin_memcpy(&x, p, count * sizeof(*p));
+  vfloat value = T::widen(x);
+  for (int i = (int)count; i < WIDTH; i++) value[i] = padding;
+  return value;
+}
+
+template <class T>
+inline void store_first(typename T::type* p, vfloat value, int64_t count) {
+  const typename T::raw x = T::narrow(value);
+  __builtin_memcpy(p, &x, count * sizeof(*p));
+}
+
+// Two vectors of neighbours at once, for loops that do not care which of them holds which element. Two bfloat16 share a
+// 32-bit word: the even ones are its low half, the odd ones its high half, which is cheaper than widening in order.
+template <class T>
+inline void load_two(const typename T::type* p, vfloat& a, vfloat& b) {
+  a = load<T>(p);
+  b = load<T>(p + WIDTH);
+}
+template <>
+inline void load_two<BFloat16>(const uint16_t* p, vfloat& even, vfloat& odd) {
+  vuint pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  even = (vfloat)(pairs << 16);
+  odd = (vfloat)(pairs & 0xffff0000u);
+}
+
+template <class T>
+inline void store_two(typename T::type* p, vfloat a, vfloat b) {
+  store<T>(p, a);
+  store<T>(p + WIDTH, b);
+}
+// NaN comes out as NaN only if its low 16 bits are not all ones, which holds for what arithmetic on bfloat16 makes.
+template <>
+inline void store_two<BFloat16>(uint16_t* p, vfloat even, vfloat odd) {
+  const vuint low = (vuint)even, high = (vuint)odd;
+  const vuint pairs = ((low + 0x7fff + ((low >> 16) & 1)) >> 16) | ((high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000u);
+  __builtin_memcpy(p, &pairs, sizeof pairs);
+}
+
+template <class T>
+inline float load_one(const typename T::type* p) { return load_first<T>(p, 1, 0.0f)[0]; }
+
+// ---- cross-entropy ----
+
+// Columns are taken in blocks that stay in the first-level cache, so memory is read once: first the block's maximum,
+// then the sum of exponentials against the largest maximum so far.
+constexpr int64_t kBlock = 2048;
+
+template <class T, bool with_sum>
+void row_statistics(const typename T::type* x, int64_t columns, float* maximum, float* sum_of_exp, float* sum_of_logits) {
+  constexpr int64_t step = 4 * WIDTH;
+  vfloat exponentials[4] = {}, logits[4] = {};
+  float highest = -kInfinity;
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t end = start + kBlock < columns ? start + kBlock : columns;
+    vfloat peak[4];
+    for (auto& v : peak) v = splat(highest);
+    int64_t j = start;
+    for (; j + step <= end; j += step)
+      for (int k = 0; k < 4; k += 2) {
+        vfloat a, b;
+        load_two<T>(x + j + k * WIDTH, a, b);
+        peak[k] = larger(a, peak[k]);
+        peak[k + 1] = larger(b, peak[k + 1]);
+        if constexpr (with_sum) logits[k] += a, logits[k + 1] += b;
+      }
+    for (; j < end; j += WIDTH) {
+      const int64_t count = end - j < WIDTH ? end - j : WIDTH;
+      const vfloat v = load_first<T>(x + j, count, -kInfinity);
+      peak[0] = larger(v, peak[0]);
+      if constexpr (with_sum) logits[0] += load_first<T>(x + j, count, 0.0f);
+    }
+    float block_highest = highest;
+    for (auto& v : peak)
+      for (int i = 0; i < WIDTH; i++) block_highest = v[i] > block_highest ? v[i] : block_highest;
+    if (block_highest == -kInfinity) continue;  // nothing but -inf so far: every exponential is 0
+    if (block_highest > highest) {
+      const vfloat rescale = exp(splat(highest - block_highest));
+      for (auto& v : exponentials) v *= rescale;
+      highest = block_highest;
+    }
+    const vfloat shift = splat(highest);
+    for (j = start; j + step <= end; j += step)
+      for (int k = 0; k < 4; k += 2) {
+        vfloat a, b;
+        load_two<T>(x + j + k * WIDTH, a, b);
+        for (int64_t ahead = 0; ahead < 2 * WIDTH; ahead += 64 / sizeof(*x))  // the next block, while this one computes
+          __builtin_prefetch(x + j + k * WIDTH + kBlock + ahead);
+        exponentials[k] += exp(a - shift);
+        exponentials[k + 1] += exp(b - shift);
+      }
+    for (; j < end; j += WIDTH) {
+      const int64_t count = end - j < WIDTH ? end - j : WIDTH;
+      exponentials[0] += exp(load_first<T>(x + j, count, -kInfinity) - shift);
+    }
+  }
+  *maximum = highest;
+  *sum_of_exp = horizontal_sum((exponentials[0] + exponentials[1]) + (exponentials[2] + exponentials[3]));
+  if constexpr (with_sum) *sum_of_logits = horizontal_sum((logits[0] + logits[1]) + (logits[2] + logits[3]));
+}
+
+template <class T>
+void statistics_of(const Rows& rows, const int64_t* column, const Statistics& out, bool sum, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r++) {
+    const auto* x = static_cast<const typename T::type*>(rows.logits) + r * rows.stride;
+    out.sum_of_logits[r] = 0;
+    if (sum)
+      row_statistics<T, true>(x, rows.valid, out.maximum + r, out.sum_of_exp + r, out.sum_of_logits + r);
+    else
+      row_statistics<T, false>(x, rows.valid, out.maximum + r, out.sum_of_exp + r, nullptr);
+    out.target_logit[r] = column[r] < 0 ? 0.0f : load_one<T>(x + column[r]);
+  }
+}
+
+template <class T>
+void gradient_of(const Rows& rows, const int64_t* column, const Gradient& g, int64_t begin, int64_t end) {
+  typedef typename T::type type;
+  for (int64_t r = begin; r < end; r++) {
+    const type* x = static_cast<const type*>(rows.logits) + r * rows.stride;
+    type* out = static_cast<type*>(g.output) + r * g.stride;
+    if (!g.active[r]) {
+      __builtin_memset(out, 0, rows.columns * sizeof(type));
+      continue;
+    }
+    const float scale = g.factor[r] * (1.0f + 2.0f * g.z_loss * g.logsumexp[r]);
+    const float offset = g.factor[r] * g.smoothing_per_column;
+    const vfloat shift = splat(g.logsumexp[r]);
+    const bool owned = column[r] >= 0;
+    // The target's entry is made on its own from the unrounded probability.
+    const float target_probability = owned ? exp(splat(load_one<T>(x + column[r])) - shift)[0] : 0.0f;
+    int64_t j = 0;
+    for (; j + 2 * WIDTH <= rows.valid; j += 2 * WIDTH) {
+      vfloat a, b;
+      load_two<T>(x + j, a, b);
+      store_two<T>(out + j, exp(a - shift) * scale - offset, exp(b - shift) * scale - offset);
+    }
+    for (; j < rows.valid; j += WIDTH) {
+      const int64_t count = rows.valid - j < WIDTH ? rows.valid - j : WIDTH;
+      store_first<T>(out + j, exp(load_first<T>(x + j, count, 0.0f) - shift) * scale - offset, count);
+    }
+    __builtin_memset(out + rows.valid, 0, (rows.columns - rows.valid) * sizeof(type));
+    if (owned) {
+      const float kept = 1.0f - g.label_smoothing;
+      const float value = target_probability * scale - offset - g.factor[r] * kept;
+      store_first<T>(out + column[r], splat(value), 1);
+    }
+  }
+}
+
+// ---- masked patch ----
+
+struct UInt8 {
+  typedef uint8_t type;
+  static float widen_one(type x) { return x; }
+};
+struct ImageFloat32 {
+  typedef float type;
+  static float widen_one(type x) { return x; }
+};
+struct ImageBFloat16 {
+  typedef uint16_t type;
+  static float widen_one(type x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+};
+struct ImageFloat16 {
+  typedef uint16_t type;
+  static float widen_one(type x) {
+    const uint32_t magnitude = x & 0x7fff, sign = (uint32_t)(x & 0x8000) << 16, low = magnitude << 13;
+    float finite;
+    __builtin_memcpy(&finite, &low, 4);
+    finite *= 0x1p112f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &finite, 4);
+    bits = (magnitude >= 0x7c00 ? low | 0x7f800000u : bits) | sign;
+    __builtin_memcpy(&finite, &bits, 4);
+    return finite;
+  }
+};
+
+// The patch in the order (row, column, channel), scaled and shifted per channel.
+template <class Image>
+void read_patch(const Patches& p, int64_t image, int64_t patch, float* target) {
+  const int64_t size = p.patch_size, plane = p.height * p.width, across = p.width / size;
+  const auto* corner = static_cast<const typename Image::type*>(p.images) + image * 3 * plane +
+                       (patch / across) * size * p.width + (patch % across) * size;
+  const float a0 = p.scale[0], a1 = p.scale[1], a2 = p.scale[2], b0 = p.shift[0], b1 = p.shift[1], b2 = p.shift[2];
+  for (int64_t y = 0; y < size; y++) {
+    const auto* __restrict red = corner + y * p.width;
+    const auto* __restrict green = red + plane;
+    const auto* __restrict blue = green + plane;
+    float* __restrict out = target + y * size * 3;
+    for (int64_t x = 0; x < size; x++) {
+      out[3 * x] = Image::widen_one(red[x]) * a0 + b0;
+      out[3 * x + 1] = Image::widen_one(green[x]) * a1 + b1;
+      out[3 * x + 2] = Image::widen_one(blue[x]) * a2 + b2;
+    }
+  }
+}
+
+// target -> what is to be predicted: (x - shift) * scale. Sums are taken of the differences to the first value, so that
+// a patch of one colour has variance 0, not rounding noise.
+inline void normalisation(const float* target, int64_t count, float* shift, float* scale) {
+  const vfloat first = splat(target[0]);
+  vfloat sum{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) sum += load<Float32>(target + i) - first;
+  float total = horizontal_sum(sum);
+  for (; i < count; i++) total += target[i] - target[0];
+  const float offset = total / count;
+  vfloat squares{};
+  for (i = 0; i + WIDTH <= count; i += WIDTH) {
+    const vfloat d = load<Float32>(target + i) - first - offset;
+    squares += d * d;
+  }
+  float square = horizontal_sum(squares);
+  for (; i < count; i++) {
+    const float d = target[i] - target[0] - offset;
+    square += d * d;
+  }
+  *shift = offset;
+  *scale = 1.0f / __builtin_sqrtf(square / (count - 1) + 1e-6f);
+}
+
+template <class T>
+float compare(const Patches& p, const float* target, int64_t row) {
+  const int64_t count = p.patch_size * p.patch_size * 3;
+  const auto* prediction = static_cast<const typename T::type*>(p.predictions) + row * count;
+  auto* gradient = p.gradient ? static_cast<typename T::type*>(p.gradient) + row * count : nullptr;
+  float first = 0, shift = 0, scale = 1;
+  if (p.norm_pix) {
+    first = target[0];
+    normalisation(target, count, &shift, &scale);
+  }
+  const float twice = 2.0f / count;
+  vfloat squares{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) {
+    const vfloat d = load<T>(prediction + i) - (load<Float32>(target + i) - first - shift) * scale;
+    squares += d * d;
+    if (gradient) store<T>(gradient + i, d * twice);
+  }
+  float total = horizontal_sum(squares);
+  for (; i < count; i++) {
+    const float d = load_one<T>(prediction + i) - (target[i] - first - shift) * scale;
+    total += d * d;
+    if (gradient) store_first<T>(gradient + i, splat(d * twice), 1);
+  }
+  return total / count;
+}
+
+float patch(const Patches& p, float* scratch, int64_t image, int64_t patch, int64_t row) {
+  switch (p.image_dtype) {
+    case Dtype::uint8: read_patch<UInt8>(p, image, patch, scratch); break;
+    case Dtype::float32: read_patch<ImageFloat32>(p, image, patch, scratch); break;
+    case Dtype::bfloat16: read_patch<ImageBFloat16>(p, image, patch, scratch); break;
+    case Dtype::float16: read_patch<ImageFloat16>(p, image, patch, scratch); break;
+  }
+  switch (p.prediction_dtype) {
+    case Dtype::bfloat16: return compare<BFloat16>(p, scratch, row);
+    case Dtype::float16: return compare<Float16>(p, scratch, row);
+    default: return compare<Float32>(p, scratch, row);
+  }
+}
+
+void statistics(const Rows& rows, const int64_t* column, const Statistics& out, bool sum, int64_t begin, int64_t end) {
+  switch (rows.dtype) {
+    case Dtype::bfloat16: return statistics_of<BFloat16>(rows, column, out, sum, begin, end);
+    case Dtype::float16: return statistics_of<Float16>(rows, column, out, sum, begin, end);
+    default: return statistics_of<Float32>(rows, column, out, sum, begin, end);
+  }
+}
+
+void gradient(const Rows& rows, const int64_t* column, const Gradient& g, int64_t begin, int64_t end) {
+  switch (rows.dtype) {
+    case Dtype::bfloat16: return gradient_of<BFloat16>(rows, column, g, begin, end);
+    case Dtype::float16: return gradient_of<Float16>(rows, column, g, begin, end);
+    default: return gradient_of<Float32>(rows, column, g, begin, end);
+  }
+}
+
+}  // namespace
+
+const Kernels TABLE = {TABLE_NAME, statistics, gradient, patch};
+
+}  // namespace megamug

@@ -1,0 +1,27 @@
+"""python tools/benchmark.py NAME [options]: run `megamug.benchmarks.NAME`. Without a name it lists them."""
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megamug import benchmarks
+from megamug.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name[0] != "_")
+    if not argv or argv[0] not in names:
+        asked = f"there is no benchmark {argv[0]!r}" if argv else "which benchmark?"
+        raise UserError(f"{asked}; available: {', '.join(names)}")
+    importlib.import_module(f"megamug.benchmarks.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        sys.exit(2)
