@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from megamug.errors import UserError
 
 TASKS = ("reconstruction", "captioning")
 EXIT_USER_ERROR = 2
+PATIENCE_SECONDS = 10.0  # how much later than the others a process may come to the same mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,11 +231,14 @@ def _speaks() -> bool:
 
 
 def _tell(message: str) -> None:
-    """One line on stderr, from one process of a machine: a path that is missing on one machine is seen only there.
+    """One line on stderr, from the first process of each machine: a path may be missing on one machine alone.
 
-    Once process groups exist, every process that finds a mistake says so: the others may not have found it.
+    The launcher ends all processes as soon as one exits, and would cut off the one that speaks. So the others wait to
+    be ended, and speak themselves if that does not come: then nobody else has found this mistake.
     """
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
-    distributed = sys.modules.get("torch.distributed")
-    if local_rank == "0" or distributed is not None and distributed.is_available() and distributed.is_initialized():
-        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", rank) != "0":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        if signal.sigtimedwait({signal.SIGTERM}, PATIENCE_SECONDS) is not None:
+            return
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
