@@ -6,6 +6,9 @@ tensor-parallel rank holds s / tp of the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -36,8 +39,28 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class KeyValueCache:
+    """Keys and values [t, b, n, d] of the t tokens so far, in memory for `capacity` of them."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.stores: tuple[Tensor, ...] = ()
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Takes the next tokens' keys and values [s, b, n, d]; returns those of all tokens."""
+        if not self.stores:
+            self.stores = tuple(x.new_empty(self.capacity, *x.shape[1:]) for x in (key, value))
+        first, self.length = self.length, self.length + len(key)
+        assert self.length <= self.capacity, (self.length, self.capacity)
+        for store, new in zip(self.stores, (key, value), strict=True):
+            store[first : self.length] = new
+        return tuple(store[: self.length] for store in self.stores)
+
+
 class LocalAttention(nn.Module):
     """softmax(q k / sqrt(d)) v by torch's scaled_dot_product_attention: no score matrix in memory."""
+
+    cache: KeyValueCache | None = None  # while a caption is written
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_):
         super().__init__()
@@ -46,9 +69,12 @@ class LocalAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **_) -> Tensor:
         """query [s, b, n, d], key and value [t, b, n, d] -> [s, b, n * d]."""
+        if self.cache is not None:
+            key, value = self.cache.append(key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # One query against cached keys sees all of them: causality is in what the cache holds.
         causal = self.causal and query.shape[2] > 1
+        assert not causal or query.shape[2] == key.shape[2], "several tokens at once only into an empty cache"
         dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(query, key, value, is_causal=causal, dropout_p=dropout)
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
@@ -108,6 +134,29 @@ class LatentCrossAttention(CrossAttention):
             query, _ = self.linear_q(hidden_states)
             query = query.view(*query.shape[:-1], -1, self.hidden_size_per_attention_head)
         return query, *self.kept
+
+
+@contextmanager
+def key_value_cache(model: nn.Module, capacity: int) -> Iterator[None]:
+    """Inside, a forward of `model` takes only the tokens that follow those of the forwards before it.
+
+    Causal self-attention appends to what it has seen (`capacity` tokens at most); cross-attention computes the keys and
+    values of the latent at the first forward and keeps them. One batch and one latent per use; layers must be `local`.
+    """
+    own = [m for m in model.modules() if isinstance(m, LocalAttention) and m.causal]
+    cross = [m for m in model.modules() if isinstance(m, LatentCrossAttention)]
+    assert own and not any(m.cache for m in own), "no `local` causal attention, or a cache inside a cache"
+    try:
+        for attention in own:
+            attention.cache = KeyValueCache(capacity)
+        for attention in cross:
+            attention.keep = True
+        yield
+    finally:
+        for attention in own:
+            attention.cache = None
+        for attention in cross:
+            attention.keep, attention.kept = False, None
 
 
 class LayerRun(TransformerBlock):
