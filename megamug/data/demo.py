@@ -27,10 +27,10 @@ DEMO_VERSION = 1
 SCENES_PER_SHARD = 2000
 COLOURS = {
     "red": (222, 42, 40), "green": (38, 160, 62), "blue": (44, 84, 224), "yellow": (244, 212, 44),
-    "orange": (246, 136, 28), "purple": (138, 58, 186), "cyan": (52, 204, 216), "pink": (248, 130, 186),
+    "orange": (246, 136, 28), "purple": (138, 58, 186),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "ring", "star")
-RADII = {"small": (0.09, 0.11), "large": (0.165, 0.19)}  # of the picture's side
+RADII = {"small": (0.11, 0.13), "large": (0.185, 0.205)}  # of the picture's side
 BACKGROUNDS = ("gradient", "gradient", "clouds", "stripes")  # a gradient lies under the others too
 _SUPERSAMPLING = 4
 _NUMBERS = 48  # random numbers for the layout of one scene
@@ -115,7 +115,7 @@ def render(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.nda
 def _background(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.ndarray:
     level = (50 + 24 * u[0]) if scene.dark else (186 + 24 * u[0])
     tint = (u[1:4] - 0.5) * 36
-    angle, depth = 2 * math.pi * u[4], 24 + 18 * u[5]
+    angle, depth = 2 * math.pi * u[4], 36 + 24 * u[5]
     axis = np.linspace(-1, 1, size)
     slope = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]  # [size, size]
     light = level + depth * slope

@@ -154,17 +154,18 @@ class GlobalOrder:
 
 
 def _permute_blocks(slots: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
-    """Slots [n] of an epoch -> samples, blocks of `BLOCK` permuted; the short last block comes at a random place."""
+    """Neighbouring slots [n] of an epoch -> samples, blocks of `BLOCK` permuted, the short last one at a random place."""
     full, tail = divmod(size, BLOCK)
     tail_block = (key[0] << 32 | key[1]) % (full + 1)
     past = slots - tail_block * BLOCK  # 0 .. tail: in the short block; beyond: shifted by it
     in_tail = (past >= 0) & (past < tail)
-    slots = np.where(past >= tail, slots - tail, slots)
-    blocks, within = np.divmod(slots, BLOCK)
-    unique, inverse = np.unique(blocks, return_inverse=True)
-    if full:
-        unique = feistel_permutation(np.minimum(unique, full - 1), full, key)
-    return np.where(in_tail, full * BLOCK + past, unique[inverse] * BLOCK + within)
+    if full == 0:
+        return past
+    blocks, within = np.divmod(np.where(past >= tail, slots - tail, slots), BLOCK)
+    blocks = np.minimum(blocks, full - 1)  # of slots in the short block: not used
+    run = np.arange(blocks[0], blocks[-1] + 1)  # slots are neighbours, so their blocks are too
+    permuted = feistel_permutation(run, full, key)[blocks - blocks[0]]
+    return np.where(in_tail, full * BLOCK + past, permuted * BLOCK + within)
 
 
 def feistel_permutation(values: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,88 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megamug.data.dali import CropDecoder
+from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
+
+
+def test_crops_are_inside_and_as_asked():
+    n = 20000
+    widths, heights = np.full(n, 640), np.full(n, 480)
+    crops = random_resized_crops(1, np.zeros(n, int), np.arange(n), widths, heights)
+    top, left, h, w = crops.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 480).all() and (left + w <= 640).all()
+    share = h * w / (640 * 480)
+    assert 0.197 < share.min() < 0.21 and share.max() > 0.95
+    ratio = w / h
+    assert ratio.min() > 0.74 and ratio.max() < 1.35
+    # areas are uniform in [0.2, 1) before those that do not fit are drawn again: small ones always fit
+    small = np.histogram(share[share < 0.5], bins=6, range=(0.2, 0.5))[0]
+    assert abs(small / small.mean() - 1).max() < 0.1
+    assert abs(np.log(ratio[share < 0.4]).mean()) < 0.01
+    assert abs((top / np.maximum(480 - h, 1)).mean() - 0.5) < 0.01
+
+
+def test_crops_are_pure_functions_of_the_sample():
+    epochs, indices = np.array([0, 1, 0]), np.array([5, 5, 9])
+    widths, heights = np.array([100, 100, 300]), np.array([200, 200, 50])
+    together = random_resized_crops(1, epochs, indices, widths, heights)
+    for i in range(3):
+        one = random_resized_crops(1, epochs[i : i + 1], indices[i : i + 1], widths[i : i + 1], heights[i : i + 1])
+        assert np.array_equal(one[0], together[i])
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_long_pictures_fall_back_to_the_centre():
+    crops = random_resized_crops(1, np.zeros(2, int), np.arange(2), np.array([1000, 10]), np.array([10, 1000]))
+    assert crops.tolist() == [[0, 493, 10, 13], [493, 0, 13, 10]]
+    one = random_resized_crops(1, np.zeros(1, int), np.arange(1), np.array([1]), np.array([1]))
+    assert one.tolist() == [[0, 0, 1, 1]]
+
+
+def test_flips_are_half():
+    assert abs(random_flips(1, np.zeros(20000, int), np.arange(20000)).mean() - 0.5) < 0.015
+
+
+def test_centre_squares():
+    assert centre_squares(np.array([40, 30]), np.array([30, 41])).tolist() == [[0, 5, 30, 30], [5, 0, 30, 30]]
+
+
+@pytest.mark.parametrize("extension", ["JPEG", "PNG", "WEBP"])
+def test_decoding_equals_pillow(extension, helpers):
+    data = [helpers.encoded(helpers.picture(i, 120 + i, 90), extension) for i in range(3)]
+    regions = np.array([[10, 20, 60, 80], [0, 0, 90, 121], [40, 5, 48, 40]])
+    flips = np.array([False, True, False])
+    pixels = CropDecoder(48, 4, 1, torch.device("cpu"))(data, regions, flips)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 3, 48, 48)
+    for i, (top, left, h, w) in enumerate(regions):
+        image = Image.open(io.BytesIO(data[i])).convert("RGB").crop((left, top, left + w, top + h))
+        want = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+        want = want[:, ::-1] if flips[i] else want
+        assert abs(pixels[i].permute(1, 2, 0).numpy() - want).mean() < 1
+
+
+def test_a_bad_file_does_not_stop_the_others(helpers):
+    good = [helpers.encoded(helpers.picture(i), "PNG") for i in range(3)]
+    decoder = CropDecoder(30, 4, 1, torch.device("cpu"))
+    regions, flips = np.tile([0, 0, 30, 30], (4, 1)), np.zeros(4, bool)
+    pixels, failed = decode_or_none(decoder, [good[0], b"<html>", good[1], good[2]], regions, flips)
+    assert list(failed) == [1] and not pixels[1].any()
+    whole = decoder(good, regions[:3], flips[:3])  # the pipeline was built anew
+    assert torch.equal(pixels[[0, 2, 3]], whole)
+    with pytest.raises(RuntimeError, match="none of 2"):
+        decode_or_none(decoder, [b"<html>", b""], regions[:2], flips[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_mixed_decoding_equals_the_cpu(helpers):
+    data = [helpers.encoded(helpers.picture(i, 120, 90), quality=95) for i in range(4)]
+    regions, flips = np.tile([5, 10, 60, 80], (4, 1)), np.array([True, False, True, False])
+    on_cpu = CropDecoder(48, 4, 1, torch.device("cpu"))(data, regions, flips)
+    on_gpu = CropDecoder(48, 4, 1, torch.device("cuda", 0))(data, regions, flips)
+    assert on_gpu.device.type == "cuda"
+    assert (on_gpu.cpu().float() - on_cpu.float()).abs().mean() < 2
