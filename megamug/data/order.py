@@ -154,7 +154,7 @@ class GlobalOrder:
 
 
 def _permute_blocks(slots: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
-    """Neighbouring slots [n] of an epoch -> samples, blocks of `BLOCK` permuted, the short last one at a random place."""
+    """Neighbouring slots [n] of an epoch -> samples, blocks of `BLOCK` permuted, the short last one anywhere."""
     full, tail = divmod(size, BLOCK)
     tail_block = (key[0] << 32 | key[1]) % (full + 1)
     past = slots - tail_block * BLOCK  # 0 .. tail: in the short block; beyond: shifted by it
