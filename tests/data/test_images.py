@@ -65,6 +65,14 @@ def test_decoding_equals_pillow(extension, helpers):
         assert abs(pixels[i].permute(1, 2, 0).numpy() - want).mean() < 1
 
 
+def test_fine_patterns_are_averaged_and_not_sampled(helpers):
+    squares = (np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)
+    data = helpers.encoded(Image.fromarray(squares), "PNG")
+    pixels = CropDecoder(24, 1, 1, torch.device("cpu"))([data], np.array([[0, 0, 96, 96]]), np.zeros(1, bool))
+    inside = pixels[..., 2:-2, 2:-2].float()
+    assert (inside - 127.5).abs().max() < 8
+
+
 def test_a_bad_file_does_not_stop_the_others(helpers):
     good = [helpers.encoded(helpers.picture(i), "PNG") for i in range(3)]
     decoder = CropDecoder(30, 4, 1, torch.device("cpu"))

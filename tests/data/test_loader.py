@@ -137,7 +137,7 @@ def damaged(helpers, tmp_path):
     return path
 
 
-def test_a_sample_that_fails_is_replaced_by_the_next(make, damaged, caplog):
+def test_a_sample_that_fails_is_replaced_by_the_next(make, damaged, tokenizer, caplog):
     whole = make(damaged, micro_batch_size=4, global_batch_size=4)
     batches = [whole.next() for _ in range(3)]
     indices = flat(batches)[3]
@@ -145,6 +145,7 @@ def test_a_sample_that_fails_is_replaced_by_the_next(make, damaged, caplog):
     assert batches[-1].failures == 1 and "sample 4 does not decode" in caplog.text
     captions = [c for batch in batches for m in batch.micro_batches for c in m.captions()]
     assert captions == [f"picture number {i}" for i in indices]
+    assert [tokenizer.decode(row) for row in flat(batches)[1]] == captions  # its caption was replaced with it
     split = [make(damaged, dp_rank=r, dp_size=4, micro_batch_size=1, global_batch_size=4) for r in range(4)]
     assert same(flat([rank.next() for _ in range(3) for rank in split]), flat(batches))
 

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megamug.data.order import BLOCK, WINDOW_BLOCKS, Cursor, GlobalOrder, feistel_permutation
+from megamug.data.order import BLOCK, WINDOW_BLOCKS, Cursor, GlobalOrder, _scaled_floor, feistel_permutation
 from megamug.errors import UserError
 
 WINDOW = BLOCK * WINDOW_BLOCKS
@@ -102,6 +102,14 @@ def test_a_billion_samples_in_constant_memory():
     sources, _, indices = whole.slice(6_999_999_000, 1000)
     assert whole._counts(7 * 10**9) == [6 * 10**9, 10**9]
     assert abs((sources == 0).sum() - 857) <= 1
+
+
+@pytest.mark.parametrize("denominator", [1_000_000, 2**31 - 1, 2**31, 7 * 10**9])
+def test_scaled_floor_is_exact_where_products_overflow(denominator):
+    values = np.array([0, 1, denominator - 1, denominator, 10**13 + 7, 10**15], np.int64)
+    for numerator in (1, denominator // 3, denominator - 1):
+        want = [int(value) * numerator // denominator for value in values]
+        assert _scaled_floor(values, numerator, denominator).tolist() == want
 
 
 def test_windows_stay_local_and_blocks_spread():
