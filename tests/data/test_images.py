@@ -66,11 +66,10 @@ def test_decoding_equals_pillow(extension, helpers):
 
 
 def test_fine_patterns_are_averaged_and_not_sampled(helpers):
-    squares = (np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)
-    data = helpers.encoded(Image.fromarray(squares), "PNG")
+    noise = np.random.RandomState(0).randint(0, 256, (96, 96), dtype=np.uint8)  # standard deviation 74
+    data = helpers.encoded(Image.fromarray(noise), "PNG")
     pixels = CropDecoder(24, 1, 1, torch.device("cpu"))([data], np.array([[0, 0, 96, 96]]), np.zeros(1, bool))
-    inside = pixels[..., 2:-2, 2:-2].float()
-    assert (inside - 127.5).abs().max() < 8
+    assert pixels.float().std() < 30  # 16 pixels go into one
 
 
 def test_a_bad_file_does_not_stop_the_others(helpers):
