@@ -15,8 +15,12 @@ from tests.distributed.layout_worker import micro_batches, tiny
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `dev`)")
 
 SIZES = {
-    "tiny": dict(patch_size=8, layers=2, width=32, heads=4, ffn_width=64, decoder_layers=3, decoder_width=48, decoder_heads=4),
-    "mid": dict(patch_size=16, layers=4, width=192, heads=3, ffn_width=768, decoder_layers=2, decoder_width=128, decoder_heads=8),
+    "tiny": dict(
+        patch_size=8, layers=2, width=32, heads=4, ffn_width=64, decoder_layers=3, decoder_width=48, decoder_heads=4
+    ),
+    "mid": dict(
+        patch_size=16, layers=4, width=192, heads=3, ffn_width=768, decoder_layers=2, decoder_width=128, decoder_heads=8
+    ),
 }
 IMAGE_SIZE = {"tiny": 32, "mid": 128}
 
@@ -193,9 +197,8 @@ def run(model, batch, weights: dict[str, float]) -> tuple[dict[str, Tensor], dic
 def test_caption_weight_zero_is_mae_to_the_bit(world):
     """No text decoder is built, and no size of it, nor a vocabulary, changes a bit of the loss or of a gradient."""
     small = configuration("tiny", True, text_unimodal_layers=1, text_multimodal_layers=2, text_width=48)
-    large = configuration(
-        "tiny", True, text_unimodal_layers=3, text_multimodal_layers=1, text_width=96, text_heads=2, tie_vocabulary=False
-    )
+    large = configuration("tiny", True, text_unimodal_layers=3, text_multimodal_layers=1, text_width=96, text_heads=2)
+    large.model.tie_vocabulary = False
     large.data.caption_length = 64
     models = [ours(small, vocabulary=70), ours(large, vocabulary=1000)]
     (batch,), _ = micro_batches(0, models[0].plan, small, world)
