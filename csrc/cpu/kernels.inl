@@ -15,6 +15,7 @@ namespace {
 typedef float vfloat __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vint __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t vuint __attribute__((vector_size(4 * WIDTH)));
+typedef uint8_t vbyte __attribute__((vector_size(WIDTH)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * WIDTH)));
 
 constexpr float kInfinity = __builtin_inff();
@@ -104,6 +105,12 @@ struct Float16 {
     half = is_nan ? vuint{} + 0x7e00u : half;
     return __builtin_convertvector(half | ((bits >> 16) & 0x8000), vhalf);
   }
+};
+
+struct UInt8 {
+  typedef uint8_t type;
+  typedef vbyte raw;
+  static vfloat widen(raw x) { return __builtin_convertvector((vint)__builtin_convertvector(__builtin_convertvector(x, vhalf), vuint), vfloat); }
 };
 
 template <class T>
@@ -274,115 +281,112 @@ void gradient_of(const Rows& rows, const int64_t* column, const Gradient& g, int
 
 // ---- masked patch ----
 
-struct UInt8 {
-  typedef uint8_t type;
-  static float widen_one(type x) { return x; }
-};
-struct ImageFloat32 {
-  typedef float type;
-  static float widen_one(type x) { return x; }
-};
-struct ImageBFloat16 {
-  typedef uint16_t type;
-  static float widen_one(type x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-  }
-};
-struct ImageFloat16 {
-  typedef uint16_t type;
-  static float widen_one(type x) {
-    const uint32_t magnitude = x & 0x7fff, sign = (uint32_t)(x & 0x8000) << 16, low = magnitude << 13;
-    float finite;
-    __builtin_memcpy(&finite, &low, 4);
-    finite *= 0x1p112f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &finite, 4);
-    bits = (magnitude >= 0x7c00 ? low | 0x7f800000u : bits) | sign;
-    __builtin_memcpy(&finite, &bits, 4);
-    return finite;
-  }
+// Planes to pixels: lane i of part k of the interleaved row is channel (k W + i) % 3 of pixel (k W + i) / 3.
+template <int... i>
+struct Lanes {};
+template <int n, int... i>
+struct MakeLanes : MakeLanes<n - 1, n - 1, i...> {};
+template <int... i>
+struct MakeLanes<0, i...> {
+  typedef Lanes<i...> type;
 };
 
-// The patch in the order (row, column, channel), scaled and shifted per channel.
-template <class Image>
-void read_patch(const Patches& p, int64_t image, int64_t patch, float* target) {
-  const int64_t size = p.patch_size, plane = p.height * p.width, across = p.width / size;
-  const auto* corner = static_cast<const typename Image::type*>(p.images) + image * 3 * plane +
-                       (patch / across) * size * p.width + (patch % across) * size;
-  const float a0 = p.scale[0], a1 = p.scale[1], a2 = p.scale[2], b0 = p.shift[0], b1 = p.shift[1], b2 = p.shift[2];
-  for (int64_t y = 0; y < size; y++) {
-    const auto* __restrict red = corner + y * p.width;
-    const auto* __restrict green = red + plane;
-    const auto* __restrict blue = green + plane;
-    float* __restrict out = target + y * size * 3;
-    for (int64_t x = 0; x < size; x++) {
-      out[3 * x] = Image::widen_one(red[x]) * a0 + b0;
-      out[3 * x + 1] = Image::widen_one(green[x]) * a1 + b1;
-      out[3 * x + 2] = Image::widen_one(blue[x]) * a2 + b2;
-    }
-  }
+template <int k, int... i>
+inline vfloat interleaved(vfloat red, vfloat green, vfloat blue, Lanes<i...>) {
+  const vfloat two = __builtin_shufflevector(red, green, ((k * WIDTH + i) % 3 == 1 ? WIDTH : 0) + (k * WIDTH + i) / 3 ...);
+  return __builtin_shufflevector(two, blue, ((k * WIDTH + i) % 3 == 2 ? WIDTH + (k * WIDTH + i) / 3 : i)...);
 }
 
-// target -> what is to be predicted: (x - shift) * scale. Sums are taken of the differences to the first value, so that
-// a patch of one colour has variance 0, not rounding noise.
-inline void normalisation(const float* target, int64_t count, float* shift, float* scale) {
-  const vfloat first = splat(target[0]);
-  vfloat sum{};
+// The patch in the order (row, column, channel), scaled and shifted per channel. Whole vectors are stored: `target` has
+// room for three more of them than the patch needs.
+template <class T>
+void read_patch(const Patches& p, int64_t image, int64_t patch, float* target) {
+  const int64_t size = p.patch_size, plane = p.height * p.width, across = p.width / size;
+  const auto* corner = static_cast<const typename T::type*>(p.images) + image * 3 * plane +
+                       (patch / across) * size * p.width + (patch % across) * size;
+  const typename MakeLanes<WIDTH>::type lanes;
+  for (int64_t y = 0; y < size; y++)
+    for (int64_t x = 0; x < size; x += WIDTH) {
+      const auto* pixels = corner + y * p.width + x;
+      vfloat channel[3];
+      for (int c = 0; c < 3; c++) {
+        const auto* start = pixels + c * plane;
+        channel[c] = size - x >= WIDTH ? load<T>(start) : load_first<T>(start, size - x, 0.0f);
+        channel[c] = channel[c] * p.scale[c] + p.shift[c];
+      }
+      float* out = target + (y * size + x) * 3;
+      store<Float32>(out, interleaved<0>(channel[0], channel[1], channel[2], lanes));
+      store<Float32>(out + WIDTH, interleaved<1>(channel[0], channel[1], channel[2], lanes));
+      store<Float32>(out + 2 * WIDTH, interleaved<2>(channel[0], channel[1], channel[2], lanes));
+    }
+}
+
+// Sum of term(i) over the vectors and of tail(i) over the values that do not fill one; four sums side by side, since an
+// addition takes as long as four can be started.
+template <class Term, class Tail>
+inline float sum_over(int64_t count, Term term, Tail tail) {
+  vfloat sums[4] = {};
   int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) sum += load<Float32>(target + i) - first;
-  float total = horizontal_sum(sum);
-  for (; i < count; i++) total += target[i] - target[0];
-  const float offset = total / count;
-  vfloat squares{};
-  for (i = 0; i + WIDTH <= count; i += WIDTH) {
-    const vfloat d = load<Float32>(target + i) - first - offset;
-    squares += d * d;
+  for (; i + 4 * WIDTH <= count; i += 4 * WIDTH)
+    for (int k = 0; k < 4; k++) sums[k] += term(i + k * WIDTH);
+  for (; i + WIDTH <= count; i += WIDTH) sums[0] += term(i);
+  float total = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < count; i++) total += tail(i);
+  return total;
+}
+
+// Mean (less the first value) and 1 / standard deviation. Sums are taken of the differences to the first value, so that
+// a patch of one colour has variance 0, not rounding noise.
+inline void normalisation(const float* target, int64_t count, float* offset, float* scale) {
+  const float first = target[0];
+  const float mean = sum_over(
+                         count, [&](int64_t i) { return load<Float32>(target + i) - first; },
+                         [&](int64_t i) { return target[i] - first; }) / count;
+  const auto square = [](auto d) { return d * d; };
+  const float squares = sum_over(
+      count, [&](int64_t i) { return square(load<Float32>(target + i) - first - mean); },
+      [&](int64_t i) { return square(target[i] - first - mean); });
+  *offset = mean;
+  *scale = 1.0f / __builtin_sqrtf(squares / (count - 1) + 1e-6f);
+}
+
+template <class T, bool with_gradient>
+float compare(const Patches& p, const float* target, int64_t row) {
+  const int64_t count = p.patch_size * p.patch_size * 3;
+  const auto* prediction = static_cast<const typename T::type*>(p.predictions) + row * count;
+  auto* gradient = static_cast<typename T::type*>(p.gradient) + (with_gradient ? row * count : 0);
+  float first = 0, offset = 0, scale = 1;
+  if (p.norm_pix) {
+    first = target[0];
+    normalisation(target, count, &offset, &scale);
   }
-  float square = horizontal_sum(squares);
-  for (; i < count; i++) {
-    const float d = target[i] - target[0] - offset;
-    square += d * d;
-  }
-  *shift = offset;
-  *scale = 1.0f / __builtin_sqrtf(square / (count - 1) + 1e-6f);
+  const float twice = 2.0f / count;
+  return sum_over(
+             count,
+             [&](int64_t i) {
+               const vfloat d = load<T>(prediction + i) - (load<Float32>(target + i) - first - offset) * scale;
+               if constexpr (with_gradient) store<T>(gradient + i, d * twice);
+               return d * d;
+             },
+             [&](int64_t i) {
+               const float d = load_one<T>(prediction + i) - (target[i] - first - offset) * scale;
+               if constexpr (with_gradient) store_first<T>(gradient + i, splat(d * twice), 1);
+               return d * d;
+             }) /
+         count;
 }
 
 template <class T>
 float compare(const Patches& p, const float* target, int64_t row) {
-  const int64_t count = p.patch_size * p.patch_size * 3;
-  const auto* prediction = static_cast<const typename T::type*>(p.predictions) + row * count;
-  auto* gradient = p.gradient ? static_cast<typename T::type*>(p.gradient) + row * count : nullptr;
-  float first = 0, shift = 0, scale = 1;
-  if (p.norm_pix) {
-    first = target[0];
-    normalisation(target, count, &shift, &scale);
-  }
-  const float twice = 2.0f / count;
-  vfloat squares{};
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) {
-    const vfloat d = load<T>(prediction + i) - (load<Float32>(target + i) - first - shift) * scale;
-    squares += d * d;
-    if (gradient) store<T>(gradient + i, d * twice);
-  }
-  float total = horizontal_sum(squares);
-  for (; i < count; i++) {
-    const float d = load_one<T>(prediction + i) - (target[i] - first - shift) * scale;
-    total += d * d;
-    if (gradient) store_first<T>(gradient + i, splat(d * twice), 1);
-  }
-  return total / count;
+  return p.gradient ? compare<T, true>(p, target, row) : compare<T, false>(p, target, row);
 }
 
 float patch(const Patches& p, float* scratch, int64_t image, int64_t patch, int64_t row) {
   switch (p.image_dtype) {
     case Dtype::uint8: read_patch<UInt8>(p, image, patch, scratch); break;
-    case Dtype::float32: read_patch<ImageFloat32>(p, image, patch, scratch); break;
-    case Dtype::bfloat16: read_patch<ImageBFloat16>(p, image, patch, scratch); break;
-    case Dtype::float16: read_patch<ImageFloat16>(p, image, patch, scratch); break;
+    case Dtype::float32: read_patch<Float32>(p, image, patch, scratch); break;
+    case Dtype::bfloat16: read_patch<BFloat16>(p, image, patch, scratch); break;
+    case Dtype::float16: read_patch<Float16>(p, image, patch, scratch); break;
   }
   switch (p.prediction_dtype) {
     case Dtype::bfloat16: return compare<BFloat16>(p, scratch, row);
