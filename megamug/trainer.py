@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -33,12 +32,14 @@ def train(config: Config) -> int:
 
     task = MugTask(config)
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
-    _check_resumable(config, task, store)  # before any process group exists
+    _check_resumable(task, store)  # before any process group exists
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     log_path = setup_logging(config.run_dir, world.rank)
     try:
         with StopRequest() as stop, Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
             return Trainer(config, task, store, world, stop, watchdog).run()
+    except UserError:
+        raise
     except Exception:
         logger.exception("the run ends with an error")
         raise
@@ -127,11 +128,12 @@ class Trainer:
         losses = self._losses(reduce_losses(sums, self.task.loss_names, self.world))
         norm, rate = self.optimizer.prepare(self.step)
         stop = self.stop.agreed()
-        if not self.guard.is_bad(self.step, losses["loss"], norm):
+        skipped = self.guard.is_bad(self.step, losses["loss"], norm)
+        if not skipped:
             self.optimizer.apply(norm)
         self.metrics.record(self.step, {
-            **losses, "grad_norm": norm, "learning_rate": rate, "samples_seen": pairs.samples,
-            "data_seconds": pairs.wait_seconds,
+            **losses, "grad_norm": norm, "learning_rate": rate, "samples_seen": pairs.samples, "skipped": skipped,
+            "data_failures": pairs.failures, "data_seconds": pairs.wait_seconds,
         })  # fmt: skip
         return stop
 
@@ -175,19 +177,19 @@ class Trainer:
             "step": self.step,
             "updates": self.optimizer.updates_done(),
             "cursor": self.loader.state(),
-            "identity": _identity(self.config, self.task),
+            "identity": self.task.identity(),
         })  # fmt: skip
         self.watchdog.beat()
 
     def _say_hello(self) -> None:
         world, plan = self.world, self.task.plan
-        count = torch.tensor(float(sum(p.numel() for p in self.stage.parameters())))
+        count = sum(p.numel() for p in self.stage.parameters())
         logger.info(
             "%d process(es): tensor %d%s x pipeline %d x data %d; %s",
             world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", world.pp_size,
             world.dp_size, world.reason,
         )  # fmt: skip
-        logger.info("layers: %s (%s); losses: %s", self.task.spec, self.task.spec_reason, self.task.losses_reason())
+        logger.info("layers: %s (%s)", self.task.spec, self.task.spec_reason)
         logger.info(
             "this rank holds %.2f M parameters; %.2f GFLOP a training pair", count / 1e6, self.task.flops_per_sample / 1e9
         )
@@ -203,18 +205,11 @@ def _peak(config: Config, world) -> float | None:
     return peak_flops(torch.cuda.get_device_name(world.device), "bf16" if config.precision.fp8 == "none" else "fp8")
 
 
-def _identity(config: Config, task) -> dict:
-    """What must be the same when a run goes on: the model's shapes, the arithmetic, the seed. The layout is not in it."""
-    model = {k: v for k, v in vars(config.model).items() if k not in ("preset",)}
-    weights = ("image_loss_weight", "caption_loss_weight")
-    model.update({k: getattr(config.model, k) > 0 for k in weights})  # the value may change, not the decoder's presence
-    data = {k: getattr(config.data, k) for k in ("image_size", "caption_length")}
-    return {"model": model, "data": data, "vocabulary": task.vocabulary, "dtype": config.precision.dtype,
-            "seed": config.seed}  # fmt: skip
+def _check_resumable(task, store: CheckpointStore) -> None:
+    """Raises UserError where the run folder's newest checkpoint is of other data, another tokenizer or arithmetic.
 
-
-def _check_resumable(config: Config, task, store: CheckpointStore) -> None:
-    """Raises UserError where the run folder's newest checkpoint is of another model, arithmetic or seed."""
+    (That the model is the same is checked with the configuration, see `validate.run_folder`.)
+    """
     from megamug.checkpoint.saver import STATE, read_state
 
     pointer = store.root / "latest"
@@ -222,17 +217,7 @@ def _check_resumable(config: Config, task, store: CheckpointStore) -> None:
     if not name or not (store.root / name / STATE).is_file():
         return
     try:
-        before = read_state(store.root / name)["identity"]
-    except (ValueError, KeyError):
+        contents = read_state(store.root / name)
+    except ValueError:
         return  # damaged: the verification that follows names it and passes it over
-    now = _identity(config, task)
-    for section in now:
-        pairs = now[section].items() if isinstance(now[section], dict) else [(None, now[section])]
-        for key, value in pairs:
-            old = before.get(section) if key is None else before.get(section, {}).get(key)
-            if old != value and not (isinstance(value, float) and old is not None and math.isclose(old, value)):
-                where = section if key is None else f"{section}.{key}"
-                raise UserError(
-                    f"{where}: {config.run_dir} holds a run with {old!r}, the configuration says {value!r}; "
-                    "go back to that value or choose another run_dir"
-                )
+    task.check_resumable(contents)

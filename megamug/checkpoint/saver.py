@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megamug.checkpoint import state
 from megamug.checkpoint.store import CheckpointStore
-from megamug.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +41,7 @@ class Saver:
     def save(self, step: int, model: torch.nn.Module, optimizer, contents: dict) -> None:
         """Starts (and, unless asynchronous, ends) the checkpoint of `step`. `contents` becomes `state.json`."""
         self.wait()
-        if self.world.is_first:
-            folder = self.store.begin(step)
-            (folder / STATE).write_text(json.dumps(contents, indent=1))
-        dist.barrier()
+        _on_first(self.world, lambda: self._begin(step, contents))
         tensors = state.sharded_state(model, optimizer, self.world)
         folder = self.store.partial_path(step) / "model"
         if self.queue is None:
@@ -57,11 +52,13 @@ class Saver:
         request.add_finalize_fn(lambda: self._commit(step))
         self.queue.schedule_async_request(request)
 
+    def _begin(self, step: int, contents: dict) -> None:
+        (self.store.begin(step) / STATE).write_text(json.dumps(contents, indent=1))
+
     def _commit(self, step: int) -> None:
-        dist.barrier()
-        if self.world.is_first:
-            logger.info("checkpoint saved: %s", self.store.commit(step))
-        dist.barrier()
+        dist.barrier()  # all have written
+        path = _on_first(self.world, lambda: str(self.store.commit(step)))
+        logger.info("checkpoint saved: %s", path)
 
     def poll(self) -> None:
         if self.queue is not None:
@@ -91,27 +88,32 @@ def _copied(tensors: dict) -> dict:
     }
 
 
-def find(store: CheckpointStore, world) -> tuple[int, Path, str] | None:
-    """The newest complete checkpoint, verified by rank 0, the same answer on every rank."""
-    found = [None]
+def _on_first(world, action):
+    """Runs `action` on rank 0 and returns its result on every rank. Where it fails, it fails on every rank: a rank that
+    waited for one that raised would wait for ever."""
+    outcome = [None, None]
     if world.is_first:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            if world.size == 1:
+                raise
+            logger.exception("rank 0 failed")
+            outcome[1] = f"{type(error).__name__}: {error}"
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {outcome[1]}")
+    return outcome[0]
+
+
+def find(store: CheckpointStore, world) -> tuple[int, Path, str] | None:
+    """The newest complete checkpoint of a run about to train, verified by rank 0, the same answer on every rank."""
+
+    def newest():
         store.recover()
         complete = store.newest_complete()
-        found = [None if complete is None else (complete.step, str(complete.path), complete.reason)]
-    if world.size > 1:
-        dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        return None
-    step, path, reason = found[0]
-    return step, Path(path), reason
+        return None if complete is None else (complete.step, str(complete.path), complete.reason)
 
-
-def need_space(run_dir: Path, parameters: int, dtype_bytes: int) -> None:
-    """Raises UserError where the disk cannot hold one checkpoint (model, two moments, main parameters)."""
-    needed = parameters * (dtype_bytes + 8 + (4 if dtype_bytes < 4 else 0))
-    free = shutil.disk_usage(run_dir).free
-    if free < 1.1 * needed:
-        raise UserError(
-            f"run_dir: a checkpoint needs {needed / 2**30:.2f} GiB but {run_dir} has {free / 2**30:.2f} GiB free; "
-            "free some space or choose another run_dir"
-        )
+    found = _on_first(world, newest)
+    return None if found is None else (found[0], Path(found[1]), found[2])

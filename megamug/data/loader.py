@@ -68,6 +68,13 @@ class GlobalBatch:
     failures: int = 0  # samples replaced on this rank since the loader was made
 
 
+def order_of(sources: list[Source], seed: int) -> GlobalOrder:
+    """The one order of all samples of these sources."""
+    weights = None if sources[0].weight is None else [source.weight for source in sources]
+    fingerprints = [source.fingerprint() for source in sources]
+    return GlobalOrder([len(s) for s in sources], weights=weights, seed=seed, fingerprints=fingerprints)
+
+
 class PairLoader:
     """Training: endless, shuffled, augmented. Validation (`train=False`): one pass, fixed order, centre squares.
 
@@ -122,9 +129,7 @@ class PairLoader:
         self.crop_scale, self.flip, self.threads = crop_scale, flip, threads
         self.max_failure_rate = max_failure_rate
 
-        weights = None if sources[0].weight is None else [source.weight for source in sources]
-        fingerprints = [source.fingerprint() for source in sources]
-        self.order = GlobalOrder([len(s) for s in sources], weights=weights, seed=seed, fingerprints=fingerprints)
+        self.order = order_of(sources, seed)
         start = 0
         if state is not None:
             cursor = Cursor.from_dict(state)

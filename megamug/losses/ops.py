@@ -129,7 +129,7 @@ def _all_gather(statistics: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or dist.get_world_size(group) == 1:
         return statistics.unsqueeze(0)
     everybody = statistics.new_empty((dist.get_world_size(group), *statistics.shape))
-    dist.all_gather_into_tensor(everybody, statistics, group=group)
+    dist.all_gather_into_tensor(everybody.flatten(0, 1), statistics, group=group)  # gloo wants them concatenated
     return everybody
 
 

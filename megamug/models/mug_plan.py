@@ -40,7 +40,7 @@ class MugPlan:
         self.padded_vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         self.tensor, self.pipeline, self.sequence_parallel = parallel.tensor, parallel.pipeline, parallel.sequence
         self.tensor_rank, self.tensor_group = 0, None
-        self.recompute = parallel.recompute == "full"
+        self.recompute, self.fp8 = parallel.recompute == "full", config.precision.fp8
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
         self.patch_size, self.norm_pix = model.patch_size, model.norm_pix_loss
         self.mean, self.std = list(data.mean), list(data.std)
@@ -83,7 +83,7 @@ class MugPlan:
         return specs.transformer_config(
             layers=layers, width=width, heads=heads, ffn_width=ffn_width, norm_eps=self.model.layer_norm_eps,
             dtype=self.dtype, tensor=self.tensor, sequence=self.sequence_parallel, recompute=self.recompute,
-            pipeline=pipeline,
+            pipeline=pipeline, fp8=self.fp8,
         )
 
     @cached_property

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from contextlib import closing
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
 from megamug.config import Config
-from megamug.data.loader import GlobalBatch, PairBatch, PairLoader
+from megamug.data.loader import GlobalBatch, PairBatch, PairLoader, order_of
+from megamug.data.order import Cursor
 from megamug.data.random import random_masks
 from megamug.data.sources import resolve_sources
 from megamug.data.text import Tokenizer
+from megamug.errors import UserError
 from megamug.models import specs
 from megamug.models.init import initialise
 from megamug.models.mug import PAD, Mug, MugBatch
 from megamug.models.mug_plan import MugPlan
+
+logger = logging.getLogger(__name__)
+
+PICTURE_PAIRS = 8  # held-out pairs shown while training
 
 
 class MugTask:
@@ -26,6 +39,7 @@ class MugTask:
         self.vocabulary = self.tokenizer.vocab_size if self.tokenizer else 0
         self.spec, self.spec_reason = specs.choose(config.precision.layers)
         self.plan = MugPlan(config, self.vocabulary, self.spec)
+        self.told_of_pictures = False
         self.loss_names = [n for n, used in (("image", self.plan.paints), ("caption", self.plan.writes)) if used]
 
     def join(self, world) -> None:
@@ -67,6 +81,24 @@ class MugTask:
             max_samples=max_samples,
         )
 
+    def check_resumable(self, contents: dict) -> None:
+        """Raises UserError where a checkpoint's `state.json` belongs to other data, another tokenizer or arithmetic."""
+        before, now = contents["identity"], self.identity()
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value}; "
+                    "go back to that one or choose another run_dir"
+                )
+        order_of(resolve_sources(self.config.data.train), self.config.seed).check(Cursor.from_dict(contents["cursor"]))
+
+    def identity(self) -> dict:
+        """What a checkpoint cannot be continued without, beside the model's sizes."""
+        tokenizer = None
+        if self.tokenizer is not None:
+            tokenizer = hashlib.sha256(Path(self.config.data.tokenizer).read_bytes()).hexdigest()[:16]
+        return {"data.tokenizer": tokenizer, "precision.dtype": self.config.precision.dtype}
+
     def batch(self, pairs: PairBatch) -> MugBatch:
         """Masks are a pure function of (seed, epoch, sample), made here and not stored."""
         plan = self.plan
@@ -96,8 +128,39 @@ class MugTask:
         """Model FLOPs of one training pair: forward, and twice that for backward (recomputation is not counted)."""
         return 3 * self.plan.forward_flops
 
-    def losses_reason(self) -> str:
-        """Which implementation of the losses runs, and why."""
-        from megamug.losses import ops
+    # ------------------------------------------------------------------------------------------ pictures
 
-        return ops.status()[1]
+    def picture(self, stage: Mug, world, run_dir: Path, step: int) -> Path | None:
+        """Draws the first held-out pairs (original | visible | reconstruction, true and written caption) into
+        RUN/pictures/step-XXXXXXXX.png and returns its path.
+
+        All ranks call it and the first draws, alone. None on the others, and where the layout leaves no rank with the
+        whole model: the log says so once, and `megamug evaluate` draws from a checkpoint.
+        """
+        if world.tp_size * world.pp_size > 1:
+            if world.is_first and not self.told_of_pictures:
+                logger.info(
+                    "no pictures while training: under parallel.tensor=%d, parallel.pipeline=%d no process holds the "
+                    "whole model; draw them by: megamug evaluate %s --task reconstruction",
+                    world.tp_size, world.pp_size, run_dir,
+                )  # fmt: skip
+            self.told_of_pictures = True
+            return None
+        if not world.is_first:
+            return None
+        from megamug.evaluate.held_out import held_out
+        from megamug.generate import columns, sample_rows, true_and_written
+        from megamug.telemetry.pictures import save_grid
+
+        data = replace(self.config.data, global_batch_size=PICTURE_PAIRS, micro_batch_size=PICTURE_PAIRS)
+        small = copy(self)
+        small.config = replace(self.config, data=data)
+        was_training = stage.training
+        stage.eval()
+        try:
+            with closing(held_out(small, replace(world, dp_rank=0, dp_size=1), PICTURE_PAIRS)) as pairs:
+                batch, captions = next(pairs)
+            rows = sample_rows(stage, batch, true_and_written(stage, self.tokenizer, batch, captions))
+        finally:
+            stage.train(was_training)
+        return save_grid(rows, columns(stage), Path(run_dir) / "pictures" / f"step-{step:08d}.png")

@@ -131,6 +131,15 @@ def transformer_layer(kind: str, config: TransformerConfig, causal: bool, contex
     )
 
 
+# precision.fp8 -> Megatron's names. "hybrid": e4m3 forward, e5m2 for gradients.
+FP8_RECIPES: dict[str, dict] = {
+    "none": {},
+    "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "blockwise": {"fp8": "hybrid", "fp8_recipe": "blockwise"},
+}
+
+
 def leave_uninitialised(weight: torch.Tensor) -> None:
     """Megatron's init_method here: it marks a parallel weight as such and leaves the numbers to `models.init`."""
 
@@ -147,7 +156,7 @@ def transformer_config(
     sequence: bool,
     recompute: bool,
     pipeline: int = 1,
-    **more,
+    fp8: str = "none",
 ) -> TransformerConfig:
     """A TransformerConfig with what every stack here shares.
 
@@ -184,5 +193,5 @@ def transformer_config(
             recompute_granularity="full" if recompute else None,
             recompute_method="uniform" if recompute else None,
             recompute_num_layers=1 if recompute else None,
-            **more,
+            **FP8_RECIPES[fp8],
         )

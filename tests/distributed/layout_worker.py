@@ -1,6 +1,6 @@
-"""Trains a tiny MUG for some steps under a layout and prints one JSON line: losses, gradient norms, gradient hashes.
+"""Trains a tiny MUG for some steps under one layout after another; a JSON line for each: losses and gradient norms.
 
-    python layout_worker.py '{"parallel": {...}, "model": {...}, "steps": 10, "save": DIR, "load": DIR, ...}'
+    python layout_worker.py '[{"parallel": {...}, "model": {...}, "steps": 10, "save": DIR, "load": DIR, ...}, ...]'
 """
 
 from __future__ import annotations
@@ -62,8 +62,16 @@ def micro_batches(step: int, plan, config: Config, world):
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    for one in options if isinstance(options, list) else [options]:
+        run(one)
+    setup.stop()
+
+
+def run(options: dict) -> None:
     config = tiny(options)
-    world = setup.start(config.parallel, config.seed, options.get("vocabulary_stages"))
+    from megamug.distributed import cpu_backend
+
+    cpu_backend.apply()
     from megamug.checkpoint import state
     from megamug.models.init import initialise
     from megamug.models.mug import Mug
@@ -72,6 +80,7 @@ def main() -> None:
     from megamug.pipeline import reduce_losses, run_batch
 
     plan = MugPlan(config, vocabulary=70)
+    world = setup.start(config.parallel, config.seed, plan.vocabulary_stages)
     plan.place_tensor(world.tp_rank, world.tp_group if world.tp_size > 1 else None)
     stage = Mug(plan, world.pp_rank)
     initialise(stage.sharded_state_dict(), config.seed)
@@ -98,7 +107,9 @@ def main() -> None:
         state.save_tensors(state.sharded_state(stage, optimizer, world), folder)
     blocks = [f"{plan.blocks[run[0]].part}.{plan.blocks[run[0]].name}.{plan.blocks[run[0]].index}" for run in plan.stages]
     print("RESULT " + json.dumps({"records": records, "stage_starts": blocks, "vocabulary": plan.vocabulary_stages}))
-    setup.stop()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":
