@@ -86,7 +86,8 @@ def build_cuda(compiler: str, include: list[str], libtorch: Path, objects: Path,
     ]
     compile_all(jobs)
     # The CUDA entry points of torch are resolved when the library is loaded, by the torch that loads it.
-    link = ["-shared", "-cudart", "static", *(job[-1] for job in jobs), f"-L{libtorch}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = ["-Xlinker", "--no-as-needed", f"-L{libtorch}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = ["-shared", "-cudart", "static", *(job[-1] for job in jobs), *libraries]
     run([compiler, *link, "-o", str(output)])
 
 

@@ -205,13 +205,13 @@ void row_statistics(const typename T::type* x, int64_t columns, float* maximum, 
     float block_highest = highest;
     for (auto& v : peak)
       for (int i = 0; i < WIDTH; i++) block_highest = v[i] > block_highest ? v[i] : block_highest;
-    if (block_highest == -kInfinity) continue;  // nothing but -inf so far: every exponential is 0
     if (block_highest > highest) {
       const vfloat rescale = exp(splat(highest - block_highest));
       for (auto& v : exponentials) v *= rescale;
       highest = block_highest;
     }
-    const vfloat shift = splat(highest);
+    // while all is -inf a shift of 0 gives the right sum: 0, or NaN where there is one
+    const vfloat shift = splat(highest == -kInfinity ? 0.0f : highest);
     for (j = start; j + step <= end; j += step)
       for (int k = 0; k < 4; k += 2) {
         vfloat a, b;
