@@ -187,7 +187,11 @@ class LayerRun(TransformerBlock):
             replace_prefix_for_sharding(shards, local, name)
             state.update(shards)
         if self.final_layernorm is not None:
-            state.update(sharded_state_dict_default(self.final_layernorm, f"{prefix}final_layernorm.", (), metadata))
+            # Without the group Megatron takes every rank for the first, and each would write the replicated tensor.
+            norm = sharded_state_dict_default(
+                self.final_layernorm, f"{prefix}final_layernorm.", (), metadata, tp_group=self.tp_group
+            )
+            state.update(norm)
         return state
 
 
