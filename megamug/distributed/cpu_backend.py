@@ -5,9 +5,10 @@ it keeps CUDA random states, it synchronises streams. `apply()` redirects exactl
 torch sees no GPU; with a GPU this module changes nothing. Everything that computes (parallel linears, schedules,
 optimizers, checkpoints) is Megatron's own code, unchanged.
 
-`PATCHES` is the whole list: what is replaced, and why. `MEGATRON_SOURCES` names the Megatron functions these patches
-rest on, with a hash of the source of each version they were checked against, so that a new Megatron-core which rewrites
-one of them fails a test instead of computing something else.
+`PATCHES` is the whole list: what is replaced, and why. `MEGATRON_SOURCES` names the Megatron functions that this and
+the models rest on, and what is assumed of each. A test compares their sources with those of the versions that were
+checked (`tests/distributed/megatron_sources.json`), so that a Megatron-core which rewrites one of them fails there
+instead of computing something else.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ PATCHES: list[tuple[str, str, Callable, str]] = [
     ("torch", "cuda.current_device", lambda _: _current_device, "used as a device= by every layer and buffer"),
     *[
         ("torch", name, _on_cpu, 'literal device="cuda" in optimizers, schedules and buffers')
-        for name in ("zeros", "ones", "empty", "full", "tensor", "rand", "randn", "randint", "arange", "zeros_like", "empty_like")
+        for name in (
+            "zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "zeros_like",
+            "empty_like",
+        )
     ],
     ("torch", "Tensor.cuda", lambda _: _stay, "tensors are moved with .cuda()"),
     ("torch", "nn.Module.cuda", lambda _: _stay, "modules are moved with .cuda()"),
@@ -122,20 +126,52 @@ PATCHES: list[tuple[str, str, Callable, str]] = [
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", lambda _: _set_rng_state, "the same"),
 ]
 
-# Megatron functions that the patches assume something of.
-MEGATRON_SOURCES: dict[str, list[str]] = {
-    "megatron.core.tensor_parallel.random": [
-        "_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker.add", "CudaRNGStatesTracker.fork",
-        "model_parallel_cuda_manual_seed", "CheckpointFunction",
-    ],
-    "megatron.core.optimizer.distrib_optimizer": [
-        "DistributedOptimizer._build_model_and_main_param_groups",
-    ],
-    "megatron.core.optimizer.clip_grads": ["get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"],
-    "megatron.core.distributed.finalize_model_grads": ["finalize_model_grads", "_allreduce_word_embedding_grads"],
-    "megatron.core.pipeline_parallel.schedules": [
-        "forward_step_calc_loss", "forward_backward_no_pipelining", "forward_backward_pipelining_without_interleaving",
-    ],
+# Megatron functions that this project assumes something of, beyond their signatures: module -> function -> what.
+MEGATRON_SOURCES: dict[str, dict[str, str]] = {
+    "megatron.core.tensor_parallel.random": {
+        "_get_cuda_rng_state": "returns a copy of the state; replaced by the CPU generator's",
+        "_set_cuda_rng_state": "takes such a state; replaced by the CPU generator's",
+        "CudaRNGStatesTracker.add": "reads and sets states through the four functions that are replaced",
+        "CudaRNGStatesTracker.fork": "reads and sets states through the two functions that are replaced",
+        "model_parallel_cuda_manual_seed": "seeds by torch.cuda.manual_seed and the tracker alone",
+        "CheckpointFunction": "keeps random states through the functions that are replaced; recomputes as computed",
+    },
+    "megatron.core.tensor_parallel.layers": {
+        "ColumnParallelLinear.forward": "calls self._forward_impl with input, weight, bias as keywords; returns "
+        "(output, bias to add)",
+        "RowParallelLinear.forward": "with skip_bias_add=False adds the bias after the reduction; returns no bias",
+    },
+    "megatron.core.transformer.transformer_block": {
+        "TransformerBlock._build_layers": "builds exactly the layer_specs given; the final norm where post_process and "
+        "post_layer_norm hold",
+        "TransformerBlock.forward": "pre_process=True takes hidden_states from the call; hands context to every layer",
+    },
+    "megatron.core.optimizer.distrib_optimizer": {
+        "DistributedOptimizer._build_model_and_main_param_groups": "sorts parameters by type() in CUDA's spelling; "
+        "the groups of model parameters and of shards run in one order",
+    },
+    "megatron.core.optimizer.optimizer": {
+        "Float16OptimizerWithFloat16Params.__init__": "sorts parameters by type() in CUDA's spelling; the groups of "
+        "model and main parameters run in one order; copies `shared`",
+    },
+    "megatron.core.optimizer.clip_grads": {
+        "get_grad_norm_fp32": "the norm over all stages and tensor-parallel slices, without multi-tensor kernels",
+        "clip_grad_by_total_norm_fp32": "scales in place by max_norm / (norm + 1e-6) where that is below 1",
+    },
+    "megatron.core.distributed.param_and_grad_buffer": {
+        "_ParamAndGradBuffer.__init__": "a parameter marked shared_embedding has a bucket of its own under the "
+        "distributed optimizer, so both copies of a tied weight are sharded alike",
+    },
+    "megatron.core.distributed.finalize_model_grads": {
+        "finalize_model_grads": "reduces over data, sequence and embedding groups; divides only by a num_tokens given",
+        "_allreduce_non_tensor_model_parallel_grads": "sums main_grad of parameters marked sequence_parallel",
+        "_allreduce_word_embedding_grads": "sums main_grad of the shared weight over the embedding group",
+    },
+    "megatron.core.pipeline_parallel.schedules": {
+        "forward_step_calc_loss": "calls loss_func on the last stage only; calculate_per_token_loss: divides nothing",
+        "forward_backward_no_pipelining": "backward of each micro-batch's loss, gradients added",
+        "forward_backward_pipelining_without_interleaving": "adjust_tensor_shapes_fn gives each boundary its shape",
+    },
 }
 
 
