@@ -1,0 +1,110 @@
+"""How well captions are written, and whether the image is used for it.
+
+The caption loss is taken with the right image's latent and with another image's (the pair before it in the batch): a
+decoder that only knows what captions are like has the same loss with both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamug.data.text import PAD
+from megamug.errors import UserError
+from megamug.evaluate.held_out import held_out, select
+from megamug.generate import all_visible, columns, encode, generate_tokens, sample_rows
+from megamug.models.mug import MugBatch
+from megamug.telemetry.pictures import save_grid
+
+EXAMPLES = 12  # samples listed and shown
+
+
+@dataclass
+class View:
+    """Sums of one way of showing the images to the encoder."""
+
+    visible_patches: int
+    loss: float = 0.0
+    other_loss: float = 0.0
+    exact: int = 0
+    right_tokens: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    written: list[str] = field(default_factory=list)
+    spare: Tensor | None = None  # the latent [., 1, h] of an image of the batch before
+
+    def add(self, model, tokenizer, batch: MugBatch) -> None:
+        """Counts the pairs of `batch`."""
+        latent = encode(model, batch)
+        other = latent.roll(1, dims=1) if latent.shape[1] > 1 else self.spare
+        if other is None:
+            raise UserError("captioning needs two held-out pairs or more, to take another image's latent")
+        self.spare = latent[:, :1]
+        self.loss += _loss(model, batch, latent)
+        self.other_loss += _loss(model, batch, other)
+        written = generate_tokens(model, latent)
+        true = batch.tokens[:, 1:]
+        self.right_tokens += right_tokens(written, true)
+        self.tokens += int((true != PAD).sum())
+        texts = [tokenizer.decode(row) for row in written.tolist()]
+        self.exact += sum(text == tokenizer.decode(row) for text, row in zip(texts, true.tolist(), strict=True))
+        self.pairs += len(texts)
+        self.written += texts[: EXAMPLES - len(self.written)]
+
+    def figures(self) -> dict:
+        loss, other = self.loss / self.tokens, self.other_loss / self.tokens
+        return {
+            "visible_patches": self.visible_patches, "caption_loss": loss, "caption_loss_other_image": other,
+            "gap": other - loss, "exact_match": self.exact / self.pairs,
+            "token_accuracy": self.right_tokens / self.tokens,
+        }  # fmt: skip
+
+
+def measure(run, samples: int, folder: Path) -> dict:
+    """Figures of at most `samples` held-out pairs, examples, and a picture of them.
+
+    `masked`: with the patches hidden that training hides; `all_visible`: with none hidden. In each: `caption_loss` and
+    `caption_loss_other_image` in nat a token, the end token included, `gap` between them; of the likeliest captions
+    (greedy), `exact_match` is the share that reads as the true one, `token_accuracy` the share of the true tokens, end
+    included, that stand in their places.
+    """
+    model, plan, tokenizer = run.model, run.task.plan, run.task.tokenizer
+    masked, whole = View(plan.visible), View(plan.patches)
+    captions, rows = [], []
+    with torch.inference_mode():
+        for batch, true in held_out(run.task, run.world, samples):
+            masked.add(model, tokenizer, batch)
+            whole.add(model, tokenizer, all_visible(batch, plan.patches))
+            missing = EXAMPLES - len(rows)
+            if missing > 0:
+                first, start = select(batch, torch.arange(min(missing, len(true)))), len(rows)
+                captions += true[:missing]
+                texts = [
+                    [f"true: {captions[i]}", f"all visible: {whole.written[i]}", f"masked: {masked.written[i]}"]
+                    for i in range(start, len(captions))
+                ]
+                rows += sample_rows(model, first, texts)
+    examples = [
+        {"caption": true, "all_visible": a, "masked": b}
+        for true, a, b in zip(captions, whole.written, masked.written, strict=True)
+    ]
+    return {
+        "samples": masked.pairs, "tokens": masked.tokens, "patches": plan.patches,
+        "units": "losses in nat a token; the other image is the pair before in the batch",
+        "masked": masked.figures(), "all_visible": whole.figures(), "examples": examples,
+        "pictures": [str(save_grid(rows, columns(model), folder / "captioning.png"))],
+    }  # fmt: skip
+
+
+def right_tokens(written: Tensor, true: Tensor) -> int:
+    """True tokens (padding is none) that `written` [b, t] has in the same place; `true` is [b, T], T >= t."""
+    return int(((written == true[:, : written.shape[1]]) & (written != PAD)).sum())
+
+
+def _loss(model, batch: MugBatch, latent: Tensor) -> float:
+    """Summed over the tokens of the captions."""
+    decoder = model.text_decoder
+    return decoder.loss(batch, decoder(batch, latent, None))[0].item()

@@ -1,0 +1,105 @@
+"""A trained run, read back for looking at: one process, plain layers, evaluation mode, whatever layout trained it.
+
+    with load_run("runs/mug") as run:
+        latent = encode(run.model, batch)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megamug.checkpoint.store import CheckpointStore
+from megamug.config import Config, ParallelConfig, load_config, resolve
+from megamug.distributed import cpu_backend, setup
+from megamug.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadedRun:
+    """A model with its weights, and what belongs to it."""
+
+    config: Config  # the run's, with the layout of one process
+    task: object  # megamug.models.mug_task.MugTask
+    model: torch.nn.Module  # megamug.models.mug.Mug, all of it, in evaluation mode
+    world: setup.World
+    step: int
+    checkpoint: Path
+
+
+@contextmanager
+def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun]:
+    """The newest complete checkpoint of `run_dir`, or that of `step`, verified; leaves the process group at the end.
+
+    Raises `UserError`: more than one process, no run, no complete checkpoint, a damaged one, another tokenizer.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        size = os.environ["WORLD_SIZE"]
+        raise UserError(f"a trained run is read by one process, but WORLD_SIZE is {size}; start it without torchrun")
+    config = one_process(_read_config(Path(run_dir)))
+    found, path = find_checkpoint(Path(run_dir), step)
+    cpu_backend.apply()
+    from megamug.checkpoint import saver, state
+    from megamug.models.mug import Mug
+    from megamug.models.mug_task import MugTask
+
+    task = MugTask(config)
+    trained, found_now = saver.read_state(path)["identity"], task.identity()
+    if trained["data.tokenizer"] != found_now["data.tokenizer"]:
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer} is not the file that {run_dir} was trained with (SHA-256 "
+            f"{found_now['data.tokenizer']}, then {trained['data.tokenizer']}); put the tokenizer of the run back"
+        )
+    world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
+    try:
+        task.join(world)
+        model = Mug(task.plan).to(world.device).eval()
+        state.load_tensors(model, None, world, path / "model", step=found)
+        yield LoadedRun(config, task, model, world, found, path)
+    finally:
+        setup.stop()
+
+
+def one_process(config: Config) -> Config:
+    """`config` with the layout of one process and the layers that run everywhere: neither changes a number learned."""
+    config.parallel = ParallelConfig(timeout_minutes=config.parallel.timeout_minutes)
+    config.precision.layers, config.precision.fp8 = "local", "none"
+    config.data.global_batch_size = config.data.micro_batch_size
+    return config
+
+
+def find_checkpoint(run_dir: Path, step: int | None) -> tuple[int, Path]:
+    """(step, folder) of the newest complete checkpoint, or of `step`. Reads every byte of it once. Raises `UserError`.
+
+    Changes nothing: the run may be in training.
+    """
+    store = CheckpointStore(run_dir, keep=0)
+    if step is None:
+        complete = store.newest_complete()
+        if complete is None:
+            raise UserError(
+                f"{run_dir} has no complete checkpoint; train first: megamug train {run_dir / 'config.yaml'}"
+            )
+        return complete.step, complete.path
+    path = store.path(step)
+    if not path.is_dir():
+        raise UserError(f"{run_dir} has no checkpoint of step {step}: there is no {path}; name another, or none")
+    problems = store.verify(path)
+    if problems:
+        raise UserError(f"{path} is damaged ({problems[0]}); name another step, or none for the newest complete one")
+    return step, path
+
+
+def _read_config(run_dir: Path) -> Config:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give run_dir of the configuration")
+    return resolve(load_config(path))
