@@ -1,10 +1,10 @@
 """Builds the libraries of `csrc/` into `megamug/losses/_lib/`; everything else is in pyproject.toml.
 
-The CPU library wants a C++20 compiler (`CXX`, default c++ or g++ or clang++), the CUDA library nvcc (`CUDA_HOME`, or on PATH).
-`MEGAMUG_BUILD_CUDA=1` fails without nvcc, `=0` leaves CUDA out. Without a compiler or without torch nothing is built, and
-the torch implementation of the losses stands in. Both libraries use torch's stable ABI: one build serves every Python and
-every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the torch found here is the one that
-will load them.
+The CPU library wants a C++20 compiler (`CXX`, default c++, g++ or clang++), the CUDA library nvcc (`CUDA_HOME`, or on
+PATH). `MEGAMUG_BUILD_CUDA=1` fails without nvcc, `=0` leaves CUDA out. Without a compiler or without torch nothing is
+built, and the torch implementation of the losses stands in. Both libraries use torch's stable ABI: one build serves
+every Python and every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the headers are those of
+the torch that is installed. `MEGAMUG_BUILD_STRICT=1` makes warnings errors.
 """
 
 import os
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -65,15 +66,14 @@ def compile_all(jobs: list[list[str]]) -> None:
 
 def build_cpu(compiler: str, include: list[str], libtorch: Path, objects: Path, output: Path) -> None:
     common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS, *TARGET, *include]
-    # No reordering of sums and full handling of infinities and NaN: these flags only free the compiler from errno and traps.
+    # Sums keep their order, infinities and NaN their meaning: these flags only free the compiler from errno and traps.
     arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
     jobs = [[*common, "-c", str(SOURCES / "cpu/operators.cpp"), "-o", str(objects / "operators.o")]]
     for name, flags in KERNELS.items():
         source, result = SOURCES / f"cpu/kernels_{name}.cpp", objects / f"kernels_{name}.o"
         jobs.append([*common, *arithmetic, *flags, "-c", str(source), "-o", str(result)])
     compile_all(jobs)
-    link = ["-shared", *(job[-1] for job in jobs), f"-L{libtorch}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    run([compiler, *link, "-o", str(output)])
+    link([compiler, "-shared"], jobs, libtorch, output)
 
 
 def build_cuda(compiler: str, include: list[str], libtorch: Path, objects: Path, output: Path) -> None:
@@ -81,14 +81,21 @@ def build_cuda(compiler: str, include: list[str], libtorch: Path, objects: Path,
     codes += ["-gencode", f"arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
     common = [compiler, "-std=c++20", "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
     jobs = [
-        [*common, *TARGET, *include, "-c", str(source.relative_to(ROOT)), "-o", str(objects / f"{source.stem}.cuda.o")]
+        [*common, *TARGET, *include, "-c", str(source.relative_to(ROOT)), "-o", str(objects / f"{source.stem}_cuda.o")]
         for source in sorted((ROOT / SOURCES / "cuda").glob("*.cu"))
     ]
     compile_all(jobs)
     # The CUDA entry points of torch are resolved when the library is loaded, by the torch that loads it.
+    link([compiler, "-shared", "-cudart", "static"], jobs, libtorch, output)
+
+
+def link(command: list[str], jobs: list[list[str]], libtorch: Path, output: Path) -> None:
+    """Written aside and moved: a process that has the old library mapped keeps it."""
+    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    # libtorch.so stays named though no symbol of it is used: in CUDA builds of torch it brings libtorch_cuda.so
     libraries = ["-Xlinker", "--no-as-needed", f"-L{libtorch}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    link = ["-shared", "-cudart", "static", *(job[-1] for job in jobs), *libraries]
-    run([compiler, *link, "-o", str(output)])
+    run([*command, *(job[-1] for job in jobs), *libraries, "-o", str(aside)])
+    aside.replace(output)
 
 
 class BuildLosses(build_ext):
@@ -98,7 +105,7 @@ class BuildLosses(build_ext):
         found, compiler = torch_paths(), cxx()
         demand = os.environ.get("MEGAMUG_BUILD_CUDA", "")
         if demand == "1" and not (found and compiler and nvcc()):
-            raise SystemExit("megamug: MEGAMUG_BUILD_CUDA=1 needs torch, a C++ compiler and nvcc (CUDA_HOME); one is missing")
+            raise SystemExit("megamug: MEGAMUG_BUILD_CUDA=1 needs torch, a C++ compiler and nvcc (CUDA_HOME)")
         if found is None:
             log("torch is not installed here, so the compiled losses are not built; use pip install --no-build-isolation")
             return
@@ -114,6 +121,7 @@ class BuildLosses(build_ext):
         if cuda_compiler:
             build_cuda(cuda_compiler, *found, objects, cuda)
         else:
+            cuda.unlink(missing_ok=True)  # an old one would not fit the new CPU library
             log("the CUDA losses are not built: " + ("MEGAMUG_BUILD_CUDA=0" if demand == "0" else "no nvcc found"))
 
     def get_outputs(self) -> list[str]:
@@ -127,10 +135,21 @@ class BuildLosses(build_ext):
         return [str(p.relative_to(ROOT)) for p in (ROOT / SOURCES).rglob("*") if p.is_file()]
 
 
+class AnyPythonWheel(bdist_wheel):
+    """The libraries do not use Python's C API: the wheel depends on the platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 class PlatformWheel(Distribution):
     def has_ext_modules(self) -> bool:
         return True
 
 
 # The extension object only tells setuptools that there is something to build; BuildLosses does not read it.
-setup(distclass=PlatformWheel, ext_modules=[Extension("megamug.losses._lib", [])], cmdclass={"build_ext": BuildLosses})
+setup(
+    distclass=PlatformWheel,
+    ext_modules=[Extension("megamug.losses._lib", [])],
+    cmdclass={"build_ext": BuildLosses, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,1 +1,1 @@
-"""Benchmarks, one module each, run by `tools/benchmark.py NAME`: each prints its figures beside the floor it is held to."""
+"""Benchmarks, one module each, run by `tools/benchmark.py NAME`; each prints its figures beside its floor."""

@@ -104,7 +104,7 @@ def _status(key: str) -> int:
 
 
 class _Produced(torch.autograd.Function):
-    """Stands for the layer that made the logits: a tensor inside the graph, whose memory the loss may overwrite."""
+    """Stands for the layer before the loss: a tensor inside the graph, whose memory the loss may overwrite."""
 
     @staticmethod
     def forward(ctx, handle, tensor):
@@ -150,7 +150,8 @@ def _other_kernels(machine: Machine) -> list[tuple[str, Callable]]:
         return []
     found = []
     for name, module, build in (
-        ("Liger", "liger_kernel.transformers.functional", lambda m: lambda x, t: m.liger_cross_entropy(x, t, reduction="sum")),
+        ("Liger", "liger_kernel.transformers.functional",
+         lambda m: lambda x, t: m.liger_cross_entropy(x, t, reduction="sum")),
         ("flash-attn", "flash_attn.ops.triton.cross_entropy",
          lambda m: lambda x, t: m.cross_entropy_loss(x, t, inplace_backward=True)[0].sum()),
         ("Transformer Engine", "transformer_engine.pytorch.cross_entropy",
@@ -171,7 +172,7 @@ def masked_patch_race(machine: Machine, arguments) -> None:
         pixels = torch.randint(256, (batch, 3, size, size), generator=generator, device=machine.device)
         normalised = ((pixels / 255 - 0.45) / 0.225).to(dtype)
         predictions = torch.randn(batch, patches, values, generator=generator, device=machine.device).to(dtype)
-        predictions.requires_grad_()
+        handle = torch.zeros((), device=machine.device, requires_grad=True)
         order = torch.rand(batch, patches, generator=generator, device=machine.device).argsort(dim=1)
         ids = order[:, :masked].contiguous()
         mask = torch.zeros(batch, patches, device=machine.device).scatter_(1, ids, 1.0)
@@ -189,9 +190,9 @@ def masked_patch_race(machine: Machine, arguments) -> None:
             kind = {"mean": MEAN, "std": STD} if images.dtype == torch.uint8 else {}
             return masked_patch_loss(images, predictions, ids, patch_size=p, impl="compiled", **kind)[0]
 
-        def run(loss, images, predictions=predictions):
+        def run(loss, images, predictions=predictions, handle=handle):
             def step():
-                loss(images, predictions).backward()
+                loss(images, _Produced.apply(handle, predictions)).backward()
 
             return step
 
@@ -200,10 +201,7 @@ def masked_patch_race(machine: Machine, arguments) -> None:
             contestants.append(Contestant("torch.compile", run(torch.compile(eager, dynamic=False), normalised)))
         contestants.append(Contestant("megamug, uint8 images", run(ours, pixels.to(torch.uint8))))
 
-        def restore(predictions=predictions):
-            predictions.grad = None
-
-        machine.race(contestants, restore)
+        machine.race(contestants, lambda: None)
         e = dtype.itemsize
         floor = batch * values * (masked * 2 * e + patches * e)
         report(f"masked-patch {batch} x {size}/{p} {_short(dtype)}", contestants, floor, machine)
@@ -248,6 +246,11 @@ def linear_race(machine: Machine, arguments) -> None:
         print(f"#   the gradients alone: {(hidden.nbytes + weight.nbytes) / 2**20:.0f} MiB")
 
 
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -288,7 +291,8 @@ def main(argv: list[str]) -> None:
     if not getattr(libraries(), arguments.device):
         raise UserError(f"losses: {libraries().reason}; build them with pip install -e .")
     torch.set_num_threads(arguments.threads)
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()}, {arguments.threads} threads"
+    cuda = arguments.device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{_processor()}, {arguments.threads} threads"
     print(f"# torch {torch.__version__}, {name}, {libraries().reason}")
     for race in arguments.only or RACES:
         RACES[race](Machine(arguments.device, arguments.repeats), arguments)

@@ -1,7 +1,7 @@
-"""The one door to the compiled losses: loads the libraries built from `csrc/`, registers their fakes and autograd rules.
+"""The one door to the compiled losses: loads the libraries built from `csrc/`, registers fakes and autograd rules.
 
-The schemas are in `csrc/cpu/operators.cpp`. The CPU library holds the schemas and the CPU kernels; the CUDA library adds
-kernels and is loaded only where torch has CUDA. The first call of a loss loads them; importing this module does not.
+The schemas are in `csrc/cpu/operators.cpp`. The CPU library holds the schemas and the CPU kernels; the CUDA library
+adds kernels and is loaded only where torch has CUDA. The first call of a loss loads them; importing this module does not.
 """
 
 from __future__ import annotations
