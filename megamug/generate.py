@@ -283,10 +283,16 @@ def image_sizes(paths: list[Path]) -> tuple[list[int], list[int]]:
     decoder, widths, heights = FullDecoder(1), [], []
     for path in paths:
         try:
-            [(height, width)] = decoder([path.read_bytes()])
-        except (OSError, *DECODE_ERRORS) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"--images: {path} does not decode as an image; leave it out ({reason})") from error
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"--images: {path} cannot be read: {error.strerror}") from error
+        try:
+            [(height, width)] = decoder([data])
+        except DECODE_ERRORS as error:  # which names the operator and a number, not what is wrong with the file
+            raise UserError(
+                f"--images: {path} ({len(data)} bytes) does not decode: broken, or no {', '.join(EXTENSIONS)} image; "
+                "leave it out"
+            ) from error
         widths.append(width)
         heights.append(height)
     return widths, heights
