@@ -1,7 +1,8 @@
 """AdamW under Megatron's optimizers, its schedule, and its state by parameter name.
 
 Megatron has three: plain (fp32), with fp32 main parameters (bf16), and distributed (states sharded over the
-data-parallel ranks). `MainState` shows all three in one way, which is what makes a checkpoint of one loadable by another.
+data-parallel ranks). `MainState` shows all three in one way, which is what makes a checkpoint of one loadable by
+another.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ def wrap_model(model: torch.nn.Module, config: Config) -> DistributedDataParalle
 
 
 class Optimizer:
-    """AdamW of one rank: rate and decay of the step, gradient norm, clipping, a step that a bad gradient cannot spoil."""
+    """AdamW of one rank: rate and decay of the step, gradient norm, clipping; a bad gradient need not be applied."""
 
     def __init__(self, config: Config, model: DistributedDataParallel):
         options = config.optimizer
         self.options, self.train = options, config.train
-        self.distributed = config.parallel.distributed_optimizer
+        self.model, self.distributed = model, config.parallel.distributed_optimizer
         bf16 = config.precision.dtype == "bf16"
         self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -117,6 +118,11 @@ class Optimizer:
                 if parameters := part.get_parameters():
                     clip_grad_by_total_norm_fp32(parameters, self.options.clip_grad, norm)
         self.megatron.step_with_ready_grads()
+
+    def gather_parameters(self) -> None:
+        """Fetches now what overlapped gathering leaves to the next forward pass: this rank then holds all updates."""
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
 
     def zero_grad(self) -> None:
         self.megatron.zero_grad()

@@ -52,6 +52,8 @@ def _optimizer_tensors(optimizer: Optimizer, model_shards: dict[str, ShardedTens
 
 def sharded_state(model: torch.nn.Module, optimizer: Optimizer | None, world) -> dict:
     """The nested dictionary of ShardedTensors that is saved and loaded. `model` is the bare stage."""
+    if optimizer is not None:
+        optimizer.gather_parameters()
     model_shards = model.sharded_state_dict()
     state = {"model": model_shards}
     if optimizer is not None:

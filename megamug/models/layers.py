@@ -85,7 +85,7 @@ def _plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_) -> Te
 
 
 class LocalColumnParallelLinear(ColumnParallelLinear):
-    """ColumnParallelLinear that adds its bias itself, on one rank inside the matrix product (a pass over the output less).
+    """ColumnParallelLinear that adds its bias itself, on one rank inside the matrix product (one pass less).
 
     Callers that ask for `skip_bias_add` get `None` for the bias and so have nothing left to add.
     """

@@ -63,7 +63,7 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
 
 
 class Encoder(MegatronModule):
-    """ViT on the visible patches: class token, register tokens, fixed sin-cos positions, pre-norm layers, final norm."""
+    """ViT on the visible patches: class token, registers, fixed sin-cos positions, pre-norm layers, final norm."""
 
     def __init__(self, plan: MugPlan, part: Part):
         config = plan.encoder_config
@@ -171,8 +171,8 @@ class TextDecoder(MegatronModule):
         self.stack = LayerRun(config, layer_specs, plan.norm, part.first, part.last)
         if part.head:
             self.output_layer = ColumnParallelLinear(
-                width, vocabulary, config=config, init_method=specs.leave_uninitialised, bias=False, gather_output=False,
-                skip_weight_param_allocation=self.tied and part.embedding,
+                width, vocabulary, config=config, init_method=specs.leave_uninitialised, bias=False,
+                gather_output=False, skip_weight_param_allocation=self.tied and part.embedding,
             )
         # A tied weight whose two ends lie in different stages exists twice; Megatron sums its gradients over both.
         self.apart = self.tied and part.embedding != part.head

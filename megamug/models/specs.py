@@ -79,8 +79,10 @@ def choose(requested: str) -> tuple[str, str]:
     return "te", "CUDA device and Transformer Engine found"
 
 
-def transformer_layer(kind: str, config: TransformerConfig, causal: bool, context_width: int | None = None) -> ModuleSpec:
-    """A pre-norm transformer layer: self-attention, cross-attention to a context where `context_width` is given, MLP."""
+def transformer_layer(
+    kind: str, config: TransformerConfig, causal: bool, context_width: int | None = None
+) -> ModuleSpec:
+    """A pre-norm transformer layer: self-attention, cross-attention to a context if `context_width` is given, MLP."""
     m = modules(kind)
     fused = m.norm_linear is not None
     cross = {}

@@ -29,7 +29,7 @@ class Block:
 def cut(blocks: list[Block], stages: int) -> list[range]:
     """Splits the blocks into contiguous stages with the smallest possible heaviest stage (dynamic programming).
 
-    Raises ValueError when there are fewer blocks than stages. Ties go to the earliest cut, so every rank finds the same.
+    Raises ValueError when there are fewer blocks than stages. Ties go to the earliest cut: every rank finds the same.
     """
     count = len(blocks)
     if stages > count:

@@ -60,6 +60,16 @@ def micro_batches(step: int, plan, config: Config, world):
     return batches, totals
 
 
+def copies_equal(stage, world) -> list[bool]:
+    """Of each rank: is its vocabulary weight (where its stage has one) the same as the first one found?"""
+    has_weight = stage.text_decoder is not None and hasattr(stage.text_decoder, "shared_weight")
+    mine = stage.text_decoder.shared_weight().detach().clone() if has_weight else None
+    weights = [None] * world.size
+    torch.distributed.all_gather_object(weights, mine)
+    first = next(weight for weight in weights if weight is not None)
+    return [weight is None or torch.equal(weight, first) for weight in weights]
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     for one in options if isinstance(options, list) else [options]:
@@ -100,13 +110,25 @@ def run(options: dict) -> None:
         norm, _ = optimizer.prepare(step + 1)
         optimizer.apply(norm)
         records.append([*(losses[n] / losses[f"{n}_count"] for n in names), norm])
+    validation = None
+    if options.get("validate"):
+        batches, _ = micro_batches(1000, plan, config, world)
+        with torch.no_grad():
+            sums = run_batch(model, batches, dict.fromkeys(plan.loss_weights, 1.0), backward=False)
+        validation = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}
     if options.get("save"):
         folder = Path(options["save"])
         folder.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         state.save_tensors(state.sharded_state(stage, optimizer, world), folder)
-    blocks = [f"{plan.blocks[run[0]].part}.{plan.blocks[run[0]].name}.{plan.blocks[run[0]].index}" for run in plan.stages]
-    print("RESULT " + json.dumps({"records": records, "stage_starts": blocks, "vocabulary": plan.vocabulary_stages}))
+    starts = [plan.blocks[run[0]] for run in plan.stages]
+    blocks = [f"{block.part}.{block.name}.{block.index}" for block in starts]
+    result = {"records": records, "stage_starts": blocks, "vocabulary": plan.vocabulary_stages}
+    if validation is not None:
+        result["validation"] = validation
+    if options.get("copies"):
+        result["copies_equal"] = copies_equal(stage, world)
+    print("RESULT " + json.dumps(result))
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
