@@ -95,7 +95,7 @@ def iterate_captions(sources: list[Source], limit: int = MAX_TRAINING_CAPTIONS) 
 def train_tokenizer(
     captions: Iterable[str], output: str | Path, vocab_size: int, *, overwrite: bool = False
 ) -> int:
-    """Train a unigram model on `captions`, write it to `output` atomically, return its size.
+    """Train a byte-pair model on `captions`, write it to `output` atomically, return its size.
 
     Deterministic: the same captions give the same bytes. Few different words make fewer pieces than asked for.
     Raises `UserError` where `vocab_size` does not hold the bytes and characters, and where `output` is another file
@@ -107,7 +107,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="unigram",
+            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="bpe",
             hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, max_sentence_length=1 << 16,
             pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNKNOWN, num_threads=1, minloglevel=2,
         )  # fmt: skip
