@@ -3,8 +3,8 @@
 The CPU library wants a C++20 compiler (`CXX`, default c++, g++ or clang++), the CUDA library nvcc (`CUDA_HOME`, or on
 PATH). `MEGAMUG_BUILD_CUDA=1` fails without nvcc, `=0` leaves CUDA out. Without a compiler or without torch nothing is
 built, and the torch implementation of the losses stands in. Both libraries use torch's stable ABI: one build serves
-every Python and every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the headers are those of
-the torch that is installed. `MEGAMUG_BUILD_STRICT=1` makes warnings errors.
+every Python and every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the headers are
+those of the torch that is installed. `MEGAMUG_BUILD_STRICT=1` makes warnings errors.
 """
 
 import os
@@ -92,7 +92,7 @@ def build_cuda(compiler: str, include: list[str], libtorch: Path, objects: Path,
 def link(command: list[str], jobs: list[list[str]], libtorch: Path, output: Path) -> None:
     """Written aside and moved: a process that has the old library mapped keeps it."""
     aside = output.with_name(f".{output.name}.{os.getpid()}")
-    # libtorch.so stays named though no symbol of it is used: in CUDA builds of torch it brings libtorch_cuda.so
+    # libtorch.so stays named though no symbol of it is used: in CUDA builds it brings libtorch_cuda.so
     libraries = ["-Xlinker", "--no-as-needed", f"-L{libtorch}", "-ltorch", "-ltorch_cpu", "-lc10"]
     run([*command, *(job[-1] for job in jobs), *libraries, "-o", str(aside)])
     aside.replace(output)
@@ -107,7 +107,7 @@ class BuildLosses(build_ext):
         if demand == "1" and not (found and compiler and nvcc()):
             raise SystemExit("megamug: MEGAMUG_BUILD_CUDA=1 needs torch, a C++ compiler and nvcc (CUDA_HOME)")
         if found is None:
-            log("torch is not installed here, so the compiled losses are not built; use pip install --no-build-isolation")
+            log("no torch here, so the compiled losses are not built; use pip install --no-build-isolation")
             return
         if compiler is None:
             log("no C++ compiler found: the compiled losses are not built")

@@ -41,6 +41,14 @@ inline void check_weights(const std::optional<Tensor>& weights, const Tensor& lo
   if (weights) check_vector(*weights, "weights", ScalarType::Float, logits.size(0), logits);
 }
 
+// [2, R]: maximum and sum of exponentials of each row
+inline void check_normalisers(const Tensor& normalisers, const Tensor& logits) {
+  STD_TORCH_CHECK(normalisers.dim() == 2 && normalisers.size(0) == 2 && normalisers.size(1) == logits.size(0) &&
+                      normalisers.is_contiguous() && normalisers.scalar_type() == ScalarType::Float &&
+                      normalisers.is_cuda() == logits.is_cuda(),
+                  "megamug: normalisers must be contiguous float32 [2, rows] on the device of the logits");
+}
+
 // images [B, 3, H, W], predictions [B, N or M, 3 p p], masked_ids [B, M]
 inline void check_patches(const Tensor& images, const Tensor& predictions, const Tensor& masked_ids, int64_t patch_size,
                           const std::vector<double>& mean, const std::vector<double>& std) {

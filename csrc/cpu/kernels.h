@@ -22,10 +22,11 @@ struct Statistics {
 struct Gradient {
   void* output;  // same dtype; may be the logits themselves
   int64_t stride;
-  const float* logsumexp;
+  const float *maximum, *sum_of_exp;  // of each row over the whole vocabulary
+  const float* z_factor;  // 1 + 2 z lse
   const float* factor;  // weight x incoming gradient of each row; a row of factor 0 with active 0 gets zero
   const bool* active;
-  float label_smoothing, smoothing_per_column, z_loss;
+  float label_smoothing, smoothing_per_column;
 };
 
 struct Patches {

@@ -254,12 +254,13 @@ void gradient_of(const Rows& rows, const int64_t* column, const Gradient& g, int
       __builtin_memset(out, 0, rows.columns * sizeof(type));
       continue;
     }
-    const float scale = g.factor[r] * (1.0f + 2.0f * g.z_loss * g.logsumexp[r]);
+    // exp(x - max) / sum, not exp(x - lse): the rounding of a large lse would be in every probability
+    const float scale = g.factor[r] * g.z_factor[r] / g.sum_of_exp[r];
     const float offset = g.factor[r] * g.smoothing_per_column;
-    const vfloat shift = splat(g.logsumexp[r]);
+    const vfloat shift = splat(g.maximum[r]);
     const bool owned = column[r] >= 0;
     // The target's entry is made on its own from the unrounded probability.
-    const float target_probability = owned ? exp(splat(load_one<T>(x + column[r])) - shift)[0] : 0.0f;
+    const float target_exponential = owned ? exp(splat(load_one<T>(x + column[r])) - shift)[0] : 0.0f;
     int64_t j = 0;
     for (; j + 2 * WIDTH <= rows.valid; j += 2 * WIDTH) {
       vfloat a, b;
@@ -273,7 +274,7 @@ void gradient_of(const Rows& rows, const int64_t* column, const Gradient& g, int
     __builtin_memset(out + rows.valid, 0, (rows.columns - rows.valid) * sizeof(type));
     if (owned) {
       const float kept = 1.0f - g.label_smoothing;
-      const float value = target_probability * scale - offset - g.factor[r] * kept;
+      const float value = target_exponential * scale - offset - g.factor[r] * kept;
       store_first<T>(out + column[r], splat(value), 1);
     }
   }

@@ -83,7 +83,8 @@ Tensor statistics(const Tensor& logits, const Tensor& targets, int64_t first_col
   return result;
 }
 
-// statistics [ranks, 4, R] -> weighted loss of each token and log sum exp over the whole vocabulary
+// statistics [ranks, 4, R] -> weighted loss of each token, and [2, R]: maximum and sum of exponentials of each row over
+// the whole vocabulary
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& statistics, const Tensor& targets,
                                          const std::optional<Tensor>& weights, int64_t /*first_column*/,
                                          int64_t valid_columns, int64_t vocab_size, int64_t ignore_index,
@@ -96,8 +97,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& sta
                   "megamug: statistics must be contiguous float32 [ranks, 4, rows]");
   const int64_t ranks = statistics.size(0);
   const float* s = statistics.const_data_ptr<float>();
-  Tensor losses = empty_floats({rows}, logits), logsumexps = empty_floats({rows}, logits);
-  float *loss_out = losses.mutable_data_ptr<float>(), *lse_out = logsumexps.mutable_data_ptr<float>();
+  Tensor losses = empty_floats({rows}, logits), normalisers = empty_floats({2, rows}, logits);
+  float *loss_out = losses.mutable_data_ptr<float>(), *normaliser_out = normalisers.mutable_data_ptr<float>();
   const Factors factor(targets, weights, ignore_index);
   for (int64_t r = 0; r < rows; r++) {
     float highest = -std::numeric_limits<float>::infinity();
@@ -114,37 +115,42 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& sta
     if (label_smoothing != 0) loss += label_smoothing * (logsumexp - sum_of_logits / vocab_size);
     if (z_loss != 0) loss += z_loss * logsumexp * logsumexp;
     loss_out[r] = factor[r] == 0 ? 0.0f : static_cast<float>(loss * factor[r]);
-    lse_out[r] = static_cast<float>(logsumexp);
+    normaliser_out[r] = highest;
+    normaliser_out[rows + r] = static_cast<float>(exponentials);
   }
-  return {losses, logsumexps};
+  return {losses, normalisers};
 }
 
 void write_gradient(const Tensor& output, const Tensor& logits, const Tensor& targets,
-                    const std::optional<Tensor>& weights, const Tensor& logsumexp, const Tensor& grad_per_token,
+                    const std::optional<Tensor>& weights, const Tensor& normalisers, const Tensor& grad_per_token,
                     int64_t first_column, int64_t valid_columns, int64_t vocab_size, int64_t ignore_index,
                     double label_smoothing, double z_loss) {
   check_logits(logits, targets, valid_columns, vocab_size);
   check_weights(weights, logits);
   const int64_t rows = logits.size(0);
-  check_vector(logsumexp, "logsumexp", ScalarType::Float, rows, logits);
+  check_normalisers(normalisers, logits);
   check_vector(grad_per_token, "grad_per_token", ScalarType::Float, rows, logits);
   const auto column = target_columns(targets, first_column, valid_columns, vocab_size, ignore_index);
   const auto scaled = std::make_unique<float[]>(rows);
   const auto active = std::make_unique<bool[]>(rows);
+  const auto z_factor = std::make_unique<float[]>(rows);
+  const float *maximum = normalisers.const_data_ptr<float>(), *sum_of_exp = maximum + rows;
   const Factors factor(targets, weights, ignore_index);
   const float* incoming = grad_per_token.const_data_ptr<float>();
   for (int64_t r = 0; r < rows; r++) {
     active[r] = factor[r] != 0;
     scaled[r] = factor[r] * incoming[r];
+    z_factor[r] = z_loss == 0 ? 1.0f : static_cast<float>(1 + 2 * z_loss * (maximum[r] + std::log(double(sum_of_exp[r]))));
   }
   const Gradient g{output.mutable_data_ptr(),
                    output.stride(0),
-                   logsumexp.const_data_ptr<float>(),
+                   maximum,
+                   sum_of_exp,
+                   z_factor.get(),
                    scaled.get(),
                    active.get(),
                    static_cast<float>(label_smoothing),
-                   static_cast<float>(label_smoothing / static_cast<double>(vocab_size)),
-                   static_cast<float>(z_loss)};
+                   static_cast<float>(label_smoothing / static_cast<double>(vocab_size))};
   const Rows in = rows_of(logits, valid_columns);
   torch::stable::parallel_for(0, rows, grain(in.columns), [&](int64_t begin, int64_t end) {
     kernels().gradient(in, column.get(), g, begin, end);
@@ -152,19 +158,19 @@ void write_gradient(const Tensor& output, const Tensor& logits, const Tensor& ta
 }
 
 Tensor gradient(const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& weights,
-                const Tensor& logsumexp, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
+                const Tensor& normalisers, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
                 int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss) {
   const std::vector<int64_t> size{logits.size(0), logits.size(1)};
   Tensor output = torch::stable::new_empty(logits, size);
-  write_gradient(output, logits, targets, weights, logsumexp, grad_per_token, first_column, valid_columns, vocab_size,
+  write_gradient(output, logits, targets, weights, normalisers, grad_per_token, first_column, valid_columns, vocab_size,
                  ignore_index, label_smoothing, z_loss);
   return output;
 }
 
 void gradient_(const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& weights,
-               const Tensor& logsumexp, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
+               const Tensor& normalisers, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
                int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss) {
-  write_gradient(logits, logits, targets, weights, logsumexp, grad_per_token, first_column, valid_columns, vocab_size,
+  write_gradient(logits, logits, targets, weights, normalisers, grad_per_token, first_column, valid_columns, vocab_size,
                  ignore_index, label_smoothing, z_loss);
 }
 
@@ -240,11 +246,11 @@ STABLE_TORCH_LIBRARY(megamug, m) {
       "int valid_columns, int vocab_size, int ignore_index, float label_smoothing, float z_loss, "
       "bool inplace_backward) -> (Tensor, Tensor)");
   m.def(
-      "cross_entropy_gradient(Tensor logits, Tensor targets, Tensor? weights, Tensor logsumexp, Tensor grad_per_token, "
+      "cross_entropy_gradient(Tensor logits, Tensor targets, Tensor? weights, Tensor normalisers, Tensor grad_per_token, "
       "int first_column, int valid_columns, int vocab_size, int ignore_index, float label_smoothing, float z_loss) "
       "-> Tensor");
   m.def(
-      "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor? weights, Tensor logsumexp, "
+      "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor? weights, Tensor normalisers, "
       "Tensor grad_per_token, int first_column, int valid_columns, int vocab_size, int ignore_index, "
       "float label_smoothing, float z_loss) -> ()");
   m.def(

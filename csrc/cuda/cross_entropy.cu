@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(512)
 
 __global__ void join_kernel(const float* statistics, int64_t ranks, int64_t rows, const int64_t* targets,
                             const float* weights, int64_t vocab_size, int64_t ignore_index, float label_smoothing,
-                            float z_loss, float* losses, float* logsumexps) {
+                            float z_loss, float* losses, float* normalisers) {
   const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (r >= rows) return;
   float highest = -INFINITY;
@@ -133,12 +133,13 @@ __global__ void join_kernel(const float* statistics, int64_t ranks, int64_t rows
   const float factor = t == ignore_index ? 0.0f : weights ? weights[r] : 1.0f;
   const bool outside = t != ignore_index && (t < 0 || t >= vocab_size);
   losses[r] = outside ? NAN : factor == 0 ? 0.0f : loss * factor;
-  logsumexps[r] = logsumexp;
+  normalisers[r] = highest;
+  normalisers[rows + r] = exponentials;
 }
 
 struct GradientTerms {
   const int64_t* targets;
-  const float *weights, *logsumexp, *grad_per_token;
+  const float *weights, *maximum, *sum_of_exp, *grad_per_token;
   int64_t first, valid, columns, vocab_size, ignore_index;
   float label_smoothing, z_loss;
 };
@@ -158,9 +159,10 @@ __global__ void __launch_bounds__(512)
     for (int64_t c = threadIdx.x; c < g.valid; c += blockDim.x) out[c] = from_float<T>(0.0f);
     return;
   }
-  const float shift = g.logsumexp[r];
+  const float shift = g.maximum[r], sum_of_exp = g.sum_of_exp[r];
   const float coefficient = outside ? NAN : factor * g.grad_per_token[r];
-  const float scale = coefficient * (1.0f + 2.0f * g.z_loss * shift);
+  // exp(x - max) / sum, not exp(x - lse): the rounding of a large lse would be in every probability
+  const float scale = coefficient * (1.0f + 2.0f * g.z_loss * (shift + logf(sum_of_exp))) / sum_of_exp;
   const float offset = coefficient * (g.label_smoothing / g.vocab_size);
   const bool owned = t >= g.first && t < g.first + g.valid;
   // The target's entry is made on its own, from the unrounded probability; its logit is read before it is overwritten.
@@ -237,18 +239,18 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& sta
   STD_TORCH_CHECK(statistics.is_cuda() && statistics.dim() == 3 && statistics.size(1) == 4 && statistics.size(2) == rows &&
                       statistics.is_contiguous() && statistics.scalar_type() == ScalarType::Float,
                   "megamug: statistics must be contiguous float32 [ranks, 4, rows] on the device of the logits");
-  Tensor losses = empty_floats({rows}, logits), logsumexps = empty_floats({rows}, logits);
-  if (rows == 0) return {losses, logsumexps};
+  Tensor losses = empty_floats({rows}, logits), normalisers = empty_floats({2, rows}, logits);
+  if (rows == 0) return {losses, normalisers};
   join_kernel<<<(rows + 127) / 128, 128, 0, launch.stream()>>>(
       statistics.const_data_ptr<float>(), statistics.size(0), rows, targets.const_data_ptr<int64_t>(), pointer(weights),
       vocab_size, ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss),
-      losses.mutable_data_ptr<float>(), logsumexps.mutable_data_ptr<float>());
+      losses.mutable_data_ptr<float>(), normalisers.mutable_data_ptr<float>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {losses, logsumexps};
+  return {losses, normalisers};
 }
 
 void write_gradient(const Tensor& output, const Tensor& logits, const Tensor& targets,
-                    const std::optional<Tensor>& weights, const Tensor& logsumexp, const Tensor& grad_per_token,
+                    const std::optional<Tensor>& weights, const Tensor& normalisers, const Tensor& grad_per_token,
                     int64_t first_column, int64_t valid_columns, int64_t vocab_size, int64_t ignore_index,
                     double label_smoothing, double z_loss) {
   check_logits(logits, targets, valid_columns, vocab_size);
@@ -256,12 +258,13 @@ void write_gradient(const Tensor& output, const Tensor& logits, const Tensor& ta
   const Launch launch(logits);
   const int64_t rows = logits.size(0);
   check_grid(rows);
-  check_vector(logsumexp, "logsumexp", ScalarType::Float, rows, logits);
+  check_normalisers(normalisers, logits);
   check_vector(grad_per_token, "grad_per_token", ScalarType::Float, rows, logits);
   if (rows == 0) return;
   const GradientTerms terms{targets.const_data_ptr<int64_t>(),
                             pointer(weights),
-                            logsumexp.const_data_ptr<float>(),
+                            normalisers.const_data_ptr<float>(),
+                            normalisers.const_data_ptr<float>() + rows,
                             grad_per_token.const_data_ptr<float>(),
                             first_column,
                             valid_columns,
@@ -280,19 +283,19 @@ void write_gradient(const Tensor& output, const Tensor& logits, const Tensor& ta
 }
 
 Tensor gradient(const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& weights,
-                const Tensor& logsumexp, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
+                const Tensor& normalisers, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
                 int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss) {
   const std::vector<int64_t> size{logits.size(0), logits.size(1)};
   Tensor output = torch::stable::new_empty(logits, size);
-  write_gradient(output, logits, targets, weights, logsumexp, grad_per_token, first_column, valid_columns, vocab_size,
+  write_gradient(output, logits, targets, weights, normalisers, grad_per_token, first_column, valid_columns, vocab_size,
                  ignore_index, label_smoothing, z_loss);
   return output;
 }
 
 void gradient_(const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& weights,
-               const Tensor& logsumexp, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
+               const Tensor& normalisers, const Tensor& grad_per_token, int64_t first_column, int64_t valid_columns,
                int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss) {
-  write_gradient(logits, logits, targets, weights, logsumexp, grad_per_token, first_column, valid_columns, vocab_size,
+  write_gradient(logits, logits, targets, weights, normalisers, grad_per_token, first_column, valid_columns, vocab_size,
                  ignore_index, label_smoothing, z_loss);
 }
 

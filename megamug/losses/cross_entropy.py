@@ -107,20 +107,21 @@ class _TorchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor | None, terms: Terms) -> Tensor:
-        per_token, logsumexp = forward_torch(logits, targets, weights, terms)
-        ctx.save_for_backward(logits, targets, weights, logsumexp)
+        per_token, normalisers = forward_torch(logits, targets, weights, terms)
+        ctx.save_for_backward(logits, targets, weights, normalisers)
         ctx.terms = terms
         return per_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_per_token: Tensor):
-        logits, targets, weights, logsumexp = ctx.saved_tensors
-        return gradient_torch(logits, targets, weights, logsumexp, grad_per_token, ctx.terms), None, None, None
+        logits, targets, weights, normalisers = ctx.saved_tensors
+        return gradient_torch(logits, targets, weights, normalisers, grad_per_token, ctx.terms), None, None, None
 
 
 def forward_torch(logits: Tensor, targets: Tensor, weights: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor]:
-    """[R, V], [R], [R] or None -> weighted loss of each token [R] and log sum exp over the whole vocabulary [R]."""
+    """[R, V], [R], [R] or None -> weighted loss of each token [R], and normalisers [2, R]: the maximum of each row and
+    its sum of exponentials against that maximum, over the whole vocabulary."""
     x = _valid(logits, terms)
     row_maximum = x.amax(dim=-1) if terms.valid_columns else x.new_full(x.shape[:1], -torch.inf)
     _all_reduce(row_maximum, terms, dist.ReduceOp.MAX)
@@ -140,17 +141,19 @@ def forward_torch(logits: Tensor, targets: Tensor, weights: Tensor | None, terms
     if terms.z_loss:
         loss = loss + terms.z_loss * logsumexp.square()
     factor = _factor(targets, weights, terms)
-    return torch.where(factor != 0, loss * factor, 0.0), logsumexp
+    return torch.where(factor != 0, loss * factor, 0.0), torch.stack((row_maximum, sum_of_exp))
 
 
 def gradient_torch(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, logsumexp: Tensor, grad_per_token: Tensor, terms: Terms
+    logits: Tensor, targets: Tensor, weights: Tensor | None, normalisers: Tensor, grad_per_token: Tensor, terms: Terms
 ) -> Tensor:
     """Gradient [R, V] for this rank's logits; padded columns and tokens that take no part get zero."""
     x = _valid(logits, terms)
-    gradient = (x - logsumexp.unsqueeze(-1)).exp()
+    row_maximum, sum_of_exp = normalisers.unsqueeze(-1)
+    gradient = (x - row_maximum).exp() / sum_of_exp
     if terms.z_loss:
-        gradient = gradient * (1 + 2 * terms.z_loss * logsumexp).unsqueeze(-1)
+        logsumexp = row_maximum + sum_of_exp.log()
+        gradient = gradient * (1 + 2 * terms.z_loss * logsumexp)
     if terms.label_smoothing:
         gradient = gradient - terms.label_smoothing / terms.vocab_size
     owned, column = _owned(targets, terms)

@@ -31,7 +31,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     weights: Tensor | None = None,
-    max_bytes: int = 64 * 2**20,
+    max_bytes: int = 128 * 2**20,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_cross_entropy(hidden @ weight.T, targets)` without the logits.
@@ -48,7 +48,8 @@ def linear_cross_entropy(
     Returns:
         `(sum, count)`, float32 scalars, equal on every rank. The gradient for `hidden` is summed over the group (or
         reduce-scattered with `sequence_parallel`), as Megatron's ColumnParallelLinear does. Where the weight has
-        Megatron's `main_grad` and `grad_added_to_main_grad`, its gradient is added there in float32.
+        Megatron's `main_grad`, its gradient is added there, in float32. Backward scales what forward made in place, so
+        a second backward through a retained graph raises.
     """
     name = "linear_cross_entropy"
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.dtype != hidden.dtype:
@@ -83,6 +84,9 @@ def linear_cross_entropy(
     return total, count_tokens(targets.reshape(-1), flat_weights, ignore_index)
 
 
+PRODUCT_BYTES = 8 * 2**20  # of the weight gradient's half-precision pieces
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, terms: Terms, gather, chunk, compiled, training) -> Tensor:
@@ -93,17 +97,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
         total = states.new_zeros((), dtype=wide)
+        buffer = states.new_empty((min(chunk, states.shape[0]), weight.shape[0]))
         forward = ops.cross_entropy_forward if compiled else forward_torch
         gradient = ops.cross_entropy_gradient_ if compiled else gradient_torch
         for start in range(0, states.shape[0], chunk):
             part = slice(start, start + chunk)
             part_weights = None if weights is None else weights[part]
-            logits = states[part] @ weight.t()
-            per_token, logsumexp = forward(logits, targets[part], part_weights, terms)
+            logits = torch.mm(states[part], weight.t(), out=buffer[: states[part].shape[0]])
+            per_token, normalisers = forward(logits, targets[part], part_weights, terms)
             total += per_token.sum()
             if want_hidden or want_weight:
                 one = torch.ones_like(per_token)
-                logits = gradient(logits, targets[part], part_weights, logsumexp, one, terms)
+                logits = gradient(logits, targets[part], part_weights, normalisers, one, terms)
             if grad_states is not None:
                 torch.mm(logits, weight, out=grad_states[part])
             if grad_weight is not None:
@@ -117,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_states, grad_weight = ctx.saved_tensors
         if grad_states is not None:
-            grad_states = grad_states * grad
+            grad_states.mul_(grad)
             if ctx.gather:
                 grad_states = _reduce_scatter(grad_states, ctx.terms)
             elif ctx.terms.group is not None:
@@ -129,20 +134,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _accumulate(total: Tensor, gradient: Tensor, states: Tensor) -> None:
-    """total += gradient.T @ states, the sum over chunks in the dtype of `total`."""
+    """total += gradient.T @ states. In half precision each chunk's product is rounded once and added up in float32."""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), states)
-    else:
-        total += gradient.t() @ states
+        return
+    rows = max(1, PRODUCT_BYTES // (states.shape[1] * states.element_size()))
+    for start in range(0, total.shape[0], rows):  # by pieces that are still in the cache when they are added
+        part = slice(start, start + rows)
+        total[part].add_(gradient[:, part].t() @ states)
 
 
 def _weight_gradient(weight: Tensor, gradient: Tensor, grad: Tensor) -> Tensor:
-    """The gradient to hand to autograd; Megatron's `main_grad` takes it directly where there is one."""
-    if hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad"):
+    """The gradient to hand to autograd; Megatron's `main_grad` takes it directly where there is one.
+
+    Autograd then gets zeros and `grad_added_to_main_grad` stays as it is: Megatron's hook adds `param.grad`, which has
+    nothing of this use of the weight but may have another (an embedding tied to the output).
+    """
+    if getattr(weight, "main_grad", None) is not None:
         weight.main_grad.addcmul_(gradient, grad)
-        weight.grad_added_to_main_grad = True
-        return torch.zeros_like(weight)  # autograd's hooks want a tensor; Megatron drops it
-    return (gradient * grad).to(weight.dtype)
+        return torch.zeros_like(weight)
+    return gradient.mul_(grad).to(weight.dtype)
 
 
 def _gather(hidden: Tensor, terms: Terms) -> Tensor:

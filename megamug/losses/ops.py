@@ -1,7 +1,8 @@
 """The one door to the compiled losses: loads the libraries built from `csrc/`, registers fakes and autograd rules.
 
 The schemas are in `csrc/cpu/operators.cpp`. The CPU library holds the schemas and the CPU kernels; the CUDA library
-adds kernels and is loaded only where torch has CUDA. The first call of a loss loads them; importing this module does not.
+adds kernels and is loaded only where torch has CUDA. Loading happens on import, so that a first call under
+`torch.compile` can be traced; it opens two small files and touches no device.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,9 @@ class Libraries:
     reason: str
 
 
-@cache
 def libraries() -> Libraries:
-    """Load the libraries, once; the outcome is logged, once. `megamug doctor` prints `reason`."""
-    found = _load()
-    _log.info("losses: %s", found.reason)
-    return found
+    """What was loaded; said once in the log, and by `megamug doctor`."""
+    return _LIBRARIES
 
 
 def _load() -> Libraries:
@@ -96,17 +93,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, terms
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, weights: Tensor | None, terms: Terms
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss of each token and log sum exp: `cross_entropy.forward_torch`, compiled."""
+    """The weighted loss of each token and the normalisers: `cross_entropy.forward_torch`, compiled."""
     return _joined(logits, targets, weights, terms, False)
 
 
 def cross_entropy_gradient_(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, logsumexp: Tensor, grad_per_token: Tensor, terms: Terms
+    logits: Tensor, targets: Tensor, weights: Tensor | None, normalisers: Tensor, grad_per_token: Tensor, terms: Terms
 ) -> Tensor:
     """Turn logits into their gradient: `cross_entropy.gradient_torch`, compiled and in place."""
     arguments = (terms.first_column, terms.valid_columns, terms.vocab_size, terms.ignore_index)
     torch.ops.megamug.cross_entropy_gradient_(
-        logits, targets, weights, logsumexp, grad_per_token, *arguments, terms.label_smoothing, terms.z_loss
+        logits, targets, weights, normalisers, grad_per_token, *arguments, terms.label_smoothing, terms.z_loss
     )
     return logits
 
@@ -141,8 +138,8 @@ def _cross_entropy_setup(ctx, inputs, output) -> None:
 
 
 def _cross_entropy_backward(ctx, grad_per_token: Tensor, _):
-    logits, targets, weights, logsumexp = ctx.saved_tensors
-    arguments = (targets, weights, logsumexp, grad_per_token.contiguous(), *ctx.terms)
+    logits, targets, weights, normalisers = ctx.saved_tensors
+    arguments = (targets, weights, normalisers, grad_per_token.contiguous(), *ctx.terms)
     if ctx.inplace and _is_eager(logits):
         gradient = logits.detach()
         torch.ops.megamug.cross_entropy_gradient_(gradient, *arguments)
@@ -211,8 +208,8 @@ def _register() -> None:
 
     @library.register_fake("megamug::cross_entropy")
     def _(logits, *_):
-        row = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        return row, torch.empty_like(row)
+        rows = logits.shape[0]
+        return logits.new_empty(rows, dtype=torch.float32), logits.new_empty((2, rows), dtype=torch.float32)
 
     @library.register_fake("megamug::cross_entropy_gradient")
     def _(logits, *_):
@@ -229,3 +226,7 @@ def _register() -> None:
 
     library.register_autograd("megamug::cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_setup)
     library.register_autograd("megamug::masked_patch", _masked_patch_backward, setup_context=_masked_patch_setup)
+
+
+_LIBRARIES = _load()
+_log.log(logging.INFO if _LIBRARIES.cpu else logging.WARNING, "losses: %s", _LIBRARIES.reason)
