@@ -70,7 +70,7 @@ class Machine:
             before = torch.cuda.memory_allocated()
             step()
             return torch.cuda.max_memory_allocated() - before
-        return peak_resident_bytes(step)
+        return peak_tensor_bytes(step)
 
     def copy_rate(self) -> float:
         """Bytes read and written per second by a copy of 512 MiB."""
@@ -88,6 +88,18 @@ class Machine:
             for contestant in contestants:
                 restore()
                 contestant.seconds.append(self.time(contestant.step))
+
+
+def peak_tensor_bytes(step: Callable[[], None]) -> int:
+    """Highest sum of CPU tensor memory that the step allocated and had not yet freed, from torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def peak_resident_bytes(step: Callable[[], None]) -> int:
@@ -242,6 +254,10 @@ def linear_race(machine: Machine, arguments) -> None:
             hidden.grad = weight.grad = None
 
         machine.race(contestants, restore)
+        if machine.device.type == "cpu":  # here the scratch of the matrix products counts too
+            for c in contestants:
+                restore()
+                c.extra_bytes = max(c.extra_bytes, peak_resident_bytes(c.step))
         report(f"linear + cross-entropy {tokens} x {width} x {columns} {_short(dtype)}", contestants, None, machine)
         print(f"#   the gradients alone: {(hidden.nbytes + weight.nbytes) / 2**20:.0f} MiB")
 

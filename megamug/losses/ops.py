@@ -134,10 +134,13 @@ def _cross_entropy_setup(ctx, inputs, output) -> None:
     logits, _, targets, weights, *terms, inplace = inputs
     ctx.save_for_backward(logits, targets, weights, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.terms, ctx.inplace = terms, inplace
 
 
-def _cross_entropy_backward(ctx, grad_per_token: Tensor, _):
+def _cross_entropy_backward(ctx, grad_per_token: Tensor | None, _):
+    if grad_per_token is None:
+        return (None,) * 11
     logits, targets, weights, normalisers = ctx.saved_tensors
     arguments = (targets, weights, normalisers, grad_per_token.contiguous(), *ctx.terms)
     if ctx.inplace and _is_eager(logits):
@@ -179,9 +182,12 @@ def masked_patch_sum(
 def _masked_patch_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros of the gradient's size as "the gradient of the gradient"
 
 
-def _masked_patch_backward(ctx, grad: Tensor, _):
+def _masked_patch_backward(ctx, grad: Tensor | None, _):
+    if grad is None:
+        return (None,) * 8
     (gradient,) = ctx.saved_tensors
     if not _is_eager(gradient):
         gradient = gradient * grad

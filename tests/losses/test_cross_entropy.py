@@ -257,3 +257,28 @@ def test_under_compile():
     (gradient,) = torch.autograd.grad(seen, hidden)
     torch.testing.assert_close(seen, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_offsets_beyond_two_to_the_31_elements(impl):
+    """Two rows 2^31 elements apart, as in logits of more than 2^31: the memory between them is never touched."""
+    need(impl)
+    torch.manual_seed(8)
+    apart = torch.empty(2**31 + 1000, dtype=torch.bfloat16).as_strided((2, 1000), (2**31, 1))
+    near, targets = torch.randn(2, 1000).bfloat16(), torch.tensor([3, 999])
+    apart.copy_(near)
+    x, y = apart.detach().requires_grad_(), near.requires_grad_()
+    far, close = (vocab_parallel_cross_entropy(v, targets, impl=impl)[0] for v in (x, y))
+    assert torch.equal(far, close)
+    for a, b in zip(torch.autograd.grad(far, x), torch.autograd.grad(close, y), strict=True):
+        assert torch.equal(a, b)
+    if impl == "compiled":
+        place = (0, 1000, 1000, -100)
+        statistics = torch.ops.megamug.cross_entropy_statistics(apart, targets, *place, False)
+        _, normalisers = torch.ops.megamug.cross_entropy(
+            apart, statistics[None], targets, None, *place, 0.0, 0.0, False
+        )
+        arguments = (targets, None, normalisers, torch.ones(2), *place, 0.0, 0.0)
+        expected = torch.ops.megamug.cross_entropy_gradient(apart, *arguments)
+        torch.ops.megamug.cross_entropy_gradient_(apart, *arguments)
+        assert torch.equal(apart, expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megamug.benchmarks.losses import peak_resident_bytes
+from megamug.benchmarks.losses import peak_resident_bytes, peak_tensor_bytes
 from megamug.errors import UserError
 from megamug.losses import linear_cross_entropy, masked_patch_loss, ops, vocab_parallel_cross_entropy
 from tests.losses.common import need
@@ -95,7 +95,7 @@ def make_graph_tensor(tensor):
 def test_memory_beyond_the_inputs():
     need("compiled")
     torch.manual_seed(0)
-    slack = 6 * MIB  # allocator and thread stacks
+    slack = 1 * MIB
 
     logits, targets = torch.randn(1024, 32768), torch.randint(32768, (1024,))  # 128 MiB
 
@@ -123,7 +123,9 @@ def test_memory_beyond_the_inputs():
     for step, limit in (
         (cross_entropy, slack),
         (masked_patch, predictions.nbytes + slack),
-        (linear, 32 * MIB + hidden.nbytes + weight.nbytes + 3 * slack),  # and the matrix product's scratch
+        (linear, 32 * MIB + hidden.nbytes + weight.nbytes + 16 * slack),  # and the matrix product's scratch
     ):
         step()
-        assert min(peak_resident_bytes(step) for _ in range(2)) < limit, step.__name__
+        assert peak_tensor_bytes(step) < limit, step.__name__
+        if step is linear:  # large enough for resident memory to tell
+            assert min(peak_resident_bytes(step) for _ in range(2)) < limit
