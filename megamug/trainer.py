@@ -98,14 +98,15 @@ class Trainer:
                 self.watchdog.beat()
                 self.saver.poll()
                 done = self.step == last
-                if done or _due(self.step, config.train.validate_every):
+                # A scheduler that asks to stop kills soon after: the checkpoint comes first.
+                if done or (not stopped and _due(self.step, config.train.validate_every)):
                     with self.metrics.paused():
                         self._validate(pictures=done or _due(self.step, config.train.pictures_every))
                 if done or stopped or _due(self.step, config.checkpoint.every):
                     with self.metrics.paused():
                         self._save()
                     saved = self.step
-            self.saver.close()
+            self.saver.wait()
         finally:
             self.loader.close()
             self.metrics.close()
@@ -190,9 +191,8 @@ class Trainer:
             world.dp_size, world.reason,
         )  # fmt: skip
         logger.info("layers: %s (%s)", self.task.spec, self.task.spec_reason)
-        logger.info(
-            "this rank holds %.2f M parameters; %.2f GFLOP a training pair", count / 1e6, self.task.flops_per_sample / 1e9
-        )
+        flops = self.task.flops_per_sample / 1e9
+        logger.info("this rank holds %.2f M parameters; %.2f GFLOP a training pair", count / 1e6, flops)
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
 from pathlib import Path
 
 import torch
@@ -27,16 +28,13 @@ def read_state(folder: Path) -> dict:
 class Saver:
     """Writes checkpoints of one run; all ranks call every method alike.
 
-    `asynchronous`: tensors are copied and written by a helper process while training goes on; `poll` (once a step)
-    completes the checkpoint when all ranks have written, `wait` completes it now.
+    `asynchronous`: tensors are copied to the host and a thread writes them while training goes on. `poll`, once a step,
+    completes the checkpoint when all ranks have written; `wait` completes it now.
     """
 
     def __init__(self, store: CheckpointStore, world, asynchronous: bool):
-        self.store, self.world, self.queue = store, world, None
-        if asynchronous:
-            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-            self.queue = AsyncCallsQueue()
+        self.store, self.world, self.asynchronous = store, world, asynchronous
+        self.pending: _Pending | None = None
 
     def save(self, step: int, model: torch.nn.Module, optimizer, contents: dict) -> None:
         """Starts (and, unless asynchronous, ends) the checkpoint of `step`. `contents` becomes `state.json`."""
@@ -44,13 +42,12 @@ class Saver:
         _on_first(self.world, lambda: self._begin(step, contents))
         tensors = state.sharded_state(model, optimizer, self.world)
         folder = self.store.partial_path(step) / "model"
-        if self.queue is None:
+        if not self.asynchronous:
             state.save_tensors(tensors, folder)
             self._commit(step)
             return
-        request = state.save_tensors(_copied(tensors), folder, asynchronous=True)
-        request.add_finalize_fn(lambda: self._commit(step))
-        self.queue.schedule_async_request(request)
+        self.pending = _Pending(step, state.TensorWrite(_copied(tensors), folder))
+        self.pending.thread.start()
 
     def _begin(self, step: int, contents: dict) -> None:
         (self.store.begin(step) / STATE).write_text(json.dumps(contents, indent=1))
@@ -61,18 +58,36 @@ class Saver:
         logger.info("checkpoint saved: %s", path)
 
     def poll(self) -> None:
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=False)
+        if self.pending is None:
+            return
+        written = torch.tensor(int(not self.pending.thread.is_alive()), device=self.world.device)
+        dist.all_reduce(written, dist.ReduceOp.MIN)
+        if written.item():
+            self.wait()
 
     def wait(self) -> None:
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
-
-    def close(self) -> None:
         """Completes what is under way."""
-        if self.queue is not None:
-            self.wait()
-            self.queue.close()
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        pending.thread.join()
+        dist.barrier()
+        pending.writing.finish()
+        self._commit(pending.step)
+
+
+class _Pending:
+    """A checkpoint that a thread is writing. The interpreter does not exit before the thread has ended."""
+
+    def __init__(self, step: int, writing: state.TensorWrite):
+        self.step, self.writing = step, writing
+        self.thread = threading.Thread(target=self._write, name="megamug-checkpoint")
+
+    def _write(self) -> None:
+        try:
+            self.writing.write()
+        except Exception:
+            logger.exception("checkpoint of step %d: this rank could not write its part", self.step)  # `finish` raises
 
 
 def _copied(tensors: dict) -> dict:

@@ -8,6 +8,8 @@ configuration are JSON. Nothing is pickled by us; what the format itself pickles
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import queue
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from megamug.checkpoint.guarded import guarded_loading
@@ -69,13 +72,46 @@ def _by_parameter(model: torch.nn.Module, entries: dict[str, ShardedTensor]) -> 
     return {name: by_storage[p.data_ptr(), p.shape] for name, p in model.named_parameters()}
 
 
-def save_tensors(state: dict, folder: Path, asynchronous: bool = False):
-    """Writes the tensors into `folder` (exists, empty). Returns Megatron's async request, or None when written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return dist_checkpointing.save(
-            state, str(folder), ("torch_dist", 1), validate_access_integrity=True, async_sharded_save=asynchronous
-        )
+class TensorWrite:
+    """The tensors of one checkpoint on their way into `folder` (exists, empty). All ranks make one, call `write`, and
+    when all have returned call `finish`. `write` communicates with nobody: another thread may run it, if nothing
+    changes the tensors meanwhile.
+    """
+
+    def __init__(self, state: dict, folder: Path):
+        if filesystem_async._results_queue is None:
+            # Megatron's own is in a helper process, so that its writer may be another process. Ours is not, and a
+            # signal to all processes of a job, as schedulers send it, must not end what the last save needs.
+            filesystem_async._results_queue = queue.Queue()
+        options = {"validate_access_integrity": True, "async_sharded_save": True}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # Megatron-core above 0.16
+            options["async_strategy"] = "mcore"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.request = dist_checkpointing.save(state, str(folder), ("torch_dist", 1), **options)
+
+    def write(self) -> None:
+        """Writes this rank's part. An error in it is raised by `finish`, on all ranks."""
+        request = self.request
+        if request.async_fn is None:  # nothing to write on this rank
+            return
+        rank, buckets, results = request.async_fn_args
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            request.async_fn(rank, request.preload_fn() if request.preload_fn else buckets, results)
+
+    def finish(self) -> None:
+        """Writes what describes all ranks' parts. A collective."""
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+
+def save_tensors(state: dict, folder: Path) -> None:
+    """Writes the tensors into `folder` (exists, empty). A collective."""
+    writing = TensorWrite(state, folder)
+    writing.write()
+    dist.barrier()
+    writing.finish()
 
 
 def load_tensors(model: torch.nn.Module, optimizer: Optimizer | None, world, folder: Path, step: int) -> None:

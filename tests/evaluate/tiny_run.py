@@ -61,7 +61,7 @@ def make_run(config: Config, scale: float = 5.0) -> dict[str, torch.Tensor]:
                     parameter *= scale
         saver = Saver(CheckpointStore(config.run_dir, keep=0), world, asynchronous=False)
         saver.save(STEP, model, None, {"step": STEP, "identity": task.identity()})
-        saver.close()
+        saver.wait()
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     finally:
         setup.stop()
