@@ -17,6 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
+from megamug.models import cpu_attention
+
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last axis.
@@ -71,11 +73,13 @@ class LocalAttention(nn.Module):
         """query [s, b, n, d], key and value [t, b, n, d] -> [s, b, n * d]."""
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # One query against cached keys sees all of them: causality is in what the cache holds.
-        causal = self.causal and query.shape[2] > 1
-        assert not causal or query.shape[2] == key.shape[2], "several tokens at once only into an empty cache"
+        causal = self.causal and len(query) > 1
+        assert not causal or len(query) == len(key), "several tokens at once only into an empty cache"
         dropout = self.dropout if self.training else 0.0
+        if cpu_attention.pays(query, key) and not dropout:
+            return cpu_attention.BmmAttention.apply(query, key, value, causal)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = F.scaled_dot_product_attention(query, key, value, is_causal=causal, dropout_p=dropout)
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
 

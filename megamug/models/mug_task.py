@@ -87,8 +87,8 @@ class MugTask:
         for key, value in now.items():
             if before.get(key) != value:
                 raise UserError(
-                    f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value}; "
-                    "go back to that one or choose another run_dir"
+                    f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value};"
+                    " go back to that one or choose another run_dir"
                 )
         order_of(resolve_sources(self.config.data.train), self.config.seed).check(Cursor.from_dict(contents["cursor"]))
 
