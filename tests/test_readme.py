@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 TINY = [
-    "model.patch_size=8", "model.layers=1", "model.width=32", "model.heads=2", "model.ffn_width=64", "model.decoder_layers=1",
-    "model.decoder_width=32", "model.decoder_heads=2", "model.text_unimodal_layers=1", "model.text_multimodal_layers=1",
-    "model.text_width=32", "model.text_heads=2", "data.image_size=32", "data.global_batch_size=8",
-    "data.micro_batch_size=4", "data.validation_samples=8", "data.threads=1", "optimizer.warmup_steps=1", "train.steps=2",
+    "model.patch_size=8", "model.layers=1", "model.width=32", "model.heads=2", "model.ffn_width=64",
+    "model.decoder_layers=1", "model.decoder_width=32", "model.decoder_heads=2", "model.text_unimodal_layers=1",
+    "model.text_multimodal_layers=1", "model.text_width=32", "model.text_heads=2", "data.image_size=32",
+    "data.global_batch_size=8", "data.micro_batch_size=4", "data.validation_samples=8", "data.threads=1",
+    "optimizer.warmup_steps=1", "train.steps=2",
 ]  # fmt: skip
 
 
@@ -34,8 +35,10 @@ def commands() -> list[str]:
 
 
 def run(words: list[str], folder: Path) -> str:
-    result = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110, check=False)
-    assert result.returncode == 0, f"{shlex.join(words)} exits {result.returncode}:\n{(result.stdout + result.stderr)[-4000:]}"
+    captured = dict(capture_output=True, text=True, timeout=110, check=False)
+    result = subprocess.run(words, cwd=folder, env=environment(), **captured)
+    told = result.stdout + result.stderr
+    assert result.returncode == 0, f"{shlex.join(words)} exits {result.returncode}:\n{told[-4000:]}"
     return result.stdout
 
 
@@ -88,7 +91,7 @@ def test_make_demo_runs_the_demo_script():
 
 def test_the_demo_ends_with_pictures_and_figures_and_goes_on_where_it_stopped(tmp_path):
     words = [sys.executable, str(ROOT / "examples/mug/demo.py"), "--folder", "demo", "--train", "96", "--heldout", "24"]
-    small = ["train.steps=3", "optimizer.warmup_steps=1", "train.validate_every=0", "checkpoint.every=0", "model.layers=1"]
+    small = ["train.steps=3", "optimizer.warmup_steps=1", "train.validate_every=0", "checkpoint.every=0"]
     told = run([*words, *small], tmp_path)
     picture = Path(re.search(r"Look at\s+(\S+)", told)[1])
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -106,7 +109,7 @@ def test_the_picture_of_the_readme_is_there():
 def test_every_example_is_a_valid_configuration(example, reader, monkeypatch):
     monkeypatch.chdir(reader)
     shards, tokenizer = "data.train=heldout", "data.tokenizer=tokenizer.model"
-    run([sys.executable, str(ROOT / "tools/train_tokenizer.py"), "heldout", "--output", "tokenizer.model", "--vocab-size",
-         "320", "--overwrite"], reader)  # fmt: skip
+    options = ["heldout", "--output", "tokenizer.model", "--vocab-size", "320", "--overwrite"]
+    run([sys.executable, str(ROOT / "tools/train_tokenizer.py"), *options], reader)
     gpus = re.search(r"_(\d+)gpu", example.name)
     validate(resolve(load_config(example, [shards, tokenizer, "data.validation=null"])), int(gpus[1]) if gpus else 1)

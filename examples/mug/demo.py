@@ -21,14 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(*arguments: str | Path) -> None:
     """One command of the project, shown and run in the demo's folder; its failure ends the demo."""
     words = [str(a) for a in arguments]
-    print("\n$ python " + " ".join(os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words), flush=True)
+    shown = [os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words]
+    print("\n$ python " + " ".join(shown), flush=True)
     code = subprocess.run([sys.executable, *words], check=False).returncode
     if code:
         raise SystemExit(code)
 
 
 def precision() -> str:
-    """bf16 where this CPU multiplies it faster than fp32 (AVX-512 BF16 or AMX), fp32 elsewhere; said with its reason."""
+    """bf16 where this CPU multiplies it faster than fp32 (AVX-512 BF16 or AMX), else fp32; says which and why."""
     import torch
 
     fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--worker"]:
         serve(argv[1], argv[2], argv[3], int(argv[4]))
         return
-    parser = argparse.ArgumentParser("benchmark mug", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    as_it_stands = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("benchmark mug", description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("--preset", default="vit_b16")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -63,7 +64,9 @@ def compare(options: argparse.Namespace, dtype: str) -> dict:
         spread = (max(seconds[name]) - min(seconds[name])) / median
         images = options.batch / median
         share = images * flops / rate
-        result[name] = {"images_per_second": images, "spread": spread, "share_of_product_rate": share, "peak_gib": memory}
+        result[name] = {
+            "images_per_second": images, "spread": spread, "share_of_product_rate": share, "peak_gib": memory,
+        }  # fmt: skip
         print(f"  {name:<13} {images:7.2f} images/s (spread {spread:.0%})  {images * flops / 1e9:6.0f} GFLOP/s, "
               f"{share:.0%} of the product rate  peak {memory:.2f} GiB")  # fmt: skip
     result["ratio"] = result["megamug"]["images_per_second"] / result["transformers"]["images_per_second"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 LONGEST = 512  # keys; beyond, the probabilities of one layer are too large to hold even for a moment
 
 

@@ -23,7 +23,7 @@ def test_forward_and_gradients_equal_the_formula(causal, keys):
     if causal and keys != 7:
         pytest.skip("causal attention has as many keys as queries")
     torch.manual_seed(0)
-    mixed = torch.randn(7, 2, 3, 24, dtype=torch.float64, requires_grad=True)  # q, k, v are strided parts, as in a layer
+    mixed = torch.randn(7, 2, 3, 24, dtype=torch.float64, requires_grad=True)  # strided parts, as in a layer
     query = mixed[..., :8]
     other = torch.randn(keys, 2, 3, 16, dtype=torch.float64, requires_grad=True)
     key, value = (mixed[..., 8:16], mixed[..., 16:]) if keys == 7 else (other[..., :8], other[..., 8:])
