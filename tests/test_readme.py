@@ -35,7 +35,7 @@ def commands() -> list[str]:
 
 
 def run(words: list[str], folder: Path) -> str:
-    captured = dict(capture_output=True, text=True, timeout=110, check=False)
+    captured = dict(capture_output=True, text=True, timeout=300, check=False)
     result = subprocess.run(words, cwd=folder, env=environment(), **captured)
     told = result.stdout + result.stderr
     assert result.returncode == 0, f"{shlex.join(words)} exits {result.returncode}:\n{told[-4000:]}"

@@ -78,7 +78,7 @@ def report(folder: Path, seconds: float) -> None:
     ]
     for what, figure, meaning in rows:
         print(f"  {what:<38} {figure:>6}  {meaning}")
-    print(f"\nLook at  {folder / 'run' / pixels['pictures'][0]}\n         (original | visible | reconstruction, with "
+    print(f"\nLook at  {folder / pixels['pictures'][0]}\n         (original | visible | reconstruction, with "
           "true and written captions)")
 
 

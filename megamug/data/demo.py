@@ -29,8 +29,8 @@ COLOURS = {
     "red": (222, 42, 40), "green": (38, 160, 62), "blue": (44, 84, 224), "yellow": (244, 212, 44),
     "orange": (246, 136, 28), "purple": (138, 58, 186),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "ring", "star")
-RADII = {"small": (0.11, 0.13), "large": (0.185, 0.205)}  # of the picture's side
+SHAPES = ("circle", "square", "triangle", "star")
+RADII = {"small": (0.135, 0.15), "large": (0.2, 0.215)}  # of the picture's side
 BACKGROUNDS = ("gradient", "gradient", "clouds", "stripes")  # a gradient lies under the others too
 _SUPERSAMPLING = 4
 _NUMBERS = 48  # random numbers for the layout of one scene
@@ -135,11 +135,8 @@ def _cover(thing: Thing, size: int) -> np.ndarray:
     mask = Image.new("L", (scale, scale), 0)
     draw = ImageDraw.Draw(mask)
     x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
-    if thing.shape in ("circle", "ring"):
+    if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-        if thing.shape == "ring":
-            inner = 0.55 * r
-            draw.ellipse((x - inner, y - inner, x + inner, y + inner), fill=0)
     else:
         draw.polygon([(x + r * px, y + r * py) for px, py in _corners(thing)], fill=255)
     return np.asarray(mask.reduce(_SUPERSAMPLING), np.float64) / 255

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict] = {
     # Small enough to learn its task on two CPU cores in minutes (`make demo`).
     "demo": dict(
         patch_size=8, layers=6, width=192, heads=6, ffn_width=768,
-        decoder_layers=3, decoder_width=128, decoder_heads=4,
+        decoder_layers=2, decoder_width=128, decoder_heads=4,
         text_unimodal_layers=1, text_multimodal_layers=2, text_width=192, text_heads=6,
     ),
 }

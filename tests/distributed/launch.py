@@ -30,7 +30,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
 
 
-def launch(arguments: list[str], processes: int, timeout: float = 100.0, **more: str) -> list[tuple[int, str]]:
+def launch(arguments: list[str], processes: int, timeout: float = 240.0, **more: str) -> list[tuple[int, str]]:
     """Runs `python ARGUMENTS` as `processes` ranks; (exit code, output) of each. A rank still alive at the end of
     `timeout` seconds is killed and fails the test."""
     shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

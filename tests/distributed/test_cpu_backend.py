@@ -24,7 +24,7 @@ def run(script: str) -> dict:
     """The JSON object that `script` prints last, from a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
-        env=environment(), capture_output=True, text=True, timeout=100,
+        env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -52,7 +52,7 @@ def variant(options: dict, **more) -> dict:
 
 
 def run(options: list[dict], processes: int) -> list[dict]:
-    results = launch([WORKER, json.dumps(options)], processes, timeout=110)
+    results = launch([WORKER, json.dumps(options)], processes, timeout=300)
     for rank, (code, output) in enumerate(results):
         assert code == 0, f"rank {rank} of {processes} exits {code}:\n{output[-4000:]}"
     per_rank = [[json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")] for _, out in results]
