@@ -258,6 +258,28 @@ def test_asynchronous_checkpoints_hold_the_same_and_training_goes_on(recipe, str
     assert five[0] == five[1]
 
 
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last_one(
+    recipe, straight, tmp_path, monkeypatch, asynchronous
+):
+    from megamug.checkpoint import state
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.TensorWrite, "write", full)
+    run = killed_after(4, straight, tmp_path / "run")
+    error = RuntimeError if asynchronous == "true" else OSError
+    with pytest.raises(error, match="No space left|the checkpoint could not be written: rank 0: "):
+        train(recipe, run, "checkpoint.every=2", f"checkpoint.asynchronous={asynchronous}")
+    assert "No space left on device" in log_of(run) and "the run ends with an error" in log_of(run)
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    monkeypatch.undo()
+    assert train(recipe, run) == 0
+    assert "resuming after step 4" in log_of(run)
+    assert_same_end(run, straight)
+
+
 def flip_a_byte(checkpoint: Path) -> None:
     largest = max((checkpoint / "model").iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())

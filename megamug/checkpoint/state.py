@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.optim import MOMENTS, MainState, Optimizer
@@ -101,9 +102,13 @@ class TensorWrite:
             request.async_fn(rank, request.preload_fn() if request.preload_fn else buckets, results)
 
     def finish(self) -> None:
-        """Writes what describes all ranks' parts. A collective."""
-        for finalize in self.request.finalize_fns:
-            finalize()
+        """Writes what describes all parts. A collective. Raises RuntimeError on all ranks if one could not write."""
+        try:
+            for finalize in self.request.finalize_fns:
+                finalize()
+        except CheckpointException as error:  # not an Exception
+            failures = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
+            raise RuntimeError(f"the checkpoint could not be written: {failures} (see log/rank-N.log)") from error
 
 
 def save_tensors(state: dict, folder: Path) -> None:

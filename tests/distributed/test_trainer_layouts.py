@@ -21,7 +21,7 @@ STEPS, BATCH = 10, 12
 LEGS = [
     (2, ["parallel.tensor=2"], 2, 1),
     (2, ["parallel.pipeline=2"], 4, 0),
-    (2, ["parallel.distributed_optimizer=true"], 7, 1),
+    (2, ["parallel.distributed_optimizer=true", "checkpoint.asynchronous=true", "checkpoint.every=1"], 7, 1),
     (1, [], None, 0),
 ]
 
