@@ -29,8 +29,8 @@ COLOURS = {
     "red": (222, 42, 40), "green": (38, 160, 62), "blue": (44, 84, 224), "yellow": (244, 212, 44),
     "orange": (246, 136, 28), "purple": (138, 58, 186),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "star")
-RADII = {"small": (0.135, 0.15), "large": (0.2, 0.215)}  # of the picture's side
+SHAPES = ("circle", "square", "triangle")
+RADII = {"small": (0.135, 0.145), "large": (0.215, 0.225)}  # of the picture's side
 BACKGROUNDS = ("gradient", "gradient", "clouds", "stripes")  # a gradient lies under the others too
 _SUPERSAMPLING = 4
 _NUMBERS = 48  # random numbers for the layout of one scene
@@ -82,10 +82,10 @@ def compose(u: np.ndarray) -> Scene:
         colours.remove(colour)
         low, high = RADII[size]
         radius = low + (high - low) * next(numbers)
-        turn = (next(numbers) - 0.5) * (0.35 if shape in ("square", "triangle") else 2 * math.pi)
+        turn = (next(numbers) - 0.5) * 0.1
         things.append((size, colour, shape, radius, turn))
     r1, r2 = things[0][3], things[1][3]
-    margin, gap = 0.05, 0.04
+    margin, gap = 0.03, 0.03
     # along the relation: first + distance = second; across it: less than 0.4 of that distance apart
     longest = 1 - 2 * margin - r1 - r2
     shortest = max(r1 + r2 + gap, 0.3)
@@ -146,10 +146,8 @@ def _corners(thing: Thing) -> list[tuple[float, float]]:
     """Corners of a polygon of radius 1."""
     if thing.shape == "square":
         angles, radii = [math.pi / 4 + i * math.pi / 2 for i in range(4)], [1.15] * 4
-    elif thing.shape == "triangle":
+    else:  # triangle
         angles, radii = [-math.pi / 2 + i * 2 * math.pi / 3 for i in range(3)], [1.2] * 3
-    else:  # star
-        angles, radii = [-math.pi / 2 + i * math.pi / 5 for i in range(10)], [1.15, 0.48] * 5
     return [(r * math.cos(a + thing.angle), r * math.sin(a + thing.angle)) for a, r in zip(angles, radii, strict=True)]
 
 
