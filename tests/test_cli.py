@@ -200,7 +200,7 @@ def test_under_torchrun_one_sentence_and_no_process_group(tmp_path):
     assert result.returncode != 0
     said = "megamug: error: parallel: tensor(4) x pipeline(1) = 4 but WORLD_SIZE is 2"
     assert result.stderr.count(said) == 1
-    assert "exitcode  : 2" in result.stderr and "File \"" + str(ROOT) not in result.stderr
+    assert "exitcode  : 2" in result.stderr and f'File "{ROOT}/megamug' not in result.stderr
 
 
 def test_a_mistake_that_only_the_trainer_finds(tmp_path, capsys, monkeypatch, stand_in):

@@ -112,4 +112,5 @@ def test_every_example_is_a_valid_configuration(example, reader, monkeypatch):
     options = ["heldout", "--output", "tokenizer.model", "--vocab-size", "320", "--overwrite"]
     run([sys.executable, str(ROOT / "tools/train_tokenizer.py"), *options], reader)
     gpus = re.search(r"_(\d+)gpu", example.name)
-    validate(resolve(load_config(example, [shards, tokenizer, "data.validation=null"])), int(gpus[1]) if gpus else 1)
+    overrides = [shards, tokenizer, "data.validation=null", "run_dir=elsewhere"]
+    validate(resolve(load_config(example, overrides)), int(gpus[1]) if gpus else 1)

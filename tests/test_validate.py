@@ -102,7 +102,7 @@ BAD = [
     ("model.decoder_heads=3", 1, ["model.decoder_width(128) is not divisible by model.decoder_heads(3)", "=132"]),
     ("model.text_heads=5", 1, ["model.text_width(192) is not divisible by model.text_heads(5)", "=195"]),
     ("parallel.pipeline=19 model.caption_loss_weight=0", 19,
-     ["parallel.pipeline(19) is more than the model's blocks(13)", "at most 13"]),
+     ["parallel.pipeline(19) is more than the model's blocks(11)", "at most 11"]),
     ("train.steps=10 optimizer.warmup_steps=20", 1, ["warmup_steps(20) is more than train.steps(10)", "steps=1"]),
     ("optimizer.min_learning_rate=1", 1, ["min_learning_rate(1) is above optimizer.learning_rate(0.00015)"]),
     ("data.train=null", 1, ["data.train is not set"]),

@@ -230,6 +230,7 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
         handler.of_megamug = True
         root.addHandler(handler)
     logging.getLogger("megamug").setLevel(logging.INFO)
+    logging.captureWarnings(False)  # whoever replaced `warnings.showwarning` since an earlier call would keep it
     logging.captureWarnings(True)
     return path
 
