@@ -102,7 +102,7 @@ cpu_backend.import_megatron()
 import megatron.core
 sources = cpu_backend.MEGATRON_SOURCES
 print(json.dumps({
-    "version": megatron.core.__version__, "installed": cpu_backend.source_hashes(),
+    "version": megatron.core.__version__.split("+")[0], "installed": cpu_backend.source_hashes(),
     "assumptions": {f"{module}.{path}": what for module, paths in sources.items() for path, what in paths.items()},
 }))
 """)
