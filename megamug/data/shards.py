@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.durable import fsync_folder
 from megamug.errors import UserError
 
 MAGIC = b"megamug-index-01"
@@ -92,11 +93,7 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync_folder(path.parent)
 
 
 def write_index(path: Path, header: IndexHeader, samples: np.ndarray, keys: bytes) -> None:

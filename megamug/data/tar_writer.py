@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from megamug.durable import fsync_folder
+
 
 def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, bytes]]) -> int:
     """Write (key, image extension, image bytes, caption in UTF-8) as `KEY.extension` and `KEY.txt`; returns how many.
@@ -31,9 +33,5 @@ def write_shard(path: Path, samples: Iterable[tuple[str, str, bytes, bytes]]) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync_folder(path.parent)
     return count
