@@ -1,8 +1,7 @@
-"""Typed configuration sections, and how they are read and written.
+"""How a configuration is read, completed by its preset and written.
 
-`megamug train CONFIG.yaml section.key=value ...`: the YAML file holds these sections, overrides win over it (the last
-one of a key wins), and what comes out is written to `RUN/config.yaml`. Every key has one type and one meaning; what
-`None` (`null` in YAML) means is said beside it. The comments beside the keys are the text of docs/configuration.md.
+`megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `megamug.sections`, overrides win
+over it (the last one of a key wins), and what comes out is written to `RUN/config.yaml`.
 
 Reading is strict: a key that is unknown or given twice and a value of another type are a `UserError`.
 Whether the values make sense together is the business of `megamug.validate`.
@@ -16,149 +15,33 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import yaml
 
 from megamug.durable import replace_text
 from megamug.errors import UserError
-from megamug.models.presets import PRESETS
+from megamug.models import presets
+from megamug.sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    FusionConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TowerConfig,
+    TrainConfig,
+)
 
-Sources = str | list[dict]  # a folder of shards, a glob, or a list of {path, weight}
-
-
-@dataclass
-class ModelConfig:
-    """The model. A `None` size is taken from the preset (`megamug.models.presets`)."""
-
-    kind: str = "mug"  # mug: multimodal generative vision learner
-    preset: str = "vit_b16"  # vit_ti16 | vit_s16 | vit_b16 | vit_l16 | vit_h14 | vit_g14 | demo
-    image_loss_weight: float = 1.0  # 0 removes the image decoder
-    caption_loss_weight: float = 0.1  # 0 removes the text decoder: the model is then MAE
-    mask_ratio: float = 0.75  # share of patches hidden from the encoder
-    norm_pix_loss: bool = True  # targets normalised per patch (MAE)
-    patch_size: int | None = None  # pixels; this and the sizes below: null = the preset's
-    # encoder
-    layers: int | None = None  # transformer layers of the encoder
-    width: int | None = None  # hidden size of the encoder
-    heads: int | None = None  # attention heads of the encoder
-    ffn_width: int | None = None  # hidden size of the encoder's feed-forward
-    register_tokens: int = 0  # learned tokens beside the class token: make the visible count divisible
-    # image decoder
-    decoder_layers: int | None = None  # transformer layers of the image decoder
-    decoder_width: int | None = None  # its hidden size; its feed-forward is four times as wide
-    decoder_heads: int | None = None  # its attention heads
-    decoder_register_tokens: int = 0  # learned tokens beside its class token
-    # text decoder
-    text_unimodal_layers: int | None = None  # text decoder layers that see text only
-    text_multimodal_layers: int | None = None  # text decoder layers with cross-attention to the image
-    text_width: int | None = None  # hidden size of the text decoder; its feed-forward is four times as wide
-    text_heads: int | None = None  # its attention heads
-    tie_vocabulary: bool = True  # output projection = token embedding
-    layer_norm_eps: float = 1e-6  # added to the variance in every LayerNorm
-
-
-@dataclass
-class DataConfig:
-    """Data. Batch sizes count image-caption pairs."""
-
-    train: Sources | None = None  # folder of shards | glob | list of {path, weight}; must be set
-    validation: Sources | None = None  # the same; None: no validation
-    tokenizer: str | None = None  # SentencePiece model; needed while caption_loss_weight > 0
-    image_size: int = 224  # pixels; images are cropped to squares
-    caption_length: int = 64  # tokens predicted per caption
-    global_batch_size: int = 256  # pairs per optimizer step, over all processes
-    micro_batch_size: int = 32  # pairs per forward and backward of one data-parallel rank
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area share of the random crop
-    flip: bool = True  # random horizontal flip; switch off where captions say left and right
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of red, green, blue in 0..1
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pixels become (x - mean) / std
-    validation_samples: int = 1024  # at most so many held-out pairs per validation
-    threads: int = 2  # decoding threads per process
-    prefetch: int = 2  # global batches decoded ahead of the step
-    max_failure_rate: float = 0.001  # share of samples that may fail at run time before the run ends
-
-
-@dataclass
-class ParallelConfig:
-    """How the processes share the work: tensor x pipeline x data = WORLD_SIZE."""
-
-    tensor: int = 1  # processes that share each layer
-    pipeline: int = 1  # stages that the layers are cut into, by FLOPs
-    data: int | None = None  # None: WORLD_SIZE / (tensor x pipeline)
-    sequence: bool = False  # sequence parallelism inside the tensor-parallel group
-    distributed_optimizer: bool = False  # optimizer state sharded over the data-parallel ranks
-    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
-    overlap_param_gather: bool = False  # gather parameters during forward; needs distributed_optimizer
-    recompute: str = "none"  # none | full: recompute activations layer by layer in backward
-    timeout_minutes: float = 10.0  # of every collective
-
-
-@dataclass
-class PrecisionConfig:
-    """Arithmetic. bf16 keeps fp32 main parameters and fp32 main gradients."""
-
-    dtype: str = "fp32"  # fp32 | bf16
-    fp8: str = "none"  # none | delayed | current | blockwise (Transformer Engine on Hopper)
-    layers: str = "auto"  # auto | local | te: Transformer Engine layers where there is a GPU and the package
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW with a cosine schedule. Biases, norms and tokens do not decay."""
-
-    learning_rate: float = 1.5e-4  # at the end of warm-up, as it stands: not scaled by the batch
-    min_learning_rate: float = 0.0  # at the last step
-    warmup_steps: int = 0  # linear from 0
-    weight_decay: float = 0.05  # decoupled
-    beta1: float = 0.9  # decay of the first moment
-    beta2: float = 0.95  # decay of the second moment
-    eps: float = 1e-8  # added to the root of the second moment
-    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
-
-
-@dataclass
-class TrainConfig:
-    """How long, and how often to look."""
-
-    steps: int = 1000  # optimizer steps
-    validate_every: int = 0  # steps; 0: only after the last step
-    pictures_every: int = 0  # steps; 0: only with the last validation
-
-
-@dataclass
-class CheckpointConfig:
-    """What a crash costs: at most `every` steps."""
-
-    every: int = 0  # steps; 0: only after the last step
-    keep: int = 3  # newest complete checkpoints kept; 0 keeps all
-    asynchronous: bool = False  # write in the background while training goes on
-
-
-@dataclass
-class LogConfig:
-    """What is written down while training runs."""
-
-    every: int = 10  # steps between console lines and flushes of metrics.jsonl
-    tensorboard: bool = True  # write RUN/tensorboard
-
-
-@dataclass
-class Config:
-    """A run. The sections follow the two keys that belong to none."""
-
-    seed: int = 1234  # of initialisation, sample order, crops, flips and masks
-    run_dir: str = "runs/mug"  # holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/, pictures/, log/
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
+__all__ = [
+    "CheckpointConfig", "Config", "DataConfig", "FusionConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
+    "ParallelConfig", "PrecisionConfig", "TowerConfig", "TrainConfig", "keys", "load_config", "nearest", "resolve",
+    "save_config", "to_yaml", "towers",
+]  # fmt: skip
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of YAML file `path` (None: the defaults) with `section.key=value` overrides; not yet resolved.
@@ -181,18 +64,45 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 
 def resolve(config: Config) -> Config:
-    """A copy in which the preset has filled every model size left at None. Raises UserError for an unknown preset."""
+    """A copy in which the preset has filled every size of its kind left at None, and `model.preset` is named.
+
+    Raises UserError for an unknown kind or preset, and for a preset of another kind.
+    """
     config = copy.deepcopy(config)
-    preset = PRESETS.get(config.model.preset)
-    if preset is None:
+    model = config.model
+    if model.kind not in presets.BY_KIND:
         raise UserError(
-            f"model.preset: there is no preset {config.model.preset!r}; the nearest is"
-            f" {nearest(config.model.preset, PRESETS)!r} (of {', '.join(PRESETS)})"
+            f"model.kind: {model.kind!r} is none of {', '.join(presets.BY_KIND)};"
+            f" set model.kind={nearest(model.kind, presets.BY_KIND)}"
         )
-    for name, size in preset.items():
-        if getattr(config.model, name) is None:
-            setattr(config.model, name, size)
+    own = presets.BY_KIND[model.kind]
+    if model.preset is None:
+        model.preset = presets.DEFAULT[model.kind]
+    if model.preset not in own:
+        others = [kind for kind, names in presets.BY_KIND.items() if model.preset in names]
+        if others:
+            raise UserError(
+                f"model.preset: {model.preset} is of kind {others[0]} and model.kind is {model.kind};"
+                f" set model.preset={presets.DEFAULT[model.kind]} (of {', '.join(own)}) or model.kind={others[0]}"
+            )
+        raise UserError(
+            f"model.preset: there is no preset {model.preset!r}; the nearest is"
+            f" {nearest(model.preset, own)!r} (of {', '.join(own)})"
+        )
+    for section, sizes in own[model.preset].items():
+        for name, size in sizes.items():
+            if getattr(getattr(config, section), name) is None:
+                setattr(getattr(config, section), name, size)
+    for tower in towers(config).values():
+        if tower.query_groups is None:
+            tower.query_groups = tower.heads
     return config
+
+
+def towers(config: Config) -> dict[str, TowerConfig]:
+    """The towers of this kind of model by the name of their section; none for mug."""
+    names = {"mug": (), "decoder_lm": ("lm",), "jam_cross": ("text_tower", "image_tower")}[config.model.kind]
+    return {name: getattr(config, name) for name in names}
 
 
 def to_yaml(config: Config) -> str:

@@ -39,12 +39,14 @@ RANGES = {
     "model.ffn_width": _COUNT, "model.register_tokens": _FROM_ZERO, "model.decoder_layers": _COUNT,
     "model.decoder_width": _COUNT, "model.decoder_heads": _COUNT, "model.decoder_register_tokens": _FROM_ZERO,
     "model.text_unimodal_layers": _FROM_ZERO, "model.text_multimodal_layers": _COUNT, "model.text_width": _COUNT,
-    "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE,
+    "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE, "model.z_loss_weight": _FROM_ZERO,
+    "fusion.cross_every": _COUNT, "fusion.output_width": _COUNT,
+    "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO,
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
     "data.micro_batch_size": _COUNT, "data.crop_scale": Range(0, 1, open_low=True), "data.mean": Range(0, 1),
     "data.std": _POSITIVE, "data.validation_samples": _COUNT, "data.threads": _COUNT, "data.prefetch": _COUNT,
     "data.max_failure_rate": Range(0, 1),
-    "parallel.tensor": _COUNT, "parallel.pipeline": _COUNT, "parallel.data": _COUNT,
+    "parallel.tensor": _COUNT, "parallel.pipeline": _COUNT, "parallel.virtual": _COUNT, "parallel.data": _COUNT,
     "parallel.timeout_minutes": _POSITIVE,
     "optimizer.learning_rate": _POSITIVE, "optimizer.min_learning_rate": _FROM_ZERO,
     "optimizer.warmup_steps": _FROM_ZERO, "optimizer.weight_decay": _FROM_ZERO, "optimizer.beta1": _DECAY,
@@ -54,12 +56,22 @@ RANGES = {
 }  # fmt: skip
 
 CHOICES = {
-    "model.kind": ("mug",),
+    "model.kind": ("mug", "decoder_lm", "jam_cross"),
+    "fusion.freeze": ("none", "text", "image", "both"),
+    "data.loss_on": ("all", "response", "text", "image"),
     "parallel.recompute": ("none", "full"),
     "precision.dtype": ("fp32", "bf16"),
     "precision.fp8": ("none", "delayed", "current", "blockwise"),
     "precision.layers": ("auto", "local", "te"),
 }
+
+for _tower in ("lm", "text_tower", "image_tower"):
+    RANGES |= {f"{_tower}.{key}": _COUNT for key in ("layers", "width", "heads", "query_groups", "ffn_width")}
+    RANGES |= {f"{_tower}.max_positions": _COUNT, f"{_tower}.norm_eps": _POSITIVE, f"{_tower}.init_std": _POSITIVE}
+    RANGES[f"{_tower}.rotary_base"] = Range(1, open_low=True)
+    CHOICES[f"{_tower}.norm"] = ("layernorm", "layernorm_plain", "rmsnorm")
+    CHOICES[f"{_tower}.activation"] = ("gelu", "relu", "swiglu")
+    CHOICES[f"{_tower}.positions"] = ("learned", "rotary")
 
 LENGTHS = {"data.crop_scale": 2, "data.mean": 3, "data.std": 3}
 
@@ -68,7 +80,7 @@ def check_values(config: Config) -> None:
     """Every number in its range, every word one of its choices, every list of its length; else UserError."""
     for key in keys():
         value = _get(config, key)
-        if key in CHOICES and value not in CHOICES[key]:
+        if key in CHOICES and value is not None and value not in CHOICES[key]:
             choices = CHOICES[key]
             raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}; set {key}={nearest(value, choices)}")
         if key in LENGTHS and len(value) != LENGTHS[key]:

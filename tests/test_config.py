@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megamug.config import Config, ModelConfig, keys, load_config, resolve, save_config, to_yaml
+from megamug.config import (
+    Config,
+    ModelConfig,
+    TowerConfig,
+    keys,
+    load_config,
+    resolve,
+    save_config,
+    to_yaml,
+    towers,
+)
 from megamug.errors import UserError
-from megamug.models.presets import PRESETS
+from megamug.models.presets import BY_KIND, DEFAULT, PRESETS, TOWERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,8 +60,40 @@ def test_the_fixed_keys_exist():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_fills_every_size(preset):
     model = resolve(load_config(None, [f"model.preset={preset}"])).model
-    assert None not in dataclasses.asdict(model).values()
-    assert set(PRESETS[preset]) == {f.name for f in dataclasses.fields(ModelConfig) if f.default is None}
+    empty = {f.name for f in dataclasses.fields(ModelConfig) if f.default is None} - {"preset", "initial"}
+    assert [name for name, value in dataclasses.asdict(model).items() if value is None] == ["initial"]
+    assert set(PRESETS[preset]) == empty
+
+
+@pytest.mark.parametrize("kind", ["decoder_lm", "jam_cross"])
+def test_every_preset_fills_every_tower(kind):
+    for preset in BY_KIND[kind]:
+        config = resolve(load_config(None, [f"model.kind={kind}", f"model.preset={preset}"]))
+        assert len(towers(config)) == {"decoder_lm": 1, "jam_cross": 2}[kind]
+        for tower in towers(config).values():
+            assert None not in dataclasses.asdict(tower).values()
+            assert tower.query_groups == tower.heads
+        assert resolve(config) == config
+    for sizes in TOWERS.values():
+        assert set(sizes) == {f.name for f in dataclasses.fields(TowerConfig)} - {"query_groups"}
+
+
+def test_the_preset_depends_on_the_kind():
+    for kind, preset in DEFAULT.items():
+        assert resolve(load_config(None, [f"model.kind={kind}"])).model.preset == preset
+    config = load_config(None, ["model.kind=decoder_lm", "model.preset=vit_b16"])
+    with pytest.raises(UserError, match="vit_b16 is of kind mug and model.kind is decoder_lm; set model.preset=cm3"):
+        resolve(config)
+    with pytest.raises(UserError, match="none of mug, decoder_lm, jam_cross; set model.kind=decoder_lm"):
+        resolve(load_config(None, ["model.kind=decoder"]))
+
+
+def test_a_tower_keeps_what_is_set_beside_its_preset():
+    overrides = ["model.kind=jam_cross", "model.preset=jam_demo", "text_tower.heads=8", "image_tower.norm=rmsnorm",
+                 "image_tower.query_groups=2", "text_tower.bias=true"]  # fmt: skip
+    config = resolve(load_config(None, overrides))
+    assert (config.text_tower.heads, config.text_tower.query_groups, config.text_tower.bias) == (8, 8, True)
+    assert (config.image_tower.heads, config.image_tower.query_groups, config.image_tower.norm) == (6, 2, "rmsnorm")
 
 
 def test_resolving_leaves_its_argument_alone():

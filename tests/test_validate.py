@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -166,11 +167,11 @@ def test_every_range_is_enforced_at_both_ends(inputs, key):
 
 
 def test_every_number_has_a_range_and_every_word_its_choices():
-    words = {"run_dir", "model.preset", "data.train", "data.validation", "data.tokenizer"}
+    words = {"run_dir", "model.preset", "model.initial", "data.train", "data.validation", "data.tokenizer"}
     for key, kind in keys().items():
-        if kind is bool or key in words:
+        if bool in (kind, *get_args(kind)) or key in words:
             continue
-        assert key in (ranges.CHOICES if kind is str else ranges.RANGES), key
+        assert key in (ranges.CHOICES if str in (kind, *get_args(kind)) else ranges.RANGES), key
     assert set(ranges.RANGES) | set(ranges.CHOICES) | set(ranges.LENGTHS) <= set(keys())
 
 

@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from megamug.config import Config  # noqa: E402
-from megamug.models.presets import PRESETS  # noqa: E402
+from megamug.models.presets import BY_KIND, DEFAULT, PRESETS, TOWERS  # noqa: E402
 
 HEAD = """# Configuration
 
-<!-- Written by `python tools/document_configuration.py` from megamug/config.py: edit there. -->
+<!-- Written by `python tools/document_configuration.py` from megamug/sections.py: edit there. -->
 
 ```
 megamug train CONFIG.yaml [section.key=value ...]
@@ -62,11 +62,23 @@ def _table(title: str, kind: type, default: object, prefix: str) -> str:
 
 def _presets() -> str:
     """The sizes that each preset fills in."""
-    names = list(next(iter(PRESETS.values())))
-    head = "\n## Presets\n\n`model.preset` fills the `model` keys left at `null`.\n\n| key | " + " | ".join(PRESETS)
-    rows = [f"{head} |\n|---|{'---|' * len(PRESETS)}\n"]
-    for name in names:
-        rows.append(f"| `{name}` | " + " | ".join(str(preset[name]) for preset in PRESETS.values()) + " |\n")
+    text = "\n## Presets\n\n`model.preset` fills the keys left at `null`; what it is by default:"
+    text += "".join(f" `{preset}` for `{kind}`," for kind, preset in DEFAULT.items())[:-1] + ".\n"
+    text += "\n### `kind: mug`: section `model`\n\n" + _sizes(PRESETS)
+    text += "\n### `kind: decoder_lm`: section `lm`\n\n" + _sizes(TOWERS)
+    text += "\n### `kind: jam_cross`: sections `text_tower` and `image_tower`\n\n| preset | towers |\n|---|---|\n"
+    for name, sections in BY_KIND["jam_cross"].items():
+        towers = [next(n for n, sizes in TOWERS.items() if sizes == tower) for tower in sections.values()]
+        text += f"| `{name}` | " + ", ".join(f"`{tower}`" for tower in towers) + " |\n"
+    return text
+
+
+def _sizes(presets: dict[str, dict]) -> str:
+    rows = ["| key | " + " | ".join(presets) + f" |\n|---|{'---|' * len(presets)}\n"]
+    for name in next(iter(presets.values())):
+        shown = (preset[name] for preset in presets.values())
+        cells = (str(x).lower() if isinstance(x, bool) else str(x) for x in shown)
+        rows.append(f"| `{name}` | " + " | ".join(cells) + " |\n")
     return "".join(rows)
 
 

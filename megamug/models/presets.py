@@ -1,8 +1,10 @@
-"""Named model sizes. A preset fills the `model.*` keys that the configuration leaves at None.
+"""Named model sizes. A preset fills the keys of its kind that the configuration leaves at None.
 
 ViT sizes: Dosovitskiy et al. 2021 (ViT) and Zhai et al. 2022 (Scaling Vision Transformers); the image decoder is MAE's
 (He et al. 2022: 8 layers of 512, 16 heads); the text decoder is 768 wide with 12 heads (MUG, arXiv 2301.07088), its
 6 + 6 layers are ours.
+Towers: CM3leon (arXiv 2309.02591, table of sizes; heads as in GPT-3's sizes), LLaMA (arXiv 2302.13971), OPT (arXiv
+2205.01068). Fusions are of two towers of one size (JAM, arXiv 2309.15564: 2 x 7B).
 """
 
 from __future__ import annotations
@@ -30,3 +32,45 @@ PRESETS: dict[str, dict] = {
         text_unimodal_layers=1, text_multimodal_layers=2, text_width=192, text_heads=6,
     ),
 }
+
+
+def _cm3leon(layers: int, width: int, heads: int, init_std: float = 0.006) -> dict:
+    """No biases, LayerNorm without affine parameters, feed-forward 4x, learned positions, tied embeddings."""
+    return dict(
+        layers=layers, width=width, heads=heads, ffn_width=4 * width, norm="layernorm_plain", norm_eps=1e-5,
+        activation="gelu", bias=False, positions="learned", max_positions=4096, rotary_base=10000.0, qk_norm=False,
+        tie_vocabulary=True, init_std=init_std,
+    )
+
+
+def _llama(layers: int, width: int, heads: int, ffn_width: int) -> dict:
+    return _cm3leon(layers, width, heads, 0.02) | dict(
+        ffn_width=ffn_width, norm="rmsnorm", activation="swiglu", positions="rotary", tie_vocabulary=False,
+    )
+
+
+TOWERS: dict[str, dict] = {
+    "cm3leon_350m": _cm3leon(24, 1024, 16),
+    "cm3leon_760m": _cm3leon(24, 1536, 16),
+    "cm3leon_7b": _cm3leon(32, 4096, 32),
+    "llama_7b": _llama(32, 4096, 32, 11008),
+    "opt_125m": _cm3leon(12, 768, 12) | dict(norm="layernorm", activation="relu", bias=True, max_positions=2048),
+    # Small enough to learn on two CPU cores: in seconds, and in minutes (`make demo-jam`).
+    "lm_tiny": _cm3leon(2, 64, 4, 0.02),
+    "lm_demo": _cm3leon(6, 192, 6, 0.02),
+}
+
+
+def _jam(tower: str) -> dict:
+    return {"text_tower": TOWERS[tower], "image_tower": TOWERS[tower]}
+
+
+# kind -> preset -> section -> key -> size
+BY_KIND: dict[str, dict[str, dict[str, dict]]] = {
+    "mug": {name: {"model": sizes} for name, sizes in PRESETS.items()},
+    "decoder_lm": {name: {"lm": sizes} for name, sizes in TOWERS.items()},
+    "jam_cross": {
+        "jam_2x350m": _jam("cm3leon_350m"), "jam_2x7b": _jam("cm3leon_7b"), "jam_demo": _jam("lm_demo"),
+    },
+}  # fmt: skip
+DEFAULT = {"mug": "vit_b16", "decoder_lm": "cm3leon_350m", "jam_cross": "jam_2x350m"}

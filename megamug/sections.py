@@ -1,0 +1,192 @@
+"""The sections of a configuration: every key with its type, its default and what it means.
+
+The comments beside the keys are the text of docs/configuration.md. What `None` (`null` in YAML) means is said there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Sources = str | list[dict]  # a folder of shards, a glob, or a list of {path, weight}
+
+
+@dataclass
+class ModelConfig:
+    """The model. What follows `initial` and `z_loss_weight` is for `kind: mug`; the sizes of the other kinds are in the
+    sections `lm`, or `text_tower`, `image_tower` and `fusion`. A `None` size is taken from the preset
+    (`megamug.models.presets`)."""
+
+    kind: str = "mug"  # mug: vision learner | decoder_lm: one decoder-only tower | jam_cross: two towers fused
+    preset: str | None = None  # a name of the tables below; null: vit_b16, cm3leon_350m or jam_2x350m by kind
+    initial: str | None = None  # run folder or checkpoint folder whose weights start the run; unused once it resumes
+    z_loss_weight: float = 0.0  # factor of the mean squared log-sum-exp of the logits; decoder_lm and jam_cross
+    # mug
+    image_loss_weight: float = 1.0  # 0 removes the image decoder
+    caption_loss_weight: float = 0.1  # 0 removes the text decoder: the model is then MAE
+    mask_ratio: float = 0.75  # share of patches hidden from the encoder
+    norm_pix_loss: bool = True  # targets normalised per patch (MAE)
+    patch_size: int | None = None  # pixels; this and the sizes below: null = the preset's
+    # encoder
+    layers: int | None = None  # transformer layers of the encoder
+    width: int | None = None  # hidden size of the encoder
+    heads: int | None = None  # attention heads of the encoder
+    ffn_width: int | None = None  # hidden size of the encoder's feed-forward
+    register_tokens: int = 0  # learned tokens beside the class token: make the visible count divisible
+    # image decoder
+    decoder_layers: int | None = None  # transformer layers of the image decoder
+    decoder_width: int | None = None  # its hidden size; its feed-forward is four times as wide
+    decoder_heads: int | None = None  # its attention heads
+    decoder_register_tokens: int = 0  # learned tokens beside its class token
+    # text decoder
+    text_unimodal_layers: int | None = None  # text decoder layers that see text only
+    text_multimodal_layers: int | None = None  # text decoder layers with cross-attention to the image
+    text_width: int | None = None  # hidden size of the text decoder; its feed-forward is four times as wide
+    text_heads: int | None = None  # its attention heads
+    tie_vocabulary: bool = True  # output projection = token embedding
+    layer_norm_eps: float = 1e-6  # added to the variance in every LayerNorm
+
+
+@dataclass
+class TowerConfig:
+    """A decoder-only language model: all of one (`lm`), or one of two (`text_tower`, `image_tower`). Every key left at
+    `None` is taken from the preset."""
+
+    layers: int | None = None  # transformer layers
+    width: int | None = None  # hidden size
+    heads: int | None = None  # attention heads
+    query_groups: int | None = None  # key-value heads, each shared by heads/query_groups queries; null = heads
+    ffn_width: int | None = None  # hidden size of the feed-forward
+    norm: str | None = None  # layernorm | layernorm_plain (no affine parameters) | rmsnorm
+    norm_eps: float | None = None  # added to the variance in every norm
+    activation: str | None = None  # gelu | relu | swiglu (gated: a second input projection)
+    bias: bool | None = None  # biases in the linears of the layers
+    positions: str | None = None  # learned (a table) | rotary
+    max_positions: int | None = None  # rows of the learned table; holds data.context_length; unused by rotary
+    rotary_base: float | None = None  # theta: rotary frequencies are theta^(-2i/d) for a head of width d
+    qk_norm: bool | None = None  # norm of every query and key head before attention
+    tie_vocabulary: bool | None = None  # output projection = token embedding; unused in a tower of jam_cross
+    init_std: float | None = None  # of linear weights and embeddings: normal, truncated at 3 deviations
+
+
+@dataclass
+class FusionConfig:
+    """How the two towers of `kind: jam_cross` read each other, and where they end."""
+
+    cross_every: int = 2  # layers between cross blocks, counted on the shallower tower
+    cross_ffn: bool = True  # a feed-forward behind each cross-attention
+    gate: bool = True  # each cross block times tanh(gate), which starts at 0: the towers then compute what they did
+    shared_embedding: bool = False  # one table of token embeddings for both towers; needs equal widths
+    output_width: int | None = None  # of the linear over both towers' states; null: the wider tower's
+    freeze: str = "none"  # none | text | image | both: towers whose parameters stay as they are
+
+
+@dataclass
+class DataConfig:
+    """Data. Batch sizes count image-caption pairs; rows of `context_length` tokens for decoder_lm and jam_cross."""
+
+    train: Sources | None = None  # folder of shards | glob | list of {path, weight}; tokenised documents; must be set
+    validation: Sources | None = None  # the same; None: no validation
+    tokenizer: str | None = None  # SentencePiece model (mug with captions); vocabulary folder (decoder_lm, jam_cross)
+    # rows of tokens
+    context_length: int = 2048  # tokens of a row
+    cm3_spans: float = 1.0  # mean number of masked spans of a document (CM3); 0: plain left to right
+    separate_documents: bool = False  # no document reads another of its row
+    loss_on: str = "all"  # all | response | text | image: the tokens that carry loss
+    # pairs
+    image_size: int = 224  # pixels; images are cropped to squares
+    caption_length: int = 64  # tokens predicted per caption
+    global_batch_size: int = 256  # pairs or rows per optimizer step, over all processes
+    micro_batch_size: int = 32  # pairs or rows per forward and backward of one data-parallel rank
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area share of the random crop
+    flip: bool = True  # random horizontal flip; switch off where captions say left and right
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of red, green, blue in 0..1
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pixels become (x - mean) / std
+    validation_samples: int = 1024  # at most so many held-out pairs or rows per validation
+    threads: int = 2  # decoding threads per process
+    prefetch: int = 2  # global batches decoded ahead of the step
+    max_failure_rate: float = 0.001  # share of samples that may fail at run time before the run ends
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes share the work: tensor x pipeline x data = WORLD_SIZE."""
+
+    tensor: int = 1  # processes that share each layer
+    pipeline: int = 1  # stages that the layers are cut into, by FLOPs
+    virtual: int = 1  # model chunks per pipeline rank (interleaved schedule): smaller bubbles, more messages
+    data: int | None = None  # None: WORLD_SIZE / (tensor x pipeline)
+    sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+    distributed_optimizer: bool = False  # optimizer state sharded over the data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
+    overlap_param_gather: bool = False  # gather parameters during forward; needs distributed_optimizer
+    recompute: str = "none"  # none | full: recompute activations layer by layer in backward
+    timeout_minutes: float = 10.0  # of every collective
+
+
+@dataclass
+class PrecisionConfig:
+    """Arithmetic. bf16 keeps fp32 main parameters and fp32 main gradients."""
+
+    dtype: str = "fp32"  # fp32 | bf16
+    fp8: str = "none"  # none | delayed | current | blockwise (Transformer Engine on Hopper)
+    layers: str = "auto"  # auto | local | te: Transformer Engine layers where there is a GPU and the package
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a cosine schedule. Biases, norms and tokens do not decay."""
+
+    learning_rate: float = 1.5e-4  # at the end of warm-up, as it stands: not scaled by the batch
+    min_learning_rate: float = 0.0  # at the last step
+    warmup_steps: int = 0  # linear from 0
+    weight_decay: float = 0.05  # decoupled
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+
+
+@dataclass
+class TrainConfig:
+    """How long, and how often to look."""
+
+    steps: int = 1000  # optimizer steps
+    validate_every: int = 0  # steps; 0: only after the last step
+    pictures_every: int = 0  # steps; 0: only with the last validation
+
+
+@dataclass
+class CheckpointConfig:
+    """What a crash costs: at most `every` steps."""
+
+    every: int = 0  # steps; 0: only after the last step
+    keep: int = 3  # newest complete checkpoints kept; 0 keeps all
+    asynchronous: bool = False  # write in the background while training goes on
+
+
+@dataclass
+class LogConfig:
+    """What is written down while training runs."""
+
+    every: int = 10  # steps between console lines and flushes of metrics.jsonl
+    tensorboard: bool = True  # write RUN/tensorboard
+
+
+@dataclass
+class Config:
+    """A run. The sections follow the two keys that belong to none."""
+
+    seed: int = 1234  # of initialisation, sample order, crops, flips and masks
+    run_dir: str = "runs/mug"  # holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/, pictures/, log/
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lm: TowerConfig = field(default_factory=TowerConfig)
+    text_tower: TowerConfig = field(default_factory=TowerConfig)
+    image_tower: TowerConfig = field(default_factory=TowerConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
