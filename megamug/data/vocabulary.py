@@ -1,0 +1,227 @@
+"""One vocabulary for text and images: SentencePiece pieces, the image tokenizer's codes, and what joins them.
+
+Ids: text pieces [0, T) as SentencePiece numbers them (padding 0, begin of a document 1, end of a document 2), image
+codes [T, T + K), then `<break>` (between text and image), `<eoss>` (end of a masked span), `<mask>` (stands for text in
+unconditional guidance), and the sentinels of masked spans. A vocabulary is a folder: `vocabulary.json`, `text.model`
+and, where it knows images, `image_tokenizer/`. Made by tools/make_vocabulary.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megamug.data.shards import write_atomically
+from megamug.data.text import BOS, EOS, PAD, Tokenizer
+from megamug.durable import fsync_folder
+from megamug.errors import UserError
+
+VOCABULARY_VERSION = 1
+MULTIPLE = 128  # the padded size is a multiple of this, whatever the layout
+FILE, TEXT_MODEL, IMAGE_TOKENIZER = "vocabulary.json", "text.model", "image_tokenizer"
+_SPECIALS = 3  # <break>, <eoss>, <mask>
+
+
+@dataclass(frozen=True)
+class VocabularySpec:
+    """What `vocabulary.json` holds. The fingerprint is a hash of it."""
+
+    text_pieces: int
+    text_sha256: str
+    codes: int  # of the image tokenizer's codebook; 0: text alone
+    image_grid: tuple[int, int]  # codes of an image: rows, columns; (0, 0): text alone
+    image_size: int  # pixels a side
+    image_tokenizer: str  # its fingerprint; "": text alone
+    sentinels: int
+    version: int = VOCABULARY_VERSION
+
+
+class Vocabulary:
+    """A vocabulary folder, opened. Nothing of the image tokenizer is loaded but what the JSON says of it."""
+
+    def __init__(self, spec: VocabularySpec, text: Tokenizer, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        self._text = text
+        self.text_pieces, self.codes = spec.text_pieces, spec.codes
+        self.first_code = spec.text_pieces
+        self.break_id = self.first_code + spec.codes
+        self.eoss_id, self.mask_id = self.break_id + 1, self.break_id + 2
+        first_sentinel = self.break_id + _SPECIALS
+        self.sentinels = range(first_sentinel, first_sentinel + spec.sentinels)
+        self.size = self.sentinels.stop
+        self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
+        self.image_size, self.image_grid = spec.image_size, spec.image_grid
+        self.image_tokens = spec.image_grid[0] * spec.image_grid[1]  # of one image, row by row
+
+    @staticmethod
+    def load(folder: str | Path) -> Vocabulary:
+        """Open a vocabulary folder. Raises `UserError` where it is none, is incomplete, or its files were changed."""
+        folder = Path(folder)
+        remedy = "run: python tools/make_vocabulary.py --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER"
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; data.tokenizer of a language model is a vocabulary folder; {remedy}")
+        if not (folder / FILE).is_file():
+            raise UserError(f"{folder}: no vocabulary in there ({FILE} is missing); {remedy}")
+        try:
+            fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            fields["image_grid"] = tuple(fields["image_grid"])
+            spec = VocabularySpec(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{folder / FILE}: not a vocabulary ({error}); {remedy}") from error
+        if spec.version != VOCABULARY_VERSION:
+            raise UserError(f"{folder / FILE}: version {spec.version}, this program reads {VOCABULARY_VERSION}")
+        text = Tokenizer(folder / TEXT_MODEL)
+        found = _sha256(folder / TEXT_MODEL)
+        if (text.vocab_size, found) != (spec.text_pieces, spec.text_sha256):
+            raise UserError(
+                f"{folder / TEXT_MODEL}: another model (SHA-256 {found[:12]}) than the vocabulary was made of "
+                f"({spec.text_sha256[:12]}); restore the file, or make the vocabulary again"
+            )
+        return Vocabulary(spec, text, folder)
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding: the size, rounded up to a multiple of 128."""
+        return -(-self.size // MULTIPLE) * MULTIPLE
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the specification: equal where every id means the same."""
+        return hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode()).hexdigest()
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of the text alone, without begin and end."""
+        return self._text.encode(text)
+
+    def decode_text(self, tokens: Iterable[int]) -> str:
+        """The text of the pieces among `tokens`; image codes, `<break>` and other marks are left out."""
+        return self._text.decode([int(t) for t in tokens if int(t) < self.text_pieces and int(t) != EOS])
+
+    def image_ids(self, codes: np.ndarray) -> np.ndarray:
+        """Codes of the image tokenizer [...] -> ids, int64 [...]. Raises `UserError` for one outside the codebook."""
+        codes = np.asarray(codes, np.int64)
+        outside = (codes < 0) | (codes >= self.codes)
+        if outside.any():
+            raise UserError(
+                f"image code {int(codes[outside].flat[0])} is outside the codebook of {self.codes} codes of "
+                f"{self.folder}; is the image tokenizer the one that the vocabulary was made of?"
+            )
+        return codes + self.first_code
+
+    def image_codes(self, tokens: np.ndarray) -> np.ndarray:
+        """The inverse of `image_ids`, for one image: [image_tokens] -> codes int64 [rows, columns].
+
+        Raises `UserError` where the tokens are not exactly one image's codes.
+        """
+        tokens = np.asarray(tokens, np.int64)
+        if tokens.shape != (self.image_tokens,):
+            raise UserError(f"{tokens.size} tokens where an image has {self.image_tokens}")
+        codes = tokens - self.first_code
+        if ((codes < 0) | (codes >= self.codes)).any():
+            raise UserError(f"token {int(tokens[(codes < 0) | (codes >= self.codes)][0])} is no image code")
+        return codes.reshape(self.image_grid)
+
+    def is_image(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of `tokens` (array or tensor) are image codes: bool of the same shape."""
+        return (tokens >= self.first_code) & (tokens < self.first_code + self.codes)
+
+    def name(self, token: int) -> str:
+        """How a person reads one id: the text of a piece, `<image 17>`, `<break>`, `<sentinel 0>`, ..."""
+        if token < self.text_pieces:
+            return {PAD: "<pad>", BOS: "<bos>", EOS: "<eos>"}.get(token) or self._text.decode([token])
+        if token < self.break_id:
+            return f"<image {token - self.first_code}>"
+        if token >= self.size:
+            return f"<unused {token}>"
+        marks = {self.break_id: "<break>", self.eoss_id: "<eoss>", self.mask_id: "<mask>"}
+        return marks.get(token) or f"<sentinel {token - self.sentinels.start}>"
+
+    def load_image_tokenizer(self, device: str = "cpu"):
+        """The `ImageTokenizer` in the folder. Raises `UserError` where there is none, or another's."""
+        from megamug.models.image_tokenizer import ImageTokenizer
+
+        if not self.codes:
+            raise UserError(f"{self.folder}: a vocabulary of text alone; make one with --image-tokenizer FOLDER")
+        tokenizer = ImageTokenizer.load(self.folder / IMAGE_TOKENIZER, device)
+        if tokenizer.fingerprint() != self.spec.image_tokenizer:
+            raise UserError(
+                f"{self.folder / IMAGE_TOKENIZER}: its fingerprint is {tokenizer.fingerprint()[:12]}, the vocabulary "
+                f"was made of {self.spec.image_tokenizer[:12]}; restore it, or make the vocabulary again"
+            )
+        return tokenizer
+
+
+def make_vocabulary(
+    text: str | Path, image_tokenizer: str | Path | None, sentinels: int, output: str | Path, *, overwrite: bool = False
+) -> Vocabulary:
+    """Write a vocabulary folder and open it: `text` a SentencePiece model, `image_tokenizer` a folder or None.
+
+    The JSON comes last, so a folder that holds one is complete. Raises `UserError`: files missing, fewer than one
+    sentinel, an image tokenizer with a codebook that its codes leave, another vocabulary in `output`.
+    """
+    if sentinels < 1:
+        raise UserError(f"--sentinels is {sentinels}; masked spans need at least 1")
+    text, output = Path(text), Path(output)
+    pieces = Tokenizer(text).vocab_size
+    codes, grid, size, fingerprint = 0, (0, 0), 0, ""
+    if image_tokenizer is not None:
+        codes, grid, size, fingerprint = _examine(Path(image_tokenizer))
+    spec = VocabularySpec(pieces, _sha256(text), codes, grid, size, fingerprint, sentinels)
+    if (output / FILE).is_file() and not overwrite:
+        old = Vocabulary.load(output)
+        if old.spec != spec:
+            raise UserError(
+                f"{output} holds another vocabulary (fingerprint {old.fingerprint()[:12]}); tokenised documents and "
+                "checkpoints depend on it: give another --output, or --overwrite"
+            )
+        return old
+    if output.is_file():
+        raise UserError(f"{output} is a file; give a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / FILE).unlink(missing_ok=True)
+    write_atomically(output / TEXT_MODEL, text.read_bytes())
+    target = output / IMAGE_TOKENIZER
+    if target.exists() and (image_tokenizer is None or target.resolve() != Path(image_tokenizer).resolve()):
+        shutil.rmtree(target)
+    if image_tokenizer is not None and not target.exists():
+        _copy_folder(Path(image_tokenizer), target)
+    write_atomically(output / FILE, (json.dumps(asdict(spec), indent=1) + "\n").encode())
+    return Vocabulary.load(output)
+
+
+def _examine(folder: Path) -> tuple[int, tuple[int, int], int, str]:
+    """(codes, grid, image size, fingerprint) of an image tokenizer, the grid as one grey image gives it."""
+    import torch
+
+    from megamug.models.image_tokenizer import ImageTokenizer
+
+    tokenizer = ImageTokenizer.load(folder, "cpu")
+    size = int(tokenizer.config.image_size)
+    with torch.no_grad():
+        codes = tokenizer.encode(torch.zeros(1, 3, size, size))
+    if int(codes.min()) < 0 or int(codes.max()) >= tokenizer.config.codes:
+        raise UserError(f"{folder}: its codes leave the codebook of {tokenizer.config.codes}; the folder is damaged")
+    return int(tokenizer.config.codes), (int(codes.shape[1]), int(codes.shape[2])), size, tokenizer.fingerprint()
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder beside the target, make them durable, rename."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            write_atomically(aside / path.name, path.read_bytes())
+    os.replace(aside, target)
+    fsync_folder(target.parent)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
