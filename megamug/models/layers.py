@@ -41,6 +41,17 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class PlainNorm(nn.Module):
+    """LayerNorm without parameters, as CM3leon has it (arXiv 2309.02591)."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, None, None, self.eps)
+
+
 class KeyValueCache:
     """Keys and values [t, b, n, d] of the t tokens so far, in memory for `capacity` of them."""
 
@@ -62,7 +73,7 @@ class KeyValueCache:
 class LocalAttention(nn.Module):
     """softmax(q k / sqrt(d)) v by torch's scaled_dot_product_attention: no score matrix in memory."""
 
-    cache: KeyValueCache | None = None  # while a caption is written
+    cache: KeyValueCache | None = None  # while text is written token by token
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_):
         super().__init__()
@@ -70,17 +81,28 @@ class LocalAttention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **_) -> Tensor:
-        """query [s, b, n, d], key and value [t, b, n, d] -> [s, b, n * d]."""
+        """query [s, b, n, d], key and value [t, b, g, d] -> [s, b, n * d]; n / g queries share a key.
+
+        `attention_mask` [b, 1, s, t] bool hides where it is True, as Megatron's masks do, and then has to hide what is
+        later, too. Cross-attention has none; its callers pass None.
+        """
         if self.cache is not None:
             key, value = self.cache.append(key, value)
+        if key.shape[2] != query.shape[2]:
+            key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
+        if attention_mask is not None:
+            return self._attend(query, key, value, attn_mask=attention_mask.logical_not())
         # One query against cached keys sees all of them: causality is in what the cache holds.
         causal = self.causal and len(query) > 1
         assert not causal or len(query) == len(key), "several tokens at once only into an empty cache"
-        dropout = self.dropout if self.training else 0.0
-        if cpu_attention.pays(query, key) and not dropout:
+        if cpu_attention.pays(query, key) and not (self.dropout and self.training):
             return cpu_attention.BmmAttention.apply(query, key, value, causal)
+        return self._attend(query, key, value, is_causal=causal)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=causal, dropout_p=dropout)
+        dropout = self.dropout if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **mask)
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
 
 

@@ -31,17 +31,22 @@ class Modules:
     """The modules that a layer is put together from."""
 
     norm: type
+    head_norm: type  # of every query and key head; always with parameters
     attention: type
     column_linear: type
     row_linear: type
     norm_linear: type | None  # a column-parallel linear with the norm before it folded in
 
 
-def modules(kind: str) -> Modules:
-    """`local` or `te`. Raises UserError where Transformer Engine is asked for and missing."""
+def modules(kind: str, plain_norm: bool = False) -> Modules:
+    """`local` or `te`; with `plain_norm` the norms have no parameters, and so none is folded into a linear.
+
+    Raises UserError where Transformer Engine is asked for and missing.
+    """
     if kind == "local":
         return Modules(
-            norm=layers.Norm,
+            norm=layers.PlainNorm if plain_norm else layers.Norm,
+            head_norm=layers.Norm,
             attention=layers.LocalAttention,
             column_linear=layers.LocalColumnParallelLinear,
             row_linear=layers.LocalRowParallelLinear,
@@ -58,11 +63,12 @@ def modules(kind: str) -> Modules:
             "or set precision.layers=local"
         ) from error
     return Modules(
-        norm=te.TENorm,
+        norm=layers.PlainNorm if plain_norm else te.TENorm,
+        head_norm=te.TENorm,
         attention=te.TEDotProductAttention,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
-        norm_linear=te.TELayerNormColumnParallelLinear,
+        norm_linear=None if plain_norm else te.TELayerNormColumnParallelLinear,
     )
 
 
@@ -80,11 +86,23 @@ def choose(requested: str) -> tuple[str, str]:
 
 
 def transformer_layer(
-    kind: str, config: TransformerConfig, causal: bool, context_width: int | None = None
+    kind: str,
+    config: TransformerConfig,
+    causal: bool,
+    context_width: int | None = None,
+    plain_norm: bool = False,
+    masked: bool = False,
 ) -> ModuleSpec:
-    """A pre-norm transformer layer: self-attention, cross-attention to a context if `context_width` is given, MLP."""
-    m = modules(kind)
+    """A pre-norm transformer layer: self-attention, cross-attention to a context if `context_width` is given, MLP.
+
+    `masked`: callers pass an attention mask, which hides what is later as well.
+    """
+    m = modules(kind, plain_norm)
     fused = m.norm_linear is not None
+    mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    if masked and kind == "te":  # `local` takes a mask where it gets one
+        mask_type = AttnMaskType.arbitrary
+    head_norm = m.head_norm if config.qk_layernorm else None
     cross = {}
     if context_width is not None:
         cross = dict(
@@ -107,11 +125,13 @@ def transformer_layer(
             input_layernorm=IdentityOp if fused else m.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
+                params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=m.norm_linear or m.column_linear,
                     core_attention=m.attention,
                     linear_proj=m.row_linear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -158,10 +178,13 @@ def transformer_config(
     sequence: bool,
     recompute: bool,
     pipeline: int = 1,
+    virtual: int = 1,
     fp8: str = "none",
+    **more,
 ) -> TransformerConfig:
-    """A TransformerConfig with what every stack here shares.
+    """A TransformerConfig with what every stack here shares; `more` goes to Megatron as it is.
 
+    `pipeline` and `virtual` are for the configuration that the schedules read: a stack has its own run of layers.
     Parameters are not initialised by Megatron (see `megamug.models.init`); there is no dropout; GELU is the exact one;
     losses are scaled by us, so Megatron divides by nothing (`calculate_per_token_loss`).
     """
@@ -174,11 +197,11 @@ def transformer_config(
             num_attention_heads=heads,
             ffn_hidden_size=ffn_width,
             layernorm_epsilon=norm_eps,
-            activation_func=F.gelu,
             hidden_dropout=0.0,
             attention_dropout=0.0,
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             pipeline_dtype=dtype,
             sequence_parallel=sequence,
             params_dtype=dtype,
@@ -196,4 +219,5 @@ def transformer_config(
             recompute_method="uniform" if recompute else None,
             recompute_num_layers=1 if recompute else None,
             **FP8_RECIPES[fp8],
+            **{"activation_func": F.gelu, **more},
         )

@@ -16,7 +16,11 @@ def linear_flops(tokens: int, in_width: int, out_width: int) -> int:
 
 
 def attention_flops(
-    tokens: int, width: int, context_tokens: int | None = None, context_width: int | None = None
+    tokens: int,
+    width: int,
+    context_tokens: int | None = None,
+    context_width: int | None = None,
+    key_value_width: int | None = None,
 ) -> int:
     """FLOPs of an attention block: projections of queries, keys, values and output; scores; weighted sum of values.
 
@@ -25,10 +29,13 @@ def attention_flops(
         width: its width; also heads x head width.
         context_tokens: length of what it attends to; None: itself.
         context_width: width of what it attends to; None: `width`.
+        key_value_width: query groups x head width, where queries share keys; None: `width`.
     """
     context_tokens = tokens if context_tokens is None else context_tokens
     context_width = width if context_width is None else context_width
-    projections = 2 * linear_flops(tokens, width, width) + 2 * linear_flops(context_tokens, context_width, width)
+    key_value_width = width if key_value_width is None else key_value_width
+    projections = 2 * linear_flops(tokens, width, width)
+    projections += 2 * linear_flops(context_tokens, context_width, key_value_width)
     scores_and_values = 2 * (2 * tokens * context_tokens * width)
     return projections + scores_and_values
 
@@ -45,9 +52,13 @@ def layer_flops(
     context_tokens: int | None = None,
     context_width: int | None = None,
     gated: bool = False,
+    key_value_width: int | None = None,
 ) -> int:
-    """FLOPs of a transformer layer: self-attention, cross-attention if there are `context_tokens`, feed-forward."""
-    flops = attention_flops(tokens, width) + mlp_flops(tokens, width, ffn_width, gated)
+    """FLOPs of a transformer layer: self-attention, cross-attention if there are `context_tokens`, feed-forward.
+
+    `key_value_width` is that of the self-attention.
+    """
+    flops = attention_flops(tokens, width, key_value_width=key_value_width) + mlp_flops(tokens, width, ffn_width, gated)
     if context_tokens is not None:
         flops += attention_flops(tokens, width, context_tokens, context_width)
     return flops

@@ -1,0 +1,178 @@
+"""A decoder-only tower: its sizes under a layout, its input embedding, and what its layers need beside hidden states.
+
+Two families out of one table of parts: CM3leon's block (arXiv 2309.02591: LayerNorm, no biases, learned positions) and
+LLaMA's (arXiv 2302.13971: RMSNorm, SwiGLU, rotary positions, grouped queries). `DecoderLM` is one tower, `JamCross`
+two.
+
+Axes: b rows, s tokens, h width, d head width, V padded vocabulary. Hidden states are [s, b, h]; under sequence
+parallelism each tensor-parallel rank holds s / tp of them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megamug.config import Config, TowerConfig
+from megamug.models import specs
+from megamug.models.layers import LayerRun
+from megamug.telemetry.flops import layer_flops, linear_flops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
+
+
+class TowerPlan:
+    """Derived sizes of a tower under a layout. `tower` and `config` are resolved; nothing is allocated."""
+
+    def __init__(self, tower: TowerConfig, config: Config, padded_vocabulary: int, spec: str = "local"):
+        self.tower, self.spec, self.padded_vocabulary = tower, spec, padded_vocabulary
+        self.tensor, self.sequence_parallel = config.parallel.tensor, config.parallel.sequence
+        self.recompute, self.fp8 = config.parallel.recompute == "full", config.precision.fp8
+        self.dtype = DTYPES[config.precision.dtype]
+        self.context_length, self.micro_batch = config.data.context_length, config.data.micro_batch_size
+        self.separate_documents = config.data.separate_documents
+        self.learned, self.plain_norm = tower.positions == "learned", tower.norm == "layernorm_plain"
+        self.tensor_rank, self.tensor_group = 0, None
+
+    def place_tensor(self, rank: int, group) -> None:
+        """This process's rank in the tensor-parallel group (None: alone)."""
+        self.tensor_rank, self.tensor_group = rank, group
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """This rank's hidden states of a micro-batch, [s (/ tp), b, h]."""
+        share = self.tensor if self.sequence_parallel else 1
+        return self.context_length // share, self.micro_batch, self.tower.width
+
+    # ------------------------------------------------------------------------------------------ Megatron's parts
+
+    def transformer_config(self, pipeline: int = 1, virtual: int = 1) -> TransformerConfig:
+        """Megatron's configuration of this tower; `pipeline` and `virtual` are those that the schedules read."""
+        t = self.tower
+        return specs.transformer_config(
+            layers=t.layers, width=t.width, heads=t.heads, ffn_width=t.ffn_width, norm_eps=t.norm_eps, dtype=self.dtype,
+            tensor=self.tensor, sequence=self.sequence_parallel, recompute=self.recompute, pipeline=pipeline,
+            virtual=virtual, fp8=self.fp8, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
+            normalization="RMSNorm" if t.norm == "rmsnorm" else "LayerNorm", add_bias_linear=t.bias,
+            activation_func=ACTIVATIONS[t.activation], gated_linear_unit=t.activation == "swiglu",
+        )  # fmt: skip
+
+    @cached_property
+    def config(self) -> TransformerConfig:
+        return self.transformer_config()
+
+    @property
+    def norm(self) -> type:
+        return specs.modules(self.spec, self.plain_norm).norm
+
+    @property
+    def layer(self) -> ModuleSpec:
+        return specs.transformer_layer(
+            self.spec, self.config, causal=True, plain_norm=self.plain_norm, masked=self.separate_documents
+        )
+
+    def layers(self, first: int, last: int, final_norm: bool = True) -> LayerRun:
+        """Layers [first, last) of the tower, with its final norm where they are its last ones."""
+        return LayerRun(self.config, [self.layer] * self.tower.layers, self.norm, first, last, final_norm)
+
+    # ------------------------------------------------------------------------------------------ FLOPs
+
+    @property
+    def layer_flops(self) -> int:
+        """Forward FLOPs of one layer for one row."""
+        t = self.tower
+        return layer_flops(
+            self.context_length, t.width, t.ffn_width, gated=t.activation == "swiglu",
+            key_value_width=t.width // t.heads * t.query_groups,
+        )  # fmt: skip
+
+    @property
+    def head_flops(self) -> int:
+        """Forward FLOPs of a vocabulary projection for one row."""
+        return linear_flops(self.context_length, self.tower.width, self.padded_vocabulary)
+
+    # ------------------------------------------------------------------------------------------ what layers need
+
+    def layer_inputs(self, tokens: Tensor, segments: Tensor | None = None, first: int = 0) -> dict[str, Tensor | None]:
+        """Keyword arguments of a run of layers for `tokens` [b, s] at positions first, first + 1, ...
+
+        Rotary positions run on through a row: attention sees their differences alone, so documents need no restart.
+        """
+        rotary = None
+        if not self.learned:
+            rotary = self.rotary(torch.arange(first, first + tokens.shape[1], device=tokens.device))
+        return {"attention_mask": attention_mask(segments), "rotary_pos_emb": rotary}
+
+    def rotary(self, positions: Tensor) -> Tensor:
+        """Angles in radians, float32: positions [s] -> [s, 1, 1, d], [b, s] -> [s, b, 1, d].
+
+        As Su et al. (arXiv 2104.09864) with LLaMA's halves: numbers i and i + d/2 of a head turn together.
+        """
+        head = self.tower.width // self.tower.heads
+        exponents = torch.arange(0, head, 2, dtype=torch.float32, device=positions.device) / head
+        angles = positions.float().unsqueeze(-1) / self.tower.rotary_base**exponents
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
+
+
+def attention_mask(segments: Tensor | None) -> Tensor | None:
+    """Document numbers [b, s] -> bool [b, 1, s, s], True where a token may not look: at another document, or ahead."""
+    if segments is None:
+        return None
+    s = segments.shape[1]
+    ahead = torch.ones(s, s, dtype=torch.bool, device=segments.device).triu(1)
+    return (segments.unsqueeze(1) != segments.unsqueeze(2)).logical_or_(ahead).unsqueeze(1)
+
+
+class TowerEmbedding(MegatronModule):
+    """Token embedding, its vocabulary split over the tensor-parallel ranks, plus learned positions where there are.
+
+    `own_words=False`: only positions; another tower's table embeds the tokens.
+    """
+
+    def __init__(self, plan: TowerPlan, own_words: bool = True):
+        config = plan.config
+        super().__init__(config=config)
+        self.plan = plan
+        if own_words:
+            self.word_embeddings = VocabParallelEmbedding(
+                plan.padded_vocabulary, config.hidden_size, init_method=specs.leave_uninitialised, config=config,
+                reduce_scatter_embeddings=plan.sequence_parallel,
+            )  # fmt: skip
+        if plan.learned:
+            table = torch.empty(plan.tower.max_positions, config.hidden_size, dtype=config.params_dtype)
+            self.positions = torch.nn.Parameter(table)
+            self.positions.sequence_parallel = plan.sequence_parallel
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """[b, s] -> [s (/ tp), b, h], without positions."""
+        embedded = self.word_embeddings(tokens)
+        return embedded if self.plan.sequence_parallel else embedded.transpose(0, 1).contiguous()
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, first: int = 0, words: Tensor | None = None
+    ) -> Tensor:
+        """Token ids [b, s] at `positions` [b, s] (None: first, first + 1, ...) -> [s (/ tp), b, h].
+
+        `words`: what `words` of another table gave for these tokens.
+        """
+        embedded = self.words(tokens) if words is None else words
+        if not self.plan.learned:
+            return embedded
+        if positions is None:
+            found = self.positions[first : first + tokens.shape[1]].unsqueeze(1)  # [s, 1, h]
+            if self.plan.sequence_parallel:
+                found = found.chunk(self.plan.tensor)[self.plan.tensor_rank]
+        else:
+            positions = positions.transpose(0, 1)
+            if self.plan.sequence_parallel:
+                positions = positions.chunk(self.plan.tensor)[self.plan.tensor_rank]
+            found = F.embedding(positions, self.positions)
+        return embedded + found
