@@ -1,6 +1,6 @@
 """The command line.
 
-    megamug train CONFIG.yaml [section.key=value ...] [--dry-run]
+    megamug train CONFIG.yaml [section.key=value ...] [--dry-run [--world-size N]]
     torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
     megamug evaluate RUN --task reconstruction|captioning
     megamug generate RUN --images PATH...
@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import megamug
 from megamug import validate
-from megamug.config import Config, load_config, resolve
+from megamug.config import load_config, resolve
 from megamug.errors import UserError
 
 TASKS = ("reconstruction", "captioning")
@@ -57,7 +57,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     train = commands.add_parser("train", help="train, or go on from the newest complete checkpoint", allow_abbrev=False)
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
     train.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="win over the file")
-    train.add_argument("--dry-run", action="store_true", help="check everything, print the layout, train nothing")
+    train.add_argument("--dry-run", action="store_true", help="check, print layout, parameters, memory, FLOPs")
+    train.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as on N processes elsewhere")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a trained model on held-out data", allow_abbrev=False)
@@ -110,43 +111,23 @@ def world_size() -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    size = world_size()
+    elsewhere = arguments.world_size is not None
+    if elsewhere and not arguments.dry_run:
+        raise UserError("--world-size goes with --dry-run; processes are started by torchrun or a scheduler")
+    if elsewhere and arguments.world_size < 1:
+        raise UserError(f"--world-size is {arguments.world_size}; it must be at least 1")
+    size = arguments.world_size if elsewhere else world_size()
     config = resolve(load_config(arguments.config, arguments.overrides))
-    validate.validate(config, size)
+    validate.validate(config, size, here=not elsewhere)
     if arguments.dry_run:
+        from megamug import dry_run
+
         if _speaks():
-            print(layout_text(config, size))
+            print(dry_run.layout_text(config, size))
         return 0
     from megamug import trainer
 
     return trainer.train(config)
-
-
-def layout_text(config: Config, size: int) -> str:
-    """What `--dry-run` prints: the run in a few lines. `config` is resolved and valid on `size` processes."""
-    model, parallel, data = config.model, config.parallel, config.data
-    ranks = validate.data_parallel(config, size)
-    micro_batches = data.global_batch_size // (data.micro_batch_size * ranks)
-    lines = [
-        f"run        {config.run_dir}: {config.train.steps} steps of {data.global_batch_size} pairs",
-        f"processes  {size} = tensor({parallel.tensor}) x pipeline({parallel.pipeline}) x data({ranks})"
-        + (", sequence parallel" if parallel.sequence else "")
-        + (", distributed optimizer" if parallel.distributed_optimizer else ""),
-        f"batch      {data.global_batch_size} = micro-batch({data.micro_batch_size}) x {micro_batches} micro-batches"
-        f" x data({ranks})",
-        f"encoder    {model.layers} layers of {model.width}, {model.heads} heads;"
-        f" {validate.visible_tokens(config)} tokens ({validate.visible_patches(config)} of"
-        f" {validate.patch_count(config)} patches visible)",
-    ]
-    if model.image_loss_weight > 0:
-        lines.append(f"image      {model.decoder_layers} layers of {model.decoder_width}, {model.decoder_heads} heads;"
-                     f" {validate.decoder_tokens(config)} tokens; loss weight {model.image_loss_weight:g}")
-    if model.caption_loss_weight > 0:
-        lines.append(f"text       {model.text_unimodal_layers} + {model.text_multimodal_layers} layers of"
-                     f" {model.text_width}, {model.text_heads} heads; {data.caption_length} tokens;"
-                     f" loss weight {model.caption_loss_weight:g}")
-    lines.append(f"precision  {config.precision.dtype}, fp8 {config.precision.fp8}, layers {config.precision.layers}")
-    return "\n".join(lines)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

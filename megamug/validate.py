@@ -21,9 +21,10 @@ FP8_ROWS = 8  # Transformer Engine: FP8 products want batch x tokens in multiple
 FP8_COLUMNS = 16  # ... and features in multiples of 16
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, here: bool = True) -> None:
     """Raises UserError for the first thing that could not work on `world_size` processes; changes nothing.
 
+    `here`: on this machine, with its devices; otherwise what only those can tell is not checked.
     What needs torch (tokenizer, devices, FP8) comes last, so that most mistakes are told before it is imported.
     """
     config = resolve(config)
@@ -40,8 +41,9 @@ def validate(config: Config, world_size: int) -> None:
     files(config)
     run_folder(config)
     vocabulary(config)
-    devices(config)
-    precision(config)
+    if here:
+        devices(config)
+    precision(config, here)
 
 
 def losses(config: Config) -> None:
@@ -269,21 +271,22 @@ def devices(config: Config) -> None:
         raise UserError(f"{needs} needs a GPU and this machine has none that torch sees; {fix}")
 
 
-def precision(config: Config) -> None:
-    """FP8: Transformer Engine's layers, Hopper, and sizes that its products take."""
+def precision(config: Config, here: bool = True) -> None:
+    """FP8: Transformer Engine's layers, Hopper (if this machine is to train), and sizes that its products take."""
     if config.precision.fp8 == "none":
         return
     needs = f"precision.fp8({config.precision.fp8})"
     if config.precision.layers == "local":
         raise UserError(f"{needs} needs Transformer Engine layers but precision.layers is local;"
                         f" set precision.layers=te or precision.fp8=none")
-    import torch
+    if here:
+        import torch
 
-    capability = torch.cuda.get_device_capability()
-    if capability < (9, 0):
-        found = f"{capability[0]}.{capability[1]}"
-        raise UserError(f"{needs} needs compute capability 9.0 (Hopper) and this GPU has {found};"
-                        f" set precision.fp8=none")
+        capability = torch.cuda.get_device_capability()
+        if capability < (9, 0):
+            found = f"{capability[0]}.{capability[1]}"
+            raise UserError(f"{needs} needs compute capability 9.0 (Hopper) and this GPU has {found};"
+                            f" set precision.fp8=none")
     rows, micro = visible_tokens(config), config.data.micro_batch_size
     if rows * micro % FP8_ROWS:
         shared_by = config.parallel.tensor if config.parallel.sequence else 1

@@ -121,7 +121,7 @@ def test_python_dash_m_and_version():
 
 def test_train_hands_the_resolved_configuration_to_the_trainer(tmp_path, monkeypatch, stand_in):
     (tmp_path / "c.yaml").write_text("model: {preset: vit_s16}")
-    monkeypatch.setattr(validate, "validate", lambda config, size: None)
+    monkeypatch.setattr(validate, "validate", lambda config, size, here: None)
     for code in (0, 1, 3):
         calls = stand_in("trainer", "train", code)
         assert cli.main(["train", str(tmp_path / "c.yaml"), "train.steps=7", "seed=3"]) == code
@@ -142,7 +142,7 @@ def test_a_dry_run_prints_the_layout_and_changes_nothing(tmp_path, capsys, monke
     monkeypatch.setattr(validate, "vocabulary", lambda config: None)
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
-    (tmp_path / "c.yaml").write_text("parallel: {tensor: 2, pipeline: 2}")
+    (tmp_path / "c.yaml").write_text("{parallel: {tensor: 2, pipeline: 2}, model: {caption_loss_weight: 0}}")
     assert cli.main(["train", str(tmp_path / "c.yaml"), "--dry-run", f"run_dir={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
     assert "8 = tensor(2) x pipeline(2) x data(2)" in out
@@ -205,14 +205,14 @@ def test_under_torchrun_one_sentence_and_no_process_group(tmp_path):
 
 def test_a_mistake_that_only_the_trainer_finds(tmp_path, capsys, monkeypatch, stand_in):
     stand_in("trainer", "train", UserError("the checkpoint is of another seed; set seed=5"))
-    monkeypatch.setattr(validate, "validate", lambda config, size: None)
+    monkeypatch.setattr(validate, "validate", lambda config, size, here: None)
     (tmp_path / "c.yaml").write_text("")
     assert "set seed=5" in told(capsys, "train", tmp_path / "c.yaml")
 
 
 def test_a_real_bug_keeps_its_traceback(tmp_path, monkeypatch, stand_in):
     stand_in("trainer", "train", ZeroDivisionError("a bug"))
-    monkeypatch.setattr(validate, "validate", lambda config, size: None)
+    monkeypatch.setattr(validate, "validate", lambda config, size, here: None)
     (tmp_path / "c.yaml").write_text("")
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", str(tmp_path / "c.yaml")])
