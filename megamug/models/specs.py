@@ -178,13 +178,12 @@ def transformer_config(
     sequence: bool,
     recompute: bool,
     pipeline: int = 1,
-    virtual: int = 1,
     fp8: str = "none",
     **more,
 ) -> TransformerConfig:
     """A TransformerConfig with what every stack here shares; `more` goes to Megatron as it is.
 
-    `pipeline` and `virtual` are for the configuration that the schedules read: a stack has its own run of layers.
+    `pipeline` is for the configuration that the schedules read: a stack has its own run of layers.
     Parameters are not initialised by Megatron (see `megamug.models.init`); there is no dropout; GELU is the exact one;
     losses are scaled by us, so Megatron divides by nothing (`calculate_per_token_loss`).
     """
@@ -201,7 +200,6 @@ def transformer_config(
             attention_dropout=0.0,
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
-            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             pipeline_dtype=dtype,
             sequence_parallel=sequence,
             params_dtype=dtype,

@@ -53,13 +53,13 @@ class TowerPlan:
 
     # ------------------------------------------------------------------------------------------ Megatron's parts
 
-    def transformer_config(self, pipeline: int = 1, virtual: int = 1) -> TransformerConfig:
-        """Megatron's configuration of this tower; `pipeline` and `virtual` are those that the schedules read."""
+    def transformer_config(self, pipeline: int = 1) -> TransformerConfig:
+        """Megatron's configuration of this tower; `pipeline` is for the one that the schedules read."""
         t = self.tower
         return specs.transformer_config(
             layers=t.layers, width=t.width, heads=t.heads, ffn_width=t.ffn_width, norm_eps=t.norm_eps, dtype=self.dtype,
             tensor=self.tensor, sequence=self.sequence_parallel, recompute=self.recompute, pipeline=pipeline,
-            virtual=virtual, fp8=self.fp8, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
+            fp8=self.fp8, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
             normalization="RMSNorm" if t.norm == "rmsnorm" else "LayerNorm", add_bias_linear=t.bias,
             activation_func=ACTIVATIONS[t.activation], gated_linear_unit=t.activation == "swiglu",
         )  # fmt: skip

@@ -1,0 +1,115 @@
+"""DecoderLM: a decoder-only language model over text pieces and image codes, CM3leon's or LLaMA's by its options
+(see `tower.py`).
+
+Axes: b rows, s tokens, h width, V padded vocabulary. Hidden states are [s, b, h] as Megatron wants them; a pipeline
+stage holds a contiguous run of the model's blocks (`stages.py`).
+"""
+
+from __future__ import annotations
+
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megamug.losses import linear_cross_entropy, vocab_parallel_cross_entropy
+from megamug.models import specs
+from megamug.models.lm_plan import LmPlan
+from megamug.models.tower import TowerEmbedding
+
+IGNORED = -100  # label of a token without loss
+
+
+class DecoderLM(MegatronModule):
+    """One pipeline stage of a language model (all of it where there is one stage).
+
+    Batches have `tokens` and `labels` [b, s] int64, `segments` [b, s] (documents that may not read each other) or None,
+    `positions` [b, s] or None. `labels[t]` is the token to predict at t; `IGNORED` carries no loss.
+    """
+
+    def __init__(self, plan: LmPlan, stage: int = 0):
+        super().__init__(config=plan.schedule_config)
+        self.plan, self.stage, self.tied = plan, stage, plan.tie_vocabulary
+        tower, part = plan.tower, plan.part(stage)
+        self.embedding = TowerEmbedding(tower) if part.embedding else None
+        self.stack = tower.layers(part.first, part.last)
+        self.output_layer = None
+        if part.head:
+            self.output_layer = ColumnParallelLinear(
+                tower.tower.width, plan.padded_vocabulary, config=tower.config, bias=False, gather_output=False,
+                init_method=specs.leave_uninitialised, skip_weight_param_allocation=self.tied and part.embedding,
+            )  # fmt: skip
+        # A tied weight whose two ends lie in different stages exists twice; their gradients are summed over both.
+        self.apart = self.tied and part.embedding != part.head
+        if self.apart:
+            self.vocabulary_weight().shared_embedding = True
+            self.vocabulary_weight().shared = not part.embedding  # counted once in the gradient norm
+        self.incoming, self.outgoing = plan.boundary(stage), plan.boundary(stage + 1)
+        self.received: Tensor | None = None
+        # What Megatron's schedules and gradient reductions ask of a model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = stage == 0
+        self.share_embeddings_and_output_weights = False  # `megamug.pipeline` sums the gradients of both copies
+        for name, parameter in self.named_parameters():
+            parameter.no_weight_decay = parameter.dim() == 1 or name == "embedding.positions"
+
+    def vocabulary_weight(self) -> Tensor:
+        """The output matrix [V / tp, h] in the stage of the head; in that of the embedding alone, its tied copy."""
+        own = self.output_layer is not None and (self.apart or not self.tied)
+        return self.output_layer.weight if own else self.embedding.word_embeddings.weight
+
+    def tied_weight(self) -> Tensor | None:
+        """The vocabulary matrix, where another stage holds a copy of it."""
+        return self.vocabulary_weight() if self.apart else None
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Megatron's schedules hand over here what the previous stage sent."""
+        self.received = tensors[0]
+
+    # ------------------------------------------------------------------------------------------ phases
+
+    def embed(self, tokens: Tensor, positions: Tensor | None = None, first: int = 0) -> Tensor:
+        """Token ids [b, s] at `positions` [b, s] (None: first, first + 1, ...) -> [s, b, h], this rank's part."""
+        return self.embedding(tokens, positions, first)
+
+    def run(self, hidden: Tensor, tokens: Tensor, segments: Tensor | None = None, first: int = 0) -> Tensor:
+        """This stage's layers (and the final norm, behind the last one) on `hidden` of `tokens`: [s, b, h]."""
+        return self.stack(hidden, **self.plan.tower.layer_inputs(tokens, segments, first))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states [s, b, h] -> this rank's columns of the vocabulary, [s, b, V / tp]."""
+        return self.output_layer(hidden, weight=self.vocabulary_weight())[0]
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"lm": cross-entropy, "z": squared log-sum-exp where it has a weight}, each (sum, count) over the tokens."""
+        tower, targets = self.plan.tower, labels.transpose(0, 1).contiguous()
+        shared = {"vocab_size": self.plan.vocabulary, "group": tower.tensor_group, "ignore_index": IGNORED}
+        if "z" not in self.plan.loss_weights:
+            weight = self.vocabulary_weight()
+            loss = linear_cross_entropy(hidden, weight, targets, sequence_parallel=tower.sequence_parallel, **shared)
+            return {"lm": loss}
+        # Two losses of the same logits, so neither may write its gradient over them.
+        logits = self.logits(hidden)
+        plain, count = vocab_parallel_cross_entropy(logits, targets, inplace_backward=False, **shared)
+        both, _ = vocab_parallel_cross_entropy(logits, targets, inplace_backward=False, z_loss=1.0, **shared)
+        return {"lm": (plain, count), "z": (both - plain, count)}
+
+    def forward(self, batch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
+        """Runs this stage: (packed tensors for the next stage or None, {"lm" | "z": (sum, count)})."""
+        if self.embedding is not None:
+            hidden = self.embed(batch.tokens, batch.positions)
+        else:
+            hidden = self.incoming.unpack(self.received)["hidden"]
+        hidden = self.run(hidden, batch.tokens, batch.segments)
+        if self.output_layer is None:
+            return self.outgoing.pack({"hidden": hidden}), {}
+        return None, self.losses(hidden, batch.labels)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        weight = state.get(f"{prefix}output_layer.weight")
+        if weight is not None and self.tied:  # the second copy: same name, written by the stage of the embedding
+            weight.key = f"{prefix}embedding.word_embeddings.weight"
+            weight.replica_id = (1, *weight.replica_id[1:])
+        # Transformer Engine's pickled FP8 histories stay out, see `Mug.sharded_state_dict`.
+        return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
