@@ -28,8 +28,8 @@ class LoadedRun:
     """A model with its weights, and what belongs to it."""
 
     config: Config  # the run's, with the layout of one process
-    task: object  # megamug.models.mug_task.MugTask
-    model: torch.nn.Module  # megamug.models.mug.Mug, all of it, in evaluation mode
+    task: object  # of its kind, see megamug.models.tasks
+    model: torch.nn.Module  # all of it (for MUG a megamug.models.mug.Mug), in evaluation mode
     world: setup.World
     step: int
     checkpoint: Path
@@ -48,12 +48,11 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     found, path = find_checkpoint(Path(run_dir), step)
     cpu_backend.apply()
     from megamug.checkpoint import saver, state
-    from megamug.models.mug import Mug
-    from megamug.models.mug_task import MugTask
+    from megamug.models.tasks import make_task
 
-    task = MugTask(config)
+    task = make_task(config)
     trained, found_now = saver.read_state(path)["identity"], task.identity()
-    if trained["data.tokenizer"] != found_now["data.tokenizer"]:
+    if trained["data.tokenizer"] not in (None, found_now["data.tokenizer"]):  # None: nobody wrote down which it was
         raise UserError(
             f"data.tokenizer: {config.data.tokenizer} is not the file that {run_dir} was trained with (SHA-256 "
             f"{found_now['data.tokenizer']}, then {trained['data.tokenizer']}); put the tokenizer of the run back"
@@ -61,9 +60,9 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     try:
         task.join(world)
-        model = Mug(task.plan).to(world.device).eval()
-        state.load_tensors(model, None, world, path / "model", step=found)
-        yield LoadedRun(config, task, model, world, found, path)
+        (model,) = task.build(world, initialised=False)
+        state.load_tensors([model], None, world, path / "model", step=found)
+        yield LoadedRun(config, task, model.eval(), world, found, path)
     finally:
         setup.stop()
 

@@ -40,32 +40,41 @@ def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> 
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def wrap_model(model: torch.nn.Module, config: Config) -> DistributedDataParallel:
-    """Megatron's gradient buffers and reductions around one stage; gradients are summed in fp32."""
+def wrap_chunks(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+    """Megatron's gradient buffers and reductions around each chunk of this rank; gradients are summed in fp32.
+
+    Tells the configuration that Megatron's schedules read (the first chunk's) what they need of all.
+    """
     parallel = config.parallel
-    wrapped = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-            average_in_collective=False,  # sums; gloo has no average
-        ),
-        module=model,
-    )
-    model.config.finalize_model_grads_func = finalise_gradients
-    model.config.no_sync_func = wrapped.no_sync
-    return wrapped
+    models = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                use_distributed_optimizer=parallel.distributed_optimizer,
+                average_in_collective=False,  # sums; gloo has no average
+            ),
+            module=chunk,
+        )
+        for chunk in chunks
+    ]
+    schedule, interleaved = chunks[0].config, len(chunks) > 1
+    schedule.finalize_model_grads_func = finalise_gradients
+    schedule.no_sync_func = [model.no_sync for model in models] if interleaved else models[0].no_sync
+    schedule.virtual_pipeline_model_parallel_size = len(chunks) if interleaved else None
+    return models
 
 
 class Optimizer:
     """AdamW of one rank: rate and decay of the step, gradient norm, clipping; a bad gradient need not be applied."""
 
-    def __init__(self, config: Config, model: DistributedDataParallel):
+    def __init__(self, config: Config, models: list[DistributedDataParallel]):
+        """`models` are this rank's chunks. Parameters that need no gradient (frozen) have no state and no update."""
         options = config.optimizer
         self.options, self.train = options, config.train
-        self.model, self.distributed = model, config.parallel.distributed_optimizer
+        self.models, self.distributed = models, config.parallel.distributed_optimizer
         bf16 = config.precision.dtype == "bf16"
         self.megatron = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -82,7 +91,7 @@ class Optimizer:
                 use_distributed_optimizer=self.distributed,
                 overlap_param_gather=config.parallel.overlap_param_gather,
             ),
-            [model],
+            models,
             config_overrides={
                 ParamKey(
                     predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay)
@@ -94,7 +103,13 @@ class Optimizer:
         for group in self._groups():
             if "fused" in group:  # torch's AdamW: one pass over the states instead of one per operation
                 group["fused"], group["foreach"] = True, False
-        self.names = {p: n.removeprefix("module.") for n, p in model.named_parameters()}
+        # The names of `torch.nn.ModuleList(chunks)`: chunk, then the parameter's own; two chunks share the latter.
+        self.names = {
+            parameter: f"{chunk}.{name.removeprefix('module.')}"
+            for chunk, model in enumerate(models)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
 
     def _groups(self) -> Iterator[dict]:
         return chain.from_iterable(part.param_groups for part in self.parts)
@@ -121,16 +136,20 @@ class Optimizer:
 
     def gather_parameters(self) -> None:
         """Fetches now what overlapped gathering leaves to the next forward pass: this rank then holds all updates."""
-        if self.model.ddp_config.overlap_param_gather:
-            self.model.start_param_sync(force_sync=True)
+        for model in self.models:
+            if model.ddp_config.overlap_param_gather:
+                model.start_param_sync(force_sync=True)
 
     def zero_grad(self) -> None:
+        """Clears the gradients, those in the chunks' buffers as well."""
+        for model in self.models:
+            model.zero_grad_buffer()
         self.megatron.zero_grad()
 
     # ------------------------------------------------------------------------------------------ state by name
 
     def main_states(self) -> Iterator[MainState]:
-        """Every parameter of this stage that this rank updates, at least in part."""
+        """Every parameter of these chunks that this rank updates, at least in part."""
         for part in self.parts:
             torch_optimizer = part.optimizer
             for parameter, main in _pairs(part):
@@ -169,7 +188,7 @@ class MainState:
     `span` (None: all of it) is the part [start, end) of the flattened parameter that this rank holds.
     """
 
-    name: str
+    name: str  # as in `torch.nn.ModuleList(chunks)`
     parameter: Tensor  # the model's
     main: Tensor  # fp32; the parameter itself in the plain optimizer
     span: tuple[int, int] | None

@@ -7,10 +7,13 @@ on how the batch was split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -20,25 +23,52 @@ from megamug.models.stages import attach_loss
 Sums = dict[str, list[Tensor]]
 
 
-def finalise_gradients(model, num_tokens=None, **groups) -> None:
-    """Megatron's reductions (data parallel, sequence parallel, tied vocabulary) without its division by tokens."""
-    finalize_model_grads(model, None, **groups)
+def finalise_gradients(models: list, num_tokens=None, **groups) -> None:
+    """Megatron's reductions (data parallel, sequence parallel) without its division by tokens, then tied weights."""
+    finalize_model_grads(models, None, **groups)
+    _sum_tied_weight(models)
 
 
-def run_batch(model: torch.nn.Module, batches: list, totals: dict[str, float], backward: bool) -> Sums:
-    """Runs the micro-batches of one step through this rank's stage, forward and, if asked, backward.
+def _sum_tied_weight(models: list) -> None:
+    """Sums the gradients of a tied vocabulary weight over the stages that hold a copy of it.
+
+    Megatron looks for the copies in the first and the last stage; here the cut by FLOPs may put them into any two, also
+    into two chunks of one rank.
+    """
+    weights = [weight for weight in (bare(model).tied_weight() for model in models) if weight is not None]
+    gradients = [weight.main_grad for weight in weights if weight.requires_grad]
+    if not gradients:
+        return
+    total = gradients[0]
+    for other in gradients[1:]:
+        total.add_(other)
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    if group is not None and group.size() > 1:
+        dist.all_reduce(total, group=group)
+    for other in gradients[1:]:
+        other.copy_(total)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The chunk itself, without Megatron's DistributedDataParallel around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def run_batch(models: list[torch.nn.Module], batches: list, totals: dict[str, float], backward: bool) -> Sums:
+    """Runs the micro-batches of one step through this rank's chunks, forward and, if asked, backward.
 
     Args:
-        model: the stage, wrapped in Megatron's DistributedDataParallel when training.
-        batches: this data-parallel rank's micro-batches.
+        models: this rank's chunks (one, or `parallel.virtual` of them), each wrapped in Megatron's
+            DistributedDataParallel when training.
+        batches: this data-parallel rank's micro-batches; with virtual stages a multiple of the pipeline's size.
         totals: by loss name, the count of the whole global batch.
 
     Returns:
-        By loss name, the (sum, count) pairs, flattened, of the losses that this stage computed; `reduce_losses` joins
+        By loss name, the (sum, count) pairs, flattened, of the losses that these chunks computed; `reduce_losses` joins
         them with the other ranks'.
     """
-    stage = model.module if isinstance(model, DistributedDataParallel) else model
-    config, weights = stage.config, stage.plan.loss_weights
+    first = bare(models[0])
+    config, plan, interleaved = first.config, first.plan, len(models) > 1
     sums: Sums = {}
 
     def forward_step(data: Iterator, model) -> tuple[Tensor, object]:
@@ -47,29 +77,47 @@ def run_batch(model: torch.nn.Module, batches: list, totals: dict[str, float], b
         for name, (total, count) in losses.items():
             sums.setdefault(name, []).append(total.detach())
             sums.setdefault(f"{name}_count", []).append(count)
-            term = total * (weights[name] / max(totals[name], 1.0))
+            term = total * (plan.loss_weights[name] / max(totals[name], 1.0))
             scaled = term if scaled is None else scaled + term
+        if output is not None and interleaved:
+            output = _padded(output, rows, config.hidden_size)
         if output is not None and scaled is not None:
             output = attach_loss(output, scaled)
         # (loss, number of tokens, report): the loss is already what has to be differentiated, see the module's text.
         return (scaled if output is None else output), lambda loss: (loss, loss.new_ones((), dtype=torch.int), {})
 
-    def shapes(receive, send):
-        return ([b.packed_shape] if b else [(1,)] for b in (stage.incoming, stage.outgoing))
-
-    pipelined = stage.plan.pipeline > 1
+    if interleaved:  # Megatron makes of seq_length and the configuration's sizes the shape [rows, 1, width]
+        rows = _common_rows(plan, config.hidden_size)
+        arguments = {
+            "model": models,
+            "data_iterator": [iter(batches) for _ in models],
+            "seq_length": rows * (config.tensor_model_parallel_size if config.sequence_parallel else 1),
+        }
+    else:
+        arguments = {"model": models[0], "data_iterator": iter(batches), "seq_length": 1}
+        if plan.pipeline > 1:
+            shapes = [[b.packed_shape] if b else [(1,)] for b in (first.incoming, first.outgoing)]
+            arguments["adjust_tensor_shapes_fn"] = lambda receive, send: shapes
+    assert config.calculate_per_token_loss
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model,
         num_microbatches=len(batches),
-        seq_length=1,  # shapes of the boundaries are given below
         micro_batch_size=1,
         forward_only=not backward,
-        adjust_tensor_shapes_fn=shapes if pipelined else None,
+        **arguments,
     )
-    assert config.calculate_per_token_loss
     return sums
+
+
+def _common_rows(plan, width: int) -> int:
+    """Rows of the one shape [rows, 1, width] that holds what any boundary sends: the interleaved schedule knows one."""
+    boundaries = [plan.boundary(stage) for stage in range(1, len(plan.stages))]
+    return max(-(-math.prod(boundary.packed_shape) // width) for boundary in boundaries)
+
+
+def _padded(packed: Tensor, rows: int, width: int) -> Tensor:
+    """[1, 1, numbers] -> [rows, 1, width]. `Boundary.unpack` reads from the front and leaves the padding."""
+    return F.pad(packed.view(-1), (0, rows * width - packed.numel())).view(rows, 1, width)
 
 
 def reduce_losses(sums: Sums, names: list[str], world) -> dict[str, Tensor]:

@@ -28,11 +28,13 @@ FINISHED, STOPPED = 0, 3
 def train(config: Config) -> int:
     """Runs `config` (resolved, validated). Returns the exit code: 0 finished, 3 stopped on request and saved."""
     cpu_backend.apply()
-    from megamug.models.mug_task import MugTask
+    from megamug.checkpoint import initial
+    from megamug.models.tasks import make_task
 
-    task = MugTask(config)
+    task = make_task(config)
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
-    _check_resumable(task, store)  # before any process group exists
+    if not _check_resumable(task, store) and config.model.initial is not None:  # before any process group exists
+        initial.check(config, task)
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     log_path = setup_logging(config.run_dir, world.rank)
     try:
@@ -51,26 +53,31 @@ class Trainer:
     """One rank of a run."""
 
     def __init__(self, config: Config, task, store: CheckpointStore, world, stop: StopRequest, watchdog: Watchdog):
-        from megamug.checkpoint import saver, state
-        from megamug.optim import Optimizer, wrap_model
+        from megamug.checkpoint import initial, saver, state
+        from megamug.optim import Optimizer, wrap_chunks
 
         self.config, self.task, self.world, self.stop, self.watchdog = config, task, world, stop, watchdog
         if world.is_first:
             save_config(config)
         task.join(world)
-        self.stage = task.build(world)
-        self.model = wrap_model(self.stage, config)
-        self.optimizer = Optimizer(config, self.model)
+        found = saver.find(store, world)
+        fresh = found is None and config.model.initial is None
+        self.chunks = task.build(world, initialised=fresh)
+        if found is None and config.model.initial is not None:
+            initial.load(config, self.chunks, world)
+        self.models = wrap_chunks(self.chunks, config)
+        self.optimizer = Optimizer(config, self.models)
         self.saver = saver.Saver(store, world, config.checkpoint.asynchronous)
         self.guard = BadStepGuard()
         self._say_hello()
         self.step, cursor = 0, None
-        found = saver.find(store, world)
         if found is not None:
+            if config.model.initial is not None:
+                logger.info("model.initial=%s is not read: the run has a checkpoint of its own", config.model.initial)
             self.step, path, reason = found
             contents = saver.read_state(path)
             cursor, updates = contents["cursor"], contents["updates"]
-            state.load_tensors(self.stage, self.optimizer, world, path / "model", updates)
+            state.load_tensors(self.chunks, self.optimizer, world, path / "model", updates)
             logger.info("resuming after step %d from %s (%s)", self.step, path, reason)
         self.loader = task.loader(world, train=True, state=cursor)
         self.metrics = MetricsLogger(
@@ -121,11 +128,10 @@ class Trainer:
         from megamug.pipeline import reduce_losses, run_batch
 
         pairs = self.loader.next()
-        self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         batches = [self.task.batch(micro) for micro in pairs.micro_batches]
         totals = self.task.totals(pairs, batches, self.world)
-        sums = run_batch(self.model, batches, totals, backward=True)
+        sums = run_batch(self.models, batches, totals, backward=True)
         losses = self._losses(reduce_losses(sums, self.task.loss_names, self.world))
         norm, rate = self.optimizer.prepare(self.step)
         stop = self.stop.agreed()
@@ -153,28 +159,28 @@ class Trainer:
 
         started, gathered = time.perf_counter(), {}
         loader = self.task.loader(self.world, train=False, max_samples=self.config.data.validation_samples)
-        self.stage.eval()
+        torch.nn.ModuleList(self.chunks).eval()
         try:
             with torch.no_grad():
                 for pairs in loader:
                     batches = [self.task.batch(micro) for micro in pairs.micro_batches]
                     totals = dict.fromkeys(self.task.plan.loss_weights, 1.0)
-                    for name, values in run_batch(self.model, batches, totals, backward=False).items():
+                    for name, values in run_batch(self.models, batches, totals, backward=False).items():
                         gathered.setdefault(name, []).extend(values)
                     self.watchdog.beat()
         finally:
-            self.stage.train()
+            torch.nn.ModuleList(self.chunks).train()
             loader.close()
         losses = self._losses(reduce_losses(gathered, self.task.loss_names, self.world))
         seconds = time.perf_counter() - started
         self.metrics.validation(self.step, {**losses, "samples": loader.total_samples, "seconds": seconds})
         if pictures:
-            picture = self.task.picture(self.stage, self.world, Path(self.config.run_dir), self.step)
+            picture = self.task.picture(self.chunks[0], self.world, Path(self.config.run_dir), self.step)
             if picture is not None:
                 self.metrics.picture(self.step, picture)
 
     def _save(self) -> None:
-        self.saver.save(self.step, self.stage, self.optimizer, {
+        self.saver.save(self.step, self.chunks, self.optimizer, {
             "step": self.step,
             "updates": self.optimizer.updates_done(),
             "cursor": self.loader.state(),
@@ -184,15 +190,19 @@ class Trainer:
 
     def _say_hello(self) -> None:
         world, plan = self.world, self.task.plan
-        count = sum(p.numel() for p in self.stage.parameters())
+        parameters = list(torch.nn.ModuleList(self.chunks).parameters())
+        count = sum(p.numel() for p in parameters)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        stages = str(world.pp_size) + (f" x {len(self.chunks)} virtual" if len(self.chunks) > 1 else "")
         logger.info(
-            "%d process(es): tensor %d%s x pipeline %d x data %d; %s",
-            world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", world.pp_size,
+            "%d process(es): tensor %d%s x pipeline %s x data %d; %s",
+            world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", stages,
             world.dp_size, world.reason,
         )  # fmt: skip
         logger.info("layers: %s (%s)", self.task.spec, self.task.spec_reason)
         flops = self.task.flops_per_sample / 1e9
-        logger.info("this rank holds %.2f M parameters; %.2f GFLOP a training pair", count / 1e6, flops)
+        told = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
+        logger.info("this rank holds %.2f M parameters%s; %.2f GFLOP a training sample", count / 1e6, told, flops)
 
 
 def _due(step: int, every: int) -> bool:
@@ -205,8 +215,10 @@ def _peak(config: Config, world) -> float | None:
     return peak_flops(torch.cuda.get_device_name(world.device), "bf16" if config.precision.fp8 == "none" else "fp8")
 
 
-def _check_resumable(task, store: CheckpointStore) -> None:
-    """Raises UserError where the run folder's newest checkpoint is of other data, another tokenizer or arithmetic.
+def _check_resumable(task, store: CheckpointStore) -> bool:
+    """Whether there is a checkpoint to go on from, as far as the pointer to the newest one says.
+
+    Raises UserError where that is of other data, another tokenizer or arithmetic.
 
     (That the model is the same is checked with the configuration, see `validate.run_folder`.)
     """
@@ -215,9 +227,10 @@ def _check_resumable(task, store: CheckpointStore) -> None:
     pointer = store.root / "latest"
     name = pointer.read_text().strip() if pointer.is_file() else ""
     if not name or not (store.root / name / STATE).is_file():
-        return
+        return False
     try:
         contents = read_state(store.root / name)
     except ValueError:
-        return  # damaged: the verification that follows names it and passes it over
+        return True  # damaged: the verification that follows names it and passes it over
     task.check_resumable(contents)
+    return True

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamug.config import OptimizerConfig, TrainConfig
-from megamug.optim import MOMENTS, Optimizer, learning_rate, wrap_model
+from megamug.optim import MOMENTS, Optimizer, learning_rate, wrap_chunks
 from tests.distributed.layout_worker import micro_batches, tiny
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -54,16 +54,22 @@ def trainer_of(dtype: str = "fp32", distributed: bool = False, **options):
     config.parallel.distributed_optimizer = distributed
     stage = Mug(MugPlan(config, vocabulary=70))
     initialise(stage.sharded_state_dict(), seed=0)
-    model = wrap_model(stage, config)
-    return stage, model, Optimizer(config, model), config
+    models = wrap_chunks([stage], config)
+    return stage, models, Optimizer(config, models), config
 
 
-def backward(stage, model, config, world, step: int) -> None:
+def named_parameters(stage):
+    """Under the optimizer's names: chunk 0 of one."""
+    return torch.nn.ModuleList([stage]).named_parameters()
+
+
+def backward(stage, models, config, world, step: int) -> None:
     from megamug.pipeline import run_batch
 
     batches, totals = micro_batches(step, stage.plan, config, world)
-    model.zero_grad_buffer()
-    run_batch(model, batches, totals, backward=True)
+    for model in models:
+        model.zero_grad_buffer()
+    run_batch(models, batches, totals, backward=True)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -76,14 +82,14 @@ def test_decay_groups(world, distributed):
             decay.update({id(main): group["weight_decay"] for main in group["params"]})
     free = {state.name for state in optimizer.main_states() if decay[id(state.main)] == 0.0}
     tokens = {
-        "encoder.cls_token", "encoder.register_tokens", "image_decoder.mask_token", "image_decoder.register_tokens",
-        "text_decoder.text_positions",
+        "0.encoder.cls_token", "0.encoder.register_tokens", "0.image_decoder.mask_token",
+        "0.image_decoder.register_tokens", "0.text_decoder.text_positions",
     }  # fmt: skip
-    assert free == tokens | {name for name, p in stage.named_parameters() if p.dim() == 1}
+    assert free == tokens | {name for name, p in named_parameters(stage) if p.dim() == 1}
     decays = {state.name for state in optimizer.main_states()} - free
-    assert "text_decoder.word_embeddings.weight" in decays and "encoder.patch_embedding.weight" in decays
+    assert "0.text_decoder.word_embeddings.weight" in decays and "0.encoder.patch_embedding.weight" in decays
     assert all(decay[id(s.main)] == config.optimizer.weight_decay for s in optimizer.main_states() if s.name in decays)
-    assert {state.name for state in optimizer.main_states()} == {name for name, _ in stage.named_parameters()}
+    assert {state.name for state in optimizer.main_states()} == {name for name, _ in named_parameters(stage)}
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -97,8 +103,8 @@ def test_torchs_adamw_runs_fused(world, distributed):
 @pytest.mark.parametrize("clip", [0.0, 0.3, 100.0])
 def test_three_steps_equal_torchs_adamw(world, clip, distributed):
     options = dict(clip_grad=clip, weight_decay=0.1, learning_rate=1e-2, warmup_steps=2)
-    stage, model, optimizer, config = trainer_of(distributed=distributed, **options)
-    mine = dict(stage.named_parameters())
+    stage, models, optimizer, config = trainer_of(distributed=distributed, **options)
+    mine = dict(named_parameters(stage))
     reference = {name: p.detach().clone().requires_grad_() for name, p in mine.items()}
     plain = {name: p for name, p in reference.items() if mine[name].no_weight_decay}
     decayed = {name: p for name, p in reference.items() if name not in plain}
@@ -107,7 +113,7 @@ def test_three_steps_equal_torchs_adamw(world, clip, distributed):
         betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps, fused=False, foreach=False,
     )
     for step in range(1, 4):
-        backward(stage, model, config, world, step)
+        backward(stage, models, config, world, step)
         for name, parameter in reference.items():
             parameter.grad = mine[name].main_grad.detach().clone()
         optimizer_norm, rate = optimizer.prepare(step)
@@ -135,8 +141,8 @@ def test_three_steps_equal_torchs_adamw(world, clip, distributed):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_prepare_changes_no_parameter(world, dtype, distributed):
     """A step that is skipped after `prepare` leaves parameters, moments and the count of updates as they were."""
-    stage, model, optimizer, config = trainer_of(dtype, distributed)
-    backward(stage, model, config, world, 1)
+    stage, models, optimizer, config = trainer_of(dtype, distributed)
+    backward(stage, models, config, world, 1)
     optimizer.apply(optimizer.prepare(1)[0])
 
     def tensors(state) -> list[torch.Tensor]:
@@ -144,7 +150,7 @@ def test_prepare_changes_no_parameter(world, dtype, distributed):
 
     before = {s.name: [tensor.clone() for tensor in tensors(s)] for s in optimizer.main_states()}
     optimizer.zero_grad()
-    backward(stage, model, config, world, 2)
+    backward(stage, models, config, world, 2)
     optimizer.prepare(2)
     for s in optimizer.main_states():
         for tensor, old in zip(tensors(s), before[s.name], strict=True):
@@ -155,10 +161,10 @@ def test_prepare_changes_no_parameter(world, dtype, distributed):
 @pytest.mark.parametrize("distributed", [False, True])
 def test_bf16_keeps_fp32_main_parameters(world, distributed):
     """Updates far below bf16's resolution add up in the main parameters, and the model's are those, rounded."""
-    stage, model, optimizer, config = trainer_of("bf16", distributed, learning_rate=1e-5, warmup_steps=1)
+    stage, models, optimizer, config = trainer_of("bf16", distributed, learning_rate=1e-5, warmup_steps=1)
     start = {s.name: s.main.clone() for s in optimizer.main_states()}
     for step in range(1, 4):
-        backward(stage, model, config, world, step)
+        backward(stage, models, config, world, step)
         optimizer.apply(optimizer.prepare(step)[0])
         optimizer.zero_grad()
     moved = 0
@@ -175,8 +181,8 @@ def test_restored_step_goes_on_with_adams_correction(world):
     """Moments and count moved by name into a new optimizer: the next update is the same to the bit."""
     runs = [trainer_of(), trainer_of()]
     for step in (1, 2):
-        stage, model, optimizer, config = runs[0]
-        backward(stage, model, config, world, step)
+        stage, models, optimizer, config = runs[0]
+        backward(stage, models, config, world, step)
         optimizer.apply(optimizer.prepare(step)[0])
         optimizer.zero_grad()
     source, target = runs[0][2], runs[1][2]
@@ -187,8 +193,8 @@ def test_restored_step_goes_on_with_adams_correction(world):
                 new.moment(which).copy_(old.moment(which))
     target.restore_step(source.updates_done())
     assert target.updates_done() == 2
-    for stage, model, optimizer, config in runs:
-        backward(stage, model, config, world, 3)
+    for stage, models, optimizer, config in runs:
+        backward(stage, models, config, world, 3)
         optimizer.apply(optimizer.prepare(3)[0])
     for (name, p), q in zip(runs[0][0].named_parameters(), runs[1][0].parameters(), strict=True):
         assert torch.equal(p, q), name

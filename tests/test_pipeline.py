@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megamug.optim import wrap_model
+from megamug.optim import wrap_chunks
 from megamug.pipeline import reduce_losses, run_batch
 from tests.distributed.layout_worker import micro_batches, tiny
 
@@ -22,7 +22,7 @@ def build(micro_batch: int, wrapped: bool = True):
     config = tiny({"data": {"micro_batch_size": micro_batch}})
     stage = Mug(MugPlan(config, vocabulary=70))
     initialise(stage.sharded_state_dict(), seed=0)
-    return stage, wrap_model(stage, config) if wrapped else stage, config
+    return stage, wrap_chunks([stage], config)[0] if wrapped else stage, config
 
 
 def plain_gradients(world) -> tuple[dict, dict]:
@@ -43,7 +43,7 @@ def test_losses_and_gradients_do_not_know_the_micro_batches(world, micro_batch):
     batches, totals = micro_batches(0, stage.plan, config, world)
     assert len(batches) == 8 // micro_batch
     model.zero_grad_buffer()
-    sums = reduce_losses(run_batch(model, batches, totals, backward=True), NAMES, world)
+    sums = reduce_losses(run_batch([model], batches, totals, backward=True), NAMES, world)
     for name in NAMES:
         assert sums[name].dtype == torch.float64
         assert float(sums[f"{name}_count"]) == totals[name]
@@ -57,7 +57,7 @@ def test_forward_alone_leaves_no_gradient(world):
     batches, totals = micro_batches(0, stage.plan, config, world)
     model.zero_grad_buffer()
     with torch.no_grad():
-        sums = run_batch(model, batches, totals, backward=False)
+        sums = run_batch([model], batches, totals, backward=False)
     assert len(sums["image"]) == 4
     assert all(not parameter.main_grad.any() for parameter in stage.parameters())
 
@@ -83,7 +83,7 @@ def test_padding_rows_take_no_part(world, valid):
         if len(rows) < 2:
             batch.rows = torch.tensor(rows, dtype=torch.int64)
             batch.tokens = torch.stack([batch.tokens[r] if r in rows else batch.tokens[r] * 0 for r in range(2)])
-    sums = reduce_losses(run_batch(model, batches, totals, backward=True), NAMES, world)
+    sums = reduce_losses(run_batch([model], batches, totals, backward=True), NAMES, world)
     for name in NAMES:
         assert float(sums[f"{name}_count"]) == totals[name]
         assert float(sums[name]) == pytest.approx(expected[name], rel=1e-6)

@@ -159,17 +159,16 @@ def build_megamug(preset: str, batch: int, dtype: str):
 
     cpu_backend.apply()
     from megamug.models.mug import MugBatch
-    from megamug.models.mug_task import MugTask
-    from megamug.optim import Optimizer, wrap_model
+    from megamug.models.tasks import make_task
+    from megamug.optim import Optimizer, wrap_chunks
     from megamug.pipeline import reduce_losses, run_batch
 
     config = settings(preset, batch, dtype)
-    task = MugTask(config)
+    task = make_task(config)
     world = setup.start(config.parallel, config.seed)
     task.join(world)
-    stage = task.build(world)
-    model = wrap_model(stage, config)
-    optimizer = Optimizer(config, model)
+    models = wrap_chunks(task.build(world), config)
+    optimizer = Optimizer(config, models)
     plan, size = task.plan, config.data.image_size
     order = torch.rand(batch, plan.patches, device=world.device).argsort(dim=1)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=world.device)
@@ -179,9 +178,8 @@ def build_megamug(preset: str, batch: int, dtype: str):
     def step() -> None:
         nonlocal done
         done += 1
-        model.zero_grad_buffer()
         optimizer.zero_grad()
-        sums = run_batch(model, [micro_batch], {"image": float(batch * plan.masked), "caption": 0.0}, backward=True)
+        sums = run_batch(models, [micro_batch], {"image": float(batch * plan.masked), "caption": 0.0}, backward=True)
         reduce_losses(sums, task.loss_names, world)["image"].item()
         norm, _ = optimizer.prepare(done)
         optimizer.apply(norm)

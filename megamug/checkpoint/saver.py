@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megamug.checkpoint import state
 from megamug.checkpoint.store import CheckpointStore
@@ -36,11 +35,11 @@ class Saver:
         self.store, self.world, self.asynchronous = store, world, asynchronous
         self.pending: _Pending | None = None
 
-    def save(self, step: int, model: torch.nn.Module, optimizer, contents: dict) -> None:
+    def save(self, step: int, chunks: list[torch.nn.Module], optimizer, contents: dict) -> None:
         """Starts (and, unless asynchronous, ends) the checkpoint of `step`. `contents` becomes `state.json`."""
         self.wait()
-        _on_first(self.world, lambda: self._begin(step, contents))
-        tensors = state.sharded_state(model, optimizer, self.world)
+        on_first(self.world, lambda: self._begin(step, contents))
+        tensors = state.sharded_state(chunks, optimizer, self.world)
         folder = self.store.partial_path(step) / "model"
         if not self.asynchronous:
             state.save_tensors(tensors, folder)
@@ -54,7 +53,7 @@ class Saver:
 
     def _commit(self, step: int) -> None:
         dist.barrier()  # all have written
-        path = _on_first(self.world, lambda: str(self.store.commit(step)))
+        path = on_first(self.world, lambda: str(self.store.commit(step)))
         logger.info("checkpoint saved: %s", path)
 
     def poll(self) -> None:
@@ -94,16 +93,14 @@ def _copied(tensors: dict) -> dict:
     """Copies on the host: training goes on changing the originals."""
     return {
         section: {
-            name: dataclasses.replace(entry, data=entry.data.detach().to("cpu", copy=True))
-            if isinstance(entry, ShardedTensor)
-            else entry
-            for name, entry in entries.items()
+            key: dataclasses.replace(entry, data=entry.data.detach().to("cpu", copy=True))
+            for key, entry in entries.items()
         }
         for section, entries in tensors.items()
     }
 
 
-def _on_first(world, action):
+def on_first(world, action):
     """Runs `action` on rank 0 and returns its result on every rank. Where it fails, it fails on every rank: a rank that
     waited for one that raised would wait for ever."""
     outcome = [None, None]
@@ -130,5 +127,5 @@ def find(store: CheckpointStore, world) -> tuple[int, Path, str] | None:
         complete = store.newest_complete()
         return None if complete is None else (complete.step, str(complete.path), complete.reason)
 
-    found = _on_first(world, newest)
+    found = on_first(world, newest)
     return None if found is None else (found[0], Path(found[1]), found[2])

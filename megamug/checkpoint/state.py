@@ -11,12 +11,13 @@ import dataclasses
 import inspect
 import queue
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,53 +25,67 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.optim import MOMENTS, MainState, Optimizer
 
-
-def _full(state: MainState, part: Tensor, group) -> Tensor:
-    """A state tensor over the whole (tensor-parallel slice of the) parameter, joined over the data-parallel ranks."""
-    if state.span is None:
-        return part.detach().view(state.parameter.shape)
-    full = torch.zeros(state.parameter.numel(), dtype=torch.float32, device=part.device)
-    full[slice(*state.span)] = part.detach().view(-1)
-    return full
+Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
 
 
-def _optimizer_tensors(optimizer: Optimizer, model_shards: dict[str, ShardedTensor], world, dtype: torch.dtype) -> dict:
-    """{"exp_avg.NAME": ShardedTensor, ...} over whole parameters; collective over the data-parallel group."""
-    by_name = {state.name: state for state in optimizer.main_states()}
-    kinds = [*MOMENTS, *(["main"] if dtype != torch.float32 else [])]
-    tensors = {}
-    for name in sorted(optimizer.names.values()):
-        shard, state = model_shards[name], by_name.get(name)
-        for kind in kinds:
-            if state is not None:
-                full = _full(state, state.main if kind == "main" else state.moment(kind), world.dp_group)
-            else:
-                full = torch.zeros(shard.data.numel(), dtype=torch.float32, device=world.device)
-            if optimizer.distributed and world.dp_size > 1:
-                dist.all_reduce(full, group=world.dp_group)  # each element stands on one rank, zeros elsewhere
-            tensors[f"{kind}.{name}"] = dataclasses.replace(
-                shard, key=f"optimizer.{kind}.{shard.key}", data=full.view(shard.data.shape), dtype=torch.float32
-            )
-    return tensors
+def entries_of(chunks: list[torch.nn.Module]) -> list[Entry]:
+    """This rank's part of every parameter of its chunks; `key` is the global name. A tied weight may come twice."""
+    return [entry for chunk in chunks for entry in chunk.sharded_state_dict().values()]
 
 
-def sharded_state(model: torch.nn.Module, optimizer: Optimizer | None, world) -> dict:
-    """The nested dictionary of ShardedTensors that is saved and loaded. `model` is the bare stage."""
-    if optimizer is not None:
-        optimizer.gather_parameters()
-    model_shards = model.sharded_state_dict()
-    state = {"model": model_shards}
-    if optimizer is not None:
-        named = {name: entry for name, entry in model_shards.items() if isinstance(entry, ShardedTensor)}
-        dtype = next(model.parameters()).dtype
-        state["optimizer"] = _optimizer_tensors(optimizer, _by_parameter(model, named), world, dtype)
-    return state
+def _by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Each key once: of two copies on this rank the first, which is the one that is written."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        found.setdefault(entry.key, entry)
+    return found
 
 
-def _by_parameter(model: torch.nn.Module, entries: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    """The entries under the parameters' own names (checkpoint names differ where specs or stages differ)."""
-    by_storage = {(e.data.data_ptr(), e.data.shape): e for e in entries.values()}
-    return {name: by_storage[p.data_ptr(), p.shape] for name, p in model.named_parameters()}
+def _by_parameter(chunks: list[torch.nn.Module], entries: list[Entry]) -> dict[str, Entry]:
+    """The entries under the names of `torch.nn.ModuleList(chunks)`, as the optimizer calls its parameters."""
+    by_storage = {(e.data.data_ptr(), e.data.shape): e for e in entries}
+    return {name: by_storage[p.data_ptr(), p.shape] for name, p in torch.nn.ModuleList(chunks).named_parameters()}
+
+
+def _kinds(chunks: list[torch.nn.Module]) -> list[str]:
+    """What the optimizer keeps of a parameter in a checkpoint, beside the parameter itself."""
+    return [*MOMENTS, *(["main"] if next(chunks[0].parameters()).dtype != torch.float32 else [])]
+
+
+def _of_optimizer(kind: str, entry: Entry, data: Tensor) -> Entry:
+    """`data`, of the shape of the parameter of `entry`, under the optimizer's name for it."""
+    dtype = {"dtype": data.dtype} if isinstance(entry, ShardedTensor) else {}
+    return dataclasses.replace(entry, key=f"optimizer.{kind}.{entry.key}", data=data, **dtype)
+
+
+def _whole(state: MainState | None, kind: str, entry: Entry, optimizer: Optimizer, world) -> Tensor:
+    """One state tensor over this rank's whole part of the parameter; a collective under the distributed optimizer."""
+    part = None if state is None else state.main if kind == "main" else state.moment(kind)
+    if part is not None and state.span is None:
+        full = part.detach()
+    else:
+        full = torch.zeros(entry.data.numel(), dtype=torch.float32, device=world.device)
+        if part is not None:
+            full[slice(*state.span)] = part.detach().view(-1)
+    if optimizer.distributed and world.dp_size > 1:
+        dist.all_reduce(full, group=world.dp_group)  # each element stands on one rank, zeros elsewhere
+    return full.view(entry.data.shape)
+
+
+def sharded_state(chunks: list[torch.nn.Module], optimizer: Optimizer | None, world) -> dict[str, dict[str, Entry]]:
+    """{"model": ..., "optimizer": ...}: what is saved, by key. `chunks` are the bare ones of this rank."""
+    if optimizer is None:
+        return {"model": _by_key(entries_of(chunks))}
+    optimizer.gather_parameters()
+    entries = entries_of(chunks)
+    by_parameter = _by_parameter(chunks, entries)
+    states = {state.name: state for state in optimizer.main_states()}
+    tensors = [
+        _of_optimizer(kind, by_parameter[name], _whole(states.get(name), kind, by_parameter[name], optimizer, world))
+        for name in sorted(optimizer.names.values())
+        for kind in _kinds(chunks)
+    ]
+    return {"model": _by_key(entries), "optimizer": _by_key(tensors)}
 
 
 class TensorWrite:
@@ -119,28 +134,36 @@ def save_tensors(state: dict, folder: Path) -> None:
     writing.finish()
 
 
-def load_tensors(model: torch.nn.Module, optimizer: Optimizer | None, world, folder: Path, step: int) -> None:
-    """Loads `folder` into the model and, unless None, the optimizer. Any layout reads what any layout wrote."""
-    state = sharded_state(model, optimizer, world)
+def load_tensors(chunks: list[torch.nn.Module], optimizer: Optimizer | None, world, folder: Path, step: int) -> None:
+    """Loads `folder` into the chunks and, unless None, the optimizer. Any layout reads what any layout wrote."""
+    entries = entries_of(chunks)
+    state = {"model": _by_key(entries)}
+    if optimizer is not None:
+        by_parameter = _by_parameter(chunks, entries)
+        state["optimizer"] = _by_key(
+            _of_optimizer(kind, entry, torch.empty(entry.data.shape, dtype=torch.float32, device=world.device))
+            for entry in (by_parameter[name] for name in optimizer.names.values())
+            for kind in _kinds(chunks)
+        )
     with guarded_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(state, str(folder))
     with torch.no_grad():
-        targets = model.sharded_state_dict()
-        for name, tensor in loaded["model"].items():
-            targets[name].data.copy_(tensor)
+        for entry in entries_of(chunks):
+            entry.data.copy_(loaded["model"][entry.key])
         if optimizer is None:
             return
         tensors = loaded["optimizer"]
         for main_state in optimizer.main_states():
+            key = by_parameter[main_state.name].key
             for kind in (*MOMENTS, "main"):
                 if kind == "main":
                     if main_state.main is main_state.parameter:
                         continue
-                    source = tensors.get(f"main.{main_state.name}", main_state.parameter)
+                    source = tensors.get(f"optimizer.main.{key}", main_state.parameter)
                     target = main_state.main
                 else:
-                    source, target = tensors[f"{kind}.{main_state.name}"], main_state.moment(kind)
+                    source, target = tensors[f"optimizer.{kind}.{key}"], main_state.moment(kind)
                 flat = source.detach().reshape(-1)
                 target.view(-1).copy_(flat if main_state.span is None else flat[slice(*main_state.span)])
     optimizer.restore_step(step)

@@ -56,7 +56,8 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
     """Joins the process group and builds Megatron's groups.
 
     One process needs no launcher; several are started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...).
-    `embedding_stages` are the pipeline stages that hold a copy of a tied vocabulary weight (`[k]` or `[k, last]`).
+    `embedding_stages` are the pipeline stages, virtual ones counted, that hold a copy of a tied vocabulary weight
+    (`[k]` or `[k, last]`).
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     timeout = timedelta(minutes=parallel.timeout_minutes)
@@ -78,6 +79,7 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         distributed_timeout_minutes=int(max(1, parallel.timeout_minutes)),
         create_gloo_process_groups=False,
         get_embedding_ranks=_ranks_of(embedding_stages),
@@ -94,7 +96,7 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
 
 def _ranks_of(stages: list[int] | None) -> Callable:
     def embedding_ranks(pp_ranks, *_):
-        return [pp_ranks[stage] for stage in sorted(set(stages or [0]))]
+        return sorted({pp_ranks[stage % len(pp_ranks)] for stage in stages or [0]})
 
     return embedding_ranks
 

@@ -218,7 +218,7 @@ class TextDecoder(MegatronModule):
 
 
 class Mug(MegatronModule):
-    """One pipeline stage of MUG (all of it where there is one stage)."""
+    """One pipeline stage of MUG (all of it where there is one stage). With virtual stages a rank holds several."""
 
     def __init__(self, plan: MugPlan, stage: int = 0):
         super().__init__(config=plan.schedule_config)
@@ -230,15 +230,17 @@ class Mug(MegatronModule):
         self.heads = [name for name, part in parts.items() if part.head and name != "encoder"]
         self.incoming, self.outgoing = plan.boundary(stage), plan.boundary(stage + 1)
         self.received: Tensor | None = None
-        # What Megatron's schedules, and its gradient reduction of a tied vocabulary weight, ask of a model.
+        # What Megatron's schedules and gradient reductions ask of a model.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = stage == 0
-        self.share_embeddings_and_output_weights = self.text_decoder is not None and self.text_decoder.apart
+        self.share_embeddings_and_output_weights = False  # `megamug.pipeline` sums the gradients of both copies
         for name, parameter in self.named_parameters():
             parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(("_token", "_tokens", "_positions"))
 
-    def shared_embedding_or_output_weight(self) -> Tensor:
-        return self.text_decoder.shared_weight()
+    def tied_weight(self) -> Tensor | None:
+        """The vocabulary matrix, where another stage holds a copy of it."""
+        apart = self.text_decoder is not None and self.text_decoder.apart
+        return self.text_decoder.shared_weight() if apart else None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """Megatron's schedules hand over here what the previous stage sent."""

@@ -39,6 +39,7 @@ class MugPlan:
         self.vocabulary = vocabulary
         self.padded_vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         self.tensor, self.pipeline, self.sequence_parallel = parallel.tensor, parallel.pipeline, parallel.sequence
+        self.virtual = parallel.virtual
         self.tensor_rank, self.tensor_group = 0, None
         self.recompute, self.fp8 = parallel.recompute == "full", config.precision.fp8
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
@@ -149,7 +150,8 @@ class MugPlan:
 
     @cached_property
     def stages(self) -> list[range]:
-        return cut(self.blocks, self.pipeline)
+        """Blocks of each pipeline stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
+        return cut(self.blocks, self.pipeline * self.virtual)
 
     def parts(self, stage: int) -> dict[str, Part]:
         """What `stage` holds, by stack, in the order of execution."""
@@ -169,7 +171,7 @@ class MugPlan:
 
     def boundary(self, stage: int) -> Boundary | None:
         """What arrives at `stage` from the one before (None at both ends of the pipeline)."""
-        if not 0 < stage < self.pipeline:
+        if not 0 < stage < len(self.stages):
             return None
         block = self.blocks[self.stages[stage][0]]
         share = self.tensor if self.sequence_parallel else 1

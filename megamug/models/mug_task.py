@@ -1,4 +1,4 @@
-"""What the trainer knows of MUG: its stage, its batches, what its losses are divided by, its FLOPs."""
+"""What the trainer knows of MUG: its chunks, its batches, what its losses are divided by, its FLOPs."""
 
 from __future__ import annotations
 
@@ -47,12 +47,17 @@ class MugTask:
         group = world.tp_group if world.tp_size > 1 else None
         self.plan.place_tensor(world.tp_rank, group)
 
-    def build(self, world) -> Mug:
-        """This rank's pipeline stage, initialised: the same numbers in every layout."""
-        stage = Mug(self.plan, world.pp_rank)
-        stage.to(world.device)
-        initialise(stage.sharded_state_dict(), self.config.seed)
-        return stage
+    def build(self, world, initialised: bool = True) -> list[Mug]:
+        """This rank's chunks of the model: the stages pp_rank, pp_size + pp_rank, ... of `plan.stages`.
+
+        Initialised alike in every layout; `initialised=False` leaves the parameters to a checkpoint loaded next.
+        """
+        stages = range(world.pp_rank, len(self.plan.stages), world.pp_size)
+        chunks = [Mug(self.plan, stage).to(world.device) for stage in stages]
+        if initialised:
+            for chunk in chunks:
+                initialise(chunk.sharded_state_dict(), self.config.seed)
+        return chunks
 
     # ------------------------------------------------------------------------------------------ data
 

@@ -54,13 +54,13 @@ def make_run(config: Config, scale: float = 5.0) -> dict[str, torch.Tensor]:
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     try:
         task.join(world)
-        model = task.build(world)
+        (model,) = task.build(world)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter *= scale
         saver = Saver(CheckpointStore(config.run_dir, keep=0), world, asynchronous=False)
-        saver.save(STEP, model, None, {"step": STEP, "identity": task.identity()})
+        saver.save(STEP, [model], None, {"step": STEP, "identity": task.identity()})
         saver.wait()
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     finally:

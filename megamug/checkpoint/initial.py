@@ -1,0 +1,99 @@
+"""`model.initial`: the weights of another run start this one; its optimizer, cursor and layout do not matter."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamug import validate
+from megamug.checkpoint.saver import STATE, on_first, read_state
+from megamug.checkpoint.state import entries_of, load_tensors
+from megamug.checkpoint.store import STEP_FOLDER
+from megamug.checkpoint.tensors import TensorReader
+from megamug.config import Config, load_config, resolve
+from megamug.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What a model of the same parameters may differ in: MUG's patch positions are computed, so images may grow.
+FREE = {"data.image_size"}
+
+
+def check(config: Config, task) -> None:
+    """Raises UserError where the weights are missing, damaged, or those of a model of other sizes or vocabulary.
+
+    Needs no process group. Process 0 reads and verifies the whole checkpoint, the others look at the configuration.
+    """
+    path = Path(config.model.initial)
+    is_checkpoint = STEP_FOLDER.fullmatch(path.name) is not None
+    if not path.is_dir() or not (is_checkpoint or (path / "checkpoints").is_dir()):
+        raise UserError(
+            f"model.initial: {path} is neither a run folder (with checkpoints/) nor a checkpoint (step-XXXXXXXX)"
+        )
+    written = (path.parent.parent if is_checkpoint else path) / "config.yaml"
+    if written.is_file():
+        before, now = (validate._identity(c) for c in (resolve(load_config(written)), config))
+        for key, value in now.items():
+            # A part that this model lacks may be in the other: a False or None here fits anything.
+            if key not in FREE and value not in (None, False) and before.get(key) != value:
+                raise _other_model(path, key, before.get(key), value)
+    if int(os.environ.get("RANK", 0)) == 0:
+        trained = read_state(_reader(path).folder)["identity"].get("data.tokenizer")
+        own = task.identity().get("data.tokenizer")
+        if trained != own and trained is not None and own is not None:
+            raise UserError(
+                f"data.tokenizer: the weights of model.initial={path} belong to another vocabulary (SHA-256 {trained},"
+                f" that of {config.data.tokenizer} is {own}); give the one that they were trained with"
+            )
+
+
+def load(config: Config, chunks: list, world) -> None:
+    """Loads the weights into this rank's chunks, whatever layout wrote them. Call it before the optimizer is made.
+
+    Raises UserError on every rank where a parameter is missing there or has another shape.
+    """
+
+    def survey():
+        reader = _reader(Path(config.model.initial))
+        return str(reader.folder), reader.step, {name: reader.shape(name) for name in reader.names}
+
+    folder, step, shapes = on_first(world, survey)
+    problems = [None] * world.size
+    dist.all_gather_object(problems, _problem(chunks, shapes))
+    for problem in problems:
+        if problem is not None:
+            raise _other_model(Path(config.model.initial), *problem)
+    load_tensors(chunks, None, world, Path(folder) / "model", step)
+    logger.info("weights of step %d from %s start this run (model.initial)", step, folder)
+
+
+def _problem(chunks: list, shapes: dict[str, tuple[int, ...]]) -> tuple[str, object, object] | None:
+    """The first parameter of these chunks that is missing or of another shape: (name, found, wanted)."""
+    for entry in entries_of(chunks):
+        parts = entry.build() if hasattr(entry, "build") else entry
+        for part in parts if isinstance(parts, list) else parts.values() if isinstance(parts, dict) else [parts]:
+            found, wanted = shapes.get(part.key), tuple(part.global_shape)
+            if found != wanted:
+                return part.key, found, wanted
+    return None
+
+
+def _other_model(path: Path, key: str, found: object, wanted: object) -> UserError:
+    missing = "is not in it" if found is None else f"is {found} there"
+    return UserError(
+        f"model.initial: {path} holds the weights of another model: {key} {missing} and {wanted} here;"
+        " give the weights of a model of these sizes, or set model.initial=null"
+    )
+
+
+def _reader(path: Path) -> TensorReader:
+    try:
+        reader = TensorReader(path)
+    except UserError as error:
+        raise UserError(f"model.initial: {error}") from None
+    if not (reader.folder / STATE).is_file():
+        raise UserError(f"model.initial: {reader.folder} has no {STATE}; it is no checkpoint of megamug")
+    return reader
