@@ -1,0 +1,122 @@
+"""What the trainer knows of the language models (`decoder_lm`, `jam_cross`): chunks, token batches, counts, FLOPs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megamug.config import Config
+from megamug.data.vocabulary import Vocabulary
+from megamug.errors import UserError
+from megamug.models import specs
+from megamug.models.decoder_lm import IGNORED, DecoderLM
+from megamug.models.init import initialise
+from megamug.models.lm_plan import LmPlan
+
+
+def model_of(kind: str) -> tuple[type, type]:
+    """Plan and model classes of a kind: LmPlan and DecoderLM, or what has their interface."""
+    if kind == "decoder_lm":
+        return LmPlan, DecoderLM
+    assert kind == "jam_cross", kind
+    from megamug.models.jam_cross import JamCross
+    from megamug.models.jam_plan import JamPlan
+
+    return JamPlan, JamCross
+
+
+class LmTask:
+    """Built on every rank; holds no parameters."""
+
+    def __init__(self, config: Config):
+        """`config` is resolved and validated. Needs no process group."""
+        self.config = config
+        self.vocabulary = Vocabulary.load(config.data.tokenizer)
+        self.spec, self.spec_reason = specs.choose(config.precision.layers)
+        plan, self.model = model_of(config.model.kind)
+        self.plan = plan(config, self.vocabulary.size, self.spec)
+        self.loss_names = list(self.plan.loss_weights)
+
+    def join(self, world) -> None:
+        """Learns this process's place in the tensor-parallel group."""
+        self.plan.place_tensor(world.tp_rank, world.tp_group if world.tp_size > 1 else None)
+
+    def build(self, world, initialised: bool = True) -> list[torch.nn.Module]:
+        """This rank's chunks of the model: the stages pp_rank, pp_size + pp_rank, ... of `plan.stages`.
+
+        Initialised alike in every layout; `initialised=False` leaves the parameters to a checkpoint loaded next.
+        """
+        stages = range(world.pp_rank, len(self.plan.stages), world.pp_size)
+        chunks = [self.model(self.plan, stage).to(world.device) for stage in stages]
+        if initialised:
+            for chunk in chunks:
+                initialise(chunk.sharded_state_dict(), self.config.seed, self.plan.init_std)
+        return chunks
+
+    # ------------------------------------------------------------------------------------------ data
+
+    def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None):
+        """Rows of tokens; every rank of a data-parallel replica reads the same ones."""
+        from megamug.data.token_loader import TokenLoader
+
+        data = self.config.data
+        return TokenLoader(
+            data.train if train else data.validation,
+            vocabulary=self.vocabulary,
+            context_length=data.context_length,
+            cm3_spans=data.cm3_spans,
+            separate_documents=data.separate_documents,
+            loss_on=data.loss_on,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size,
+            seed=self.config.seed,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+            train=train,
+            device=world.device,
+            prefetch=data.prefetch,
+            state=state,
+            max_samples=max_samples,
+        )
+
+    def check_resumable(self, contents: dict) -> None:
+        """Raises UserError where a checkpoint's `state.json` belongs to other data, vocabulary, rows or arithmetic."""
+        before = contents["identity"]
+        for key, value in self.identity().items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value};"
+                    " go back to that one or choose another run_dir"
+                )
+
+    def identity(self) -> dict:
+        """What a checkpoint cannot be continued without, beside the model's sizes."""
+        return {
+            "data.tokenizer": self.vocabulary.fingerprint(),
+            "data.context_length": self.config.data.context_length,
+            "precision.dtype": self.config.precision.dtype,
+        }
+
+    def batch(self, rows):
+        """A micro-batch of the loader is what the models take."""
+        return rows
+
+    def totals(self, rows, batches: list, world) -> dict[str, float]:
+        """By loss name, the number of terms in the whole global batch. One small all-reduce over the replicas."""
+        count = sum((batch.labels != IGNORED).sum() for batch in batches).to(torch.float64)
+        if world.dp_size > 1:
+            dist.all_reduce(count, group=world.dp_group)
+        return dict.fromkeys(self.loss_names, count.item())
+
+    # ------------------------------------------------------------------------------------------ figures
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Model FLOPs of training on one row: forward, and twice that for backward (recomputation is not counted)."""
+        return 3 * self.plan.forward_flops
+
+    def picture(self, stage, world, run_dir: Path, step: int) -> None:
+        """No pictures while training: writing a document takes longer than a validation (`megamug generate` does)."""
+        return None
