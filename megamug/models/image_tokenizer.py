@@ -87,7 +87,7 @@ class ImageTokenizerConfig:
 
     @staticmethod
     def from_dict(values: dict, where: str = "image tokenizer") -> ImageTokenizerConfig:
-        """The configuration that `values` (as in config.json) hold. Raises `UserError` for an unknown or missing key."""
+        """The configuration that `values` (as in config.json) hold. Raises `UserError`: unknown or missing key."""
         names = [f.name for f in fields(ImageTokenizerConfig)]
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -314,7 +314,7 @@ class ImageTokenizer(nn.Module):
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu") -> ImageTokenizer:
-        """The tokenizer in `folder`, in evaluation mode. Raises `UserError`: a file missing, damaged, or of other sizes."""
+        """The tokenizer in `folder`, for evaluation. Raises `UserError`: a file missing, damaged, or of other sizes."""
         folder = Path(folder)
         config = read_config(folder)
         with torch.device("meta"):
@@ -361,7 +361,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the folder of an image tokenizer holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise UserError(f"{path}: no such file; an image tokenizer is {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -38,9 +38,10 @@ class Codebook(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """Prepared latents [n, w] -> the nearest code of each, int64 [n]; of equally near ones the first."""
         vectors = self.vectors()
-        half_squares = vectors.square().sum(1) / 2  # |z - e|^2 / 2 = |z|^2 / 2 + |e|^2 / 2 - z e; |z| is the same for all
+        half_squares = vectors.square().sum(1) / 2  # |z - e|^2 / 2 = |e|^2 / 2 - z e + a constant
         rows = max(1, _DISTANCES // len(vectors))
-        parts = [torch.addmm(half_squares, part, vectors.T, alpha=-1).argmin(1) for part in latents.split(rows)]
+        with torch.autocast(latents.device.type, enabled=False):  # bf16 distances would choose other codes
+            parts = [torch.addmm(half_squares, part, vectors.T, alpha=-1).argmin(1) for part in latents.split(rows)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=latents.device)
 
     def lookup(self, codes: Tensor) -> Tensor:
