@@ -1,0 +1,281 @@
+"""JamCross's sizes: where the cross blocks stand, what a pipeline stage holds, names and shapes of all parameters.
+
+Two towers of any depths are matched by relative depth. The deeper one, S layers, gives S slots; layer i of the other, L
+layers, sits in slot ceil((i + 1) S / L) - 1: it runs when as large a part of the deeper tower has run. A cross block
+follows every `cross_every` layers of the shallower tower, spread evenly where L is no multiple of it: block m of
+n = L // cross_every stands at the end of the slot of that tower's layer round((m + 1) L / n). For equal depths that is
+after every `cross_every` layers of both. The pipeline is cut between slots, so it cuts both towers at one depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron.core.transformer import TransformerConfig
+
+from megamug.config import Config, TowerConfig
+from megamug.models.mug_plan import VOCABULARY_MULTIPLE
+from megamug.models.stages import Block, Boundary, cut
+from megamug.models.tower import TowerPlan
+from megamug.telemetry.flops import attention_flops, linear_flops, mlp_flops
+
+TOWERS = ("text", "image")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What runs between two possible stage boundaries: layers [first, last) of each tower, then a cross block, if any."""
+
+    text: tuple[int, int]
+    image: tuple[int, int]
+    cross: int | None
+
+
+@dataclass(frozen=True)
+class JamPart:
+    """What a pipeline stage holds: the embeddings?, its slots (joined up to each cross block), norms, mix and head?"""
+
+    embedding: bool
+    segments: list[Slot]
+    head: bool
+
+
+def depth_slots(text_layers: int, image_layers: int, cross_every: int) -> list[Slot]:
+    """The slots of towers of these depths, in order."""
+    deep, shallow = max(text_layers, image_layers), min(text_layers, image_layers)
+    ends = [_ends(layers, deep) for layers in (text_layers, image_layers)]
+    blocks = shallow // cross_every
+    done = _ends(shallow, deep)
+    places = {}
+    for m in range(blocks):
+        layers = (2 * (m + 1) * shallow + blocks) // (2 * blocks)  # round((m + 1) L / n), halves up
+        places[done.index(layers, 1) - 1] = m
+    return [
+        Slot((ends[0][s], ends[0][s + 1]), (ends[1][s], ends[1][s + 1]), places.get(s)) for s in range(deep)
+    ]
+
+
+def _ends(layers: int, slots: int) -> list[int]:
+    """How many of `layers` layers have run before slot 0, 1, ... `slots`."""
+    return [s * layers // slots for s in range(slots + 1)]
+
+
+class JamPlan:
+    """Derived sizes of a JamCross under a layout. `config` is resolved: every size is set."""
+
+    def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
+        """`vocabulary` is the number of ids; the embeddings have `padded_vocabulary` rows."""
+        parallel, self.fusion = config.parallel, config.fusion
+        self.vocabulary, self.padded_vocabulary = vocabulary, padded(vocabulary)
+        self.text, self.image = (
+            TowerPlan(tower, config, self.padded_vocabulary, spec) for tower in (config.text_tower, config.image_tower)
+        )
+        self.towers = {"text": self.text, "image": self.image}
+        self.output_width = output_width(config)
+        self.shared_embedding = config.fusion.shared_embedding
+        assert not self.shared_embedding or len({t.tower.width for t in self.towers.values()}) == 1, "see validate"
+        self.tensor, self.sequence_parallel = parallel.tensor, parallel.sequence
+        self.pipeline, self.virtual = parallel.pipeline, parallel.virtual
+        self.recompute, self.dtype = self.text.recompute, self.text.dtype
+        self.z_loss_weight = config.model.z_loss_weight
+        self.loss_weights = {"lm": 1.0} | ({"z": self.z_loss_weight} if self.z_loss_weight > 0 else {})
+        self.tensor_rank, self.tensor_group = 0, None
+        self.shapes = parameter_shapes(config, self.padded_vocabulary)
+
+    def place_tensor(self, rank: int, group) -> None:
+        """This process's rank in the tensor-parallel group (None: alone)."""
+        self.tensor_rank, self.tensor_group = rank, group
+        for tower in self.towers.values():
+            tower.place_tensor(rank, group)
+
+    @cached_property
+    def schedule_config(self) -> TransformerConfig:
+        """The configuration that Megatron's schedules and gradient buffers read."""
+        return self.text.transformer_config(self.pipeline)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole model."""
+        return count(self.shapes.values())
+
+    def frozen(self, name: str) -> bool:
+        """Whether `fusion.freeze` keeps the parameter of this global name as it is."""
+        towers = {"none": (), "text": ("text_tower.",), "image": ("image_tower.",)}
+        return name.startswith(towers.get(self.fusion.freeze, ("text_tower.", "image_tower.")))
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation from which the parameter of this global name is drawn."""
+        image = name.startswith("image_tower.") or ".image." in name
+        return (self.image if image else self.text).tower.init_std
+
+    # ------------------------------------------------------------------------------------------ blocks and stages
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        return depth_slots(self.text.tower.layers, self.image.tower.layers, self.fusion.cross_every)
+
+    @property
+    def cross_flops(self) -> float:
+        """Forward FLOPs of a cross block, both directions, for one row."""
+        tokens, total = self.text.context_length, 0
+        for reads, read in ((self.text, self.image), (self.image, self.text)):
+            tower = reads.tower
+            total += attention_flops(tokens, tower.width, tokens, read.tower.width)
+            if self.fusion.cross_ffn:
+                total += mlp_flops(tokens, tower.width, tower.ffn_width, gated=tower.activation == "swiglu")
+        return total
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The model in order, with the forward FLOPs of one row."""
+        blocks = [Block("jam", "embedding", 0, 0.0)]
+        for index, slot in enumerate(self.slots):
+            flops = sum(
+                (last - first) * tower.layer_flops
+                for (first, last), tower in ((slot.text, self.text), (slot.image, self.image))
+            )
+            blocks.append(Block("jam", "layer", index, flops + (self.cross_flops if slot.cross is not None else 0)))
+        tokens, widths = self.text.context_length, self.text.tower.width + self.image.tower.width
+        head = linear_flops(tokens, widths, self.output_width)
+        head += linear_flops(tokens, self.output_width, self.padded_vocabulary)
+        return [*blocks, Block("jam", "head", 0, head)]
+
+    @property
+    def forward_flops(self) -> float:
+        """Forward FLOPs of one row (matrix products)."""
+        return sum(block.flops for block in self.blocks)
+
+    @cached_property
+    def stages(self) -> list[range]:
+        """Blocks of each stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
+        return cut(self.blocks, self.pipeline * self.virtual)
+
+    def part(self, stage: int) -> JamPart:
+        """What `stage` holds."""
+        own = [self.blocks[i] for i in self.stages[stage]]
+        slots = [self.slots[block.index] for block in own if block.name == "layer"]
+        names = {block.name for block in own}
+        return JamPart("embedding" in names, _joined(slots), "head" in names)
+
+    def boundary(self, stage: int) -> Boundary | None:
+        """What arrives at `stage` from the one before (None at both ends): the states of both towers."""
+        if not 0 < stage < len(self.stages):
+            return None
+        return Boundary({name: tower.hidden_shape for name, tower in self.towers.items()})
+
+    @property
+    def vocabulary_stages(self) -> list[int]:
+        """Stages that share a vocabulary weight: the head has its own, so none does."""
+        return [0]
+
+
+def _joined(slots: list[Slot]) -> list[Slot]:
+    """Slots up to and with a cross block as one, so that a tower's layers between two of them are one run."""
+    joined: list[Slot] = []
+    for slot in slots:
+        if joined and joined[-1].cross is None:
+            before = joined.pop()
+            slot = Slot((before.text[0], slot.text[1]), (before.image[0], slot.image[1]), slot.cross)
+        joined.append(slot)
+    return joined
+
+
+# ---------------------------------------------------------------------------------------------- names and shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def padded(vocabulary: int) -> int:
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def output_width(config: Config) -> int:
+    """Width of the linear over both towers' states: as configured, or the wider tower's."""
+    return config.fusion.output_width or max(config.text_tower.width, config.image_tower.width)
+
+
+def count(shapes: Iterable[tuple[int, ...]]) -> int:
+    total = 0
+    for shape in shapes:
+        numbers = 1
+        for size in shape:
+            numbers *= size
+        total += numbers
+    return total
+
+
+def parameter_shapes(config: Config, padded_vocabulary: int) -> Shapes:
+    """Global name -> global shape of every parameter of a `jam_cross` (`config`, resolved)."""
+    shapes: Shapes = {}
+    for name, tower in (("text_tower", config.text_tower), ("image_tower", config.image_tower)):
+        words = name == "text_tower" or not config.fusion.shared_embedding
+        shapes |= {f"{name}.{key}": shape for key, shape in tower_shapes(tower, padded_vocabulary, words).items()}
+    shapes |= cross_shapes(config)
+    width = output_width(config)
+    shapes["mix.weight"] = (width, config.text_tower.width + config.image_tower.width)
+    return shapes | {"output_layer.weight": (padded_vocabulary, width)}
+
+
+def tower_shapes(tower: TowerConfig, padded_vocabulary: int, words: bool = True) -> Shapes:
+    """The parameters of a tower without its output, named as in `DecoderLM`."""
+    h, head = tower.width, tower.width // tower.heads
+    shapes: Shapes = {}
+    if words:
+        shapes["embedding.word_embeddings.weight"] = (padded_vocabulary, h)
+    if tower.positions == "learned":
+        shapes["embedding.positions"] = (tower.max_positions, h)
+    for index in range(tower.layers):
+        attention = f"stack.layers.{index}.self_attention."
+        shapes |= _norm(tower, f"{attention}linear_qkv.layer_norm_", h)
+        shapes |= _linear(tower, f"{attention}linear_qkv.", h, (tower.heads + 2 * tower.query_groups) * head)
+        if tower.qk_norm:
+            for which in ("q", "k"):
+                shapes |= _norm(tower, f"{attention}{which}_layernorm.", head, always=True)
+        shapes |= _linear(tower, f"{attention}linear_proj.", h, h)
+        mlp = f"stack.layers.{index}.mlp."
+        shapes |= _norm(tower, f"{mlp}linear_fc1.layer_norm_", h) | _mlp(tower, mlp)
+    return shapes | _norm(tower, "stack.final_layernorm.", h)
+
+
+def cross_shapes(config: Config) -> Shapes:
+    """The parameters of the cross blocks."""
+    fusion, towers = config.fusion, (config.text_tower, config.image_tower)
+    blocks = min(tower.layers for tower in towers) // fusion.cross_every
+    gate = {"gate": (1,)} if fusion.gate else {}
+    shapes: Shapes = {}
+    for m in range(blocks):
+        for name, tower, other in zip(TOWERS, towers, towers[::-1], strict=True):
+            reading = f"cross.{m}.{name}.reading."
+            shapes |= _norm(tower, f"{reading}norm.", tower.width)
+            shapes |= _norm(tower, f"{reading}context_norm.", other.width)
+            shapes |= _linear(tower, f"{reading}attention.linear_q.", tower.width, tower.width)
+            shapes |= _linear(tower, f"{reading}attention.linear_kv.", other.width, 2 * tower.width)
+            shapes |= _linear(tower, f"{reading}attention.linear_proj.", tower.width, tower.width)
+            shapes |= {f"{reading}{key}": shape for key, shape in gate.items()}
+            if fusion.cross_ffn:
+                ffn = f"cross.{m}.{name}.ffn."
+                shapes |= _norm(tower, f"{ffn}norm.", tower.width) | _mlp(tower, f"{ffn}mlp.")
+                shapes |= {f"{ffn}{key}": shape for key, shape in gate.items()}
+    return shapes
+
+
+def _norm(tower: TowerConfig, prefix: str, width: int, always: bool = False) -> Shapes:
+    """`always`: a norm that has parameters although the tower's others have none."""
+    if tower.norm == "layernorm_plain" and not always:
+        return {}
+    bias = {} if tower.norm == "rmsnorm" else {f"{prefix}bias": (width,)}
+    return {f"{prefix}weight": (width,)} | bias
+
+
+def _linear(tower: TowerConfig, prefix: str, inputs: int, outputs: int) -> Shapes:
+    bias = {f"{prefix}bias": (outputs,)} if tower.bias else {}
+    return {f"{prefix}weight": (outputs, inputs)} | bias
+
+
+def _mlp(tower: TowerConfig, prefix: str) -> Shapes:
+    first = tower.ffn_width * (2 if tower.activation == "swiglu" else 1)
+    return _linear(tower, f"{prefix}linear_fc1.", tower.width, first) | _linear(
+        tower, f"{prefix}linear_fc2.", tower.ffn_width, tower.width
+    )
