@@ -1,0 +1,80 @@
+"""LLaMA as transformers keeps it (`LlamaForCausalLM`), and DecoderLM with RMSNorm, SwiGLU and rotary positions.
+
+Both turn the halves of a head (numbers i and i + d/2 together), so query and key rows stay in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megamug.config import TowerConfig
+from megamug.convert import parts
+from megamug.errors import UserError
+
+NAME = "hf_llama"
+
+
+def tower_config(hf_config: dict) -> TowerConfig:
+    """The tower of a `config.json`. Raises UserError for what DecoderLM has not: scaled rotary positions, heads whose
+    width is not hidden_size / num_attention_heads, another activation, biases in a part of the linears."""
+    heads, width = hf_config["num_attention_heads"], hf_config["hidden_size"]
+    head_dim = hf_config.get("head_dim") or width // heads
+    if head_dim * heads != width:
+        raise UserError(f"{NAME}: head_dim({head_dim}) x num_attention_heads({heads}) is not hidden_size({width});"
+                        f" such heads are not supported")  # fmt: skip
+    # transformers 5 has rope_parameters; before it, rope_theta and rope_scaling stood for themselves.
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise UserError(f"{NAME}: rotary positions scaled by {scaling!r} are not supported, only unscaled ones")
+    if hf_config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{NAME}: hidden_act is {hf_config['hidden_act']!r}; only silu is supported")
+    bias = bool(hf_config.get("attention_bias", False))
+    if bias != bool(hf_config.get("mlp_bias", False)):
+        raise UserError(f"{NAME}: attention_bias and mlp_bias differ; biases in all linears or in none are supported")
+    return TowerConfig(
+        layers=hf_config["num_hidden_layers"], width=width, heads=heads,
+        query_groups=hf_config.get("num_key_value_heads") or heads, ffn_width=hf_config["intermediate_size"],
+        norm="rmsnorm", norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)), activation="swiglu", bias=bias,
+        positions="rotary", max_positions=hf_config.get("max_position_embeddings", 2048),
+        rotary_base=float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0), qk_norm=False,
+        tie_vocabulary=bool(hf_config.get("tie_word_embeddings", False)),
+        init_std=float(hf_config.get("initializer_range", 0.02)),
+    )  # fmt: skip
+
+
+def to_megamug(tower: TowerConfig) -> Iterator[tuple[str, parts.Recipe]]:
+    """(DecoderLM's name, how it is made of transformers' tensors), one parameter at a time."""
+    return parts.to_megamug(pieces(tower, None))
+
+
+def from_megamug(tower: TowerConfig, vocabulary: int) -> Iterator[tuple[str, parts.Recipe]]:
+    """(transformers' name, how it is made of DecoderLM's tensors); `vocabulary` rows of the tables exist."""
+    return parts.from_megamug(pieces(tower, vocabulary))
+
+
+def pieces(tower: TowerConfig, vocabulary: int | None) -> list[parts.Piece]:
+    """The table, which both directions follow from."""
+    Piece = parts.Piece
+    found = [
+        parts.vocabulary_rows("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocabulary),
+        Piece("stack.final_layernorm.weight", ["model.norm.weight"]),
+    ]
+    for i in range(tower.layers):
+        ours, theirs = f"stack.layers.{i}", f"model.layers.{i}"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        found += [
+            Piece(f"{ours}.self_attention.linear_qkv.layer_norm_weight", [f"{theirs}.input_layernorm.weight"]),
+            Piece(f"{ours}.mlp.linear_fc1.layer_norm_weight", [f"{theirs}.post_attention_layernorm.weight"]),
+        ]
+        for kind in ("weight", "bias") if tower.bias else ("weight",):
+            projections = [f"{attention}.{x}_proj.{kind}" for x in "qkv"]
+            found += [
+                parts.fused_qkv(f"{ours}.self_attention.linear_qkv.{kind}", projections, tower),
+                Piece(f"{ours}.self_attention.linear_proj.{kind}", [f"{attention}.o_proj.{kind}"]),
+                parts.stacked(f"{ours}.mlp.linear_fc1.{kind}", [f"{mlp}.{x}_proj.{kind}" for x in ("gate", "up")]),
+                Piece(f"{ours}.mlp.linear_fc2.{kind}", [f"{mlp}.down_proj.{kind}"]),
+            ]
+    if not tower.tie_vocabulary:
+        found.append(parts.vocabulary_rows("output_layer.weight", "lm_head.weight", vocabulary))
+    return found

@@ -1,0 +1,83 @@
+"""A table of pieces says how another library's parameters and ours correspond; both directions follow from it.
+
+Ours keeps queries, keys and values in one matrix (Megatron's order: for each query group its queries, its key, its
+value), both input projections of a gated feed-forward in one ([gate; up]), and pads the vocabulary.
+
+Axes: n heads, g query groups, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamug.config import TowerConfig
+
+VOCABULARY_MULTIPLE = 128  # rows of our tables, as in `megamug.data.vocabulary`
+
+Read = Callable[[str], Tensor]  # the whole tensor of a name
+Recipe = Callable[[Read], Tensor]  # makes one parameter out of those of the other side
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _alone(tensor: Tensor) -> list[Tensor]:
+    return [tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Our parameter `name` is `join` of the parameters `others`; `split` takes it apart again."""
+
+    name: str
+    others: list[str]
+    join: Callable[..., Tensor] = _same
+    split: Callable[[Tensor], list[Tensor]] = _alone
+
+
+def to_megamug(pieces: list[Piece]) -> Iterator[tuple[str, Recipe]]:
+    """(our name, how it is made of theirs), one parameter at a time."""
+    for piece in pieces:
+        yield piece.name, lambda read, piece=piece: piece.join(*(read(name) for name in piece.others))
+
+
+def from_megamug(pieces: list[Piece]) -> Iterator[tuple[str, Recipe]]:
+    """(their name, how it is made of ours), one parameter at a time."""
+    for piece in pieces:
+        for i, name in enumerate(piece.others):
+            yield name, lambda read, piece=piece, i=i: piece.split(read(piece.name))[i].clone()
+
+
+def fused_qkv(name: str, others: list[str], tower: TowerConfig) -> Piece:
+    """Three projections (weights [n d, h], [g d, h], [g d, h], or their biases) and ours [(n + 2 g) d, h]."""
+    groups, head = tower.query_groups, tower.width // tower.heads
+    rows = [tower.heads // groups * head, head, head]  # of one group
+
+    def join(*parts: Tensor) -> Tensor:
+        grouped = [x.view(groups, size, *x.shape[1:]) for x, size in zip(parts, rows, strict=True)]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(fused: Tensor) -> list[Tensor]:
+        grouped = fused.view(groups, sum(rows), *fused.shape[1:])
+        return [x.reshape(-1, *fused.shape[1:]) for x in grouped.split(rows, dim=1)]
+
+    return Piece(name, others, join, split)
+
+
+def stacked(name: str, others: list[str]) -> Piece:
+    """Matrices of equal shapes, one above the other."""
+    return Piece(name, others, lambda *parts: torch.cat(parts), lambda whole: list(whole.chunk(len(others))))
+
+
+def vocabulary_rows(name: str, other: str, vocabulary: int | None) -> Piece:
+    """A table [vocabulary, h]; ours has zero rows up to the next multiple of 128. None: the padding stays."""
+
+    def pad(table: Tensor) -> Tensor:
+        return torch.nn.functional.pad(table, (0, 0, 0, -len(table) % VOCABULARY_MULTIPLE))
+
+    return Piece(name, [other], pad, lambda table: [table[:vocabulary]])
