@@ -13,7 +13,13 @@ GIB = 1024**3
 
 def layout_text(config: Config, size: int) -> str:
     """The run in a few lines. `config` is resolved and valid on `size` processes."""
-    return "\n".join([*_layout(config, size), *_mug(config), _precision(config), *_weight(config, size)])
+    model = _mug(config) if config.model.kind == "mug" else _language(config)
+    return "\n".join([*_layout(config, size), *model, _precision(config), *_weight(config, size)])
+
+
+def _unit(config: Config) -> str:
+    """What batch sizes count."""
+    return "pair" if config.model.kind == "mug" else "row"
 
 
 def _layout(config: Config, size: int) -> list[str]:
@@ -21,8 +27,9 @@ def _layout(config: Config, size: int) -> list[str]:
     ranks = validate.data_parallel(config, size)
     micro_batches = data.global_batch_size // (data.micro_batch_size * ranks)
     return [
-        f"run        {config.run_dir}: {config.train.steps} steps of {data.global_batch_size} pairs",
+        f"run        {config.run_dir}: {config.train.steps} steps of {data.global_batch_size} {_unit(config)}s",
         f"processes  {size} = tensor({parallel.tensor}) x pipeline({parallel.pipeline}) x data({ranks})"
+        + (f", {parallel.virtual} chunks a stage" if parallel.virtual > 1 else "")
         + (", sequence parallel" if parallel.sequence else "")
         + (", distributed optimizer" if parallel.distributed_optimizer else "")
         + (", recomputation" if parallel.recompute == "full" else ""),
@@ -48,6 +55,21 @@ def _mug(config: Config) -> list[str]:
     return lines
 
 
+def _language(config: Config) -> list[str]:
+    names = ("lm",) if config.model.kind == "decoder_lm" else ("text_tower", "image_tower")
+    lines = [f"rows       of {config.data.context_length} tokens"]
+    for name in names:
+        tower = getattr(config, name)
+        lines.append(f"{name:<11}{tower.layers} layers of {tower.width}, {tower.heads} heads; {tower.norm},"
+                     f" {tower.activation}, {tower.positions} positions")
+    if config.model.kind == "jam_cross":
+        fusion = config.fusion
+        lines.append(f"fusion     a cross block every {fusion.cross_every} layers, feed-forward"
+                     f" {'yes' if fusion.cross_ffn else 'no'}, gate {'yes' if fusion.gate else 'no'};"
+                     f" frozen towers: {fusion.freeze}")
+    return lines
+
+
 def _precision(config: Config) -> str:
     precision = config.precision
     return f"precision  {precision.dtype}, fp8 {precision.fp8}, layers {precision.layers}"
@@ -55,24 +77,24 @@ def _precision(config: Config) -> str:
 
 def _weight(config: Config, size: int) -> list[str]:
     """Parameters, FLOPs and memory, in all and for a process of each pipeline stage."""
-    from megamug.models.mug_task import MugTask
+    from megamug.models.tasks import make_task
 
-    plan, parallel = MugTask(config).plan, config.parallel
+    task, parallel = make_task(config), config.parallel
+    plan, training = task.plan, task.flops_per_sample
     ranks = validate.data_parallel(config, size)
-    training = 3 * plan.forward_flops
     step = training * config.data.global_batch_size
-    total = parameters.mug_total(plan)
+    total = parameters.total(plan)
     lines = [
         f"parameters {total / 1e6:.2f} M",
-        f"FLOPs      {training / 1e9:.2f} GFLOP a pair, forward and backward; {step / 1e12:.2f} TFLOP a step,"
-        f" {step / size / 1e12:.3f} TFLOP of them a process",
+        f"FLOPs      {training / 1e9:.2f} GFLOP a {_unit(config)}, forward and backward;"
+        f" {step / 1e12:.2f} TFLOP a step, {step / size / 1e12:.3f} TFLOP of them a process",
         "memory     of a process, GiB; activations and FP8 copies of weights: not included",
     ]
     for rank in range(parallel.pipeline):
         stages = range(rank, len(plan.stages), parallel.pipeline)  # more than one with virtual stages
-        count = sum((parameters.mug_stage(plan, stage) for stage in stages), parameters.Count())
-        held = count.on_rank(parallel.tensor)
-        memory = parameters.state_memory(held, held, config.precision.dtype, ranks, parallel.distributed_optimizer)
+        counts = [parameters.stage_counts(plan, stage) for stage in stages]
+        held, trained = (sum(c.on_rank(parallel.tensor) for c in some) for some in zip(*counts, strict=True))
+        memory = parameters.state_memory(held, trained, config.precision.dtype, ranks, parallel.distributed_optimizer)
         share = sum(plan.blocks[i].flops for stage in stages for i in plan.stages[stage]) / plan.forward_flops
         lines.append(
             f"  stage {rank}  {memory.total / GIB:.3f} = weights({memory.weights / GIB:.3f}) +"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -116,8 +119,75 @@ def mug_stage(plan, stage: int) -> Count:
     return count
 
 
-def mug_total(plan) -> int:
+# What tensor parallelism splits in a language model; a linear split by its inputs has its bias whole.
+SPLIT = re.compile(r"(linear_(qkv|q|kv|fc1)\.(weight|bias)|linear_(proj|fc2)\.weight"
+                   r"|word_embeddings\.weight|output_layer\.weight)$")  # fmt: skip
+
+
+def stage_counts(plan, stage: int) -> tuple[Count, Count]:
+    """(all, trained) parameters of a pipeline stage of any model, copies of a tied vocabulary included."""
+    from megamug.models.jam_plan import JamPlan
+    from megamug.models.mug_plan import MugPlan
+
+    if isinstance(plan, MugPlan):
+        return mug_stage(plan, stage), mug_stage(plan, stage)
+    if not isinstance(plan, JamPlan):
+        own = _lm_shapes(plan, stage)
+        return _counted(own), _counted(own)
+    own = {name: shape for name, shape in plan.shapes.items() if _jam_holds(plan, stage)(name)}
+    return _counted(own), _counted({name: shape for name, shape in own.items() if not plan.frozen(name)})
+
+
+def total(plan) -> int:
     """Parameters of the whole model, each counted once."""
-    total = sum(mug_stage(plan, stage).total for stage in range(len(plan.stages)))
-    copies = len(plan.vocabulary_stages) - 1
-    return total - copies * plan.padded_vocabulary * plan.model.text_width
+    copies, vocabulary = len(plan.vocabulary_stages) - 1, 0
+    if copies:
+        width = plan.model.text_width if hasattr(plan, "writes") else plan.tower.tower.width
+        vocabulary = plan.padded_vocabulary * width
+    return sum(stage_counts(plan, stage)[0].total for stage in range(len(plan.stages))) - copies * vocabulary
+
+
+def _counted(shapes: dict[str, tuple[int, ...]]) -> Count:
+    split = sum(math.prod(shape) for name, shape in shapes.items() if SPLIT.search(name))
+    return Count(split, sum(math.prod(shape) for shape in shapes.values()) - split)
+
+
+def _layer_number(name: str) -> int | None:
+    found = re.search(r"stack\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _lm_shapes(plan, stage: int) -> dict[str, tuple[int, ...]]:
+    """Parameters of a stage of DecoderLM (`LmPlan`) by name."""
+    from megamug.models.jam_plan import tower_shapes
+
+    tower, part = plan.tower.tower, plan.part(stage)
+    own = {}
+    for name, shape in tower_shapes(tower, plan.padded_vocabulary).items():
+        number = _layer_number(name)
+        final = part.first < part.last == tower.layers
+        if (part.first <= number < part.last) if number is not None else (
+            part.embedding if name.startswith("embedding.") else final
+        ):
+            own[name] = shape
+    if part.head and not (plan.tie_vocabulary and part.embedding):
+        own["output_layer.weight"] = (plan.padded_vocabulary, tower.width)
+    return own
+
+
+def _jam_holds(plan, stage: int) -> Callable[[str], bool]:
+    """Whether a stage of JamCross (`JamPlan`) holds the parameter of a global name."""
+    part = plan.part(stage)
+
+    def holds(name: str) -> bool:
+        if ".embedding." in name:
+            return part.embedding
+        if name.startswith("cross."):
+            return int(name.split(".")[1]) in {segment.cross for segment in part.segments}
+        number = _layer_number(name)
+        if number is None:  # final norms, mix, output
+            return part.head
+        spans = [segment.text if name.startswith("text_tower.") else segment.image for segment in part.segments]
+        return any(first <= number < last for first, last in spans)
+
+    return holds

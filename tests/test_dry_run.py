@@ -47,7 +47,51 @@ def test_parameters_are_those_of_the_built_stages(one_process, pipeline, model):
     # What tensor parallelism splits is what Megatron marks as split.
     split = [[p for p in s.parameters() if getattr(p, "tensor_model_parallel", False)] for s in built]
     assert [c.split for c in counted] == [sum(p.numel() for p in own) for own in split]
-    assert parameters.mug_total(plan) == sum(p.numel() for p in Mug(plan_of(**model)).parameters())
+    assert parameters.total(plan) == sum(p.numel() for p in Mug(plan_of(**model)).parameters())
+
+
+def language_plan(kind: str, pipeline: int, virtual: int = 1, **sections):
+    """Small towers; `sections` as {section: {key: value}}."""
+    from megamug.models.lm_task import model_of
+
+    config = Config()
+    config.model.__dict__.update(kind=kind, preset="lm_tiny" if kind == "decoder_lm" else "jam_demo")
+    config.data.context_length = 16
+    config.parallel.__dict__.update(pipeline=pipeline, virtual=virtual)
+    for section, keys in sections.items():
+        getattr(config, section).__dict__.update(keys)
+    plan, model = model_of(kind)
+    return plan(resolve(config), VOCABULARY), model
+
+
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "tie_vocabulary": False, "query_groups": 2,
+         "qk_norm": True}  # fmt: skip
+UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, "norm": "layernorm"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pipeline", "virtual", "sections"),
+    [
+        ("decoder_lm", 1, 1, {}),
+        ("decoder_lm", 2, 1, {}),
+        ("decoder_lm", 2, 2, {"lm": LLAMA}),
+        ("decoder_lm", 4, 1, {"lm": {"bias": True, "norm": "layernorm"}}),
+        ("jam_cross", 1, 1, {"fusion": {"freeze": "text", "gate": False}}),
+        ("jam_cross", 3, 1, {"text_tower": UNEQUAL, "fusion": {"cross_ffn": False}}),
+        ("jam_cross", 2, 2, {"fusion": {"shared_embedding": True, "freeze": "both"}, "image_tower": LLAMA}),
+    ],
+)
+def test_parameters_of_language_models_are_those_of_the_built_stages(one_process, kind, pipeline, virtual, sections):
+    plan, model = language_plan(kind, pipeline, virtual, **sections)
+    for stage in range(pipeline * virtual):
+        built = model(plan, stage)
+        own = list(built.parameters())
+        counted, trained = parameters.stage_counts(plan, stage)
+        assert counted.total == sum(p.numel() for p in own)
+        assert counted.split == sum(p.numel() for p in own if getattr(p, "tensor_model_parallel", False))
+        assert trained.total == sum(p.numel() for p in own if p.requires_grad)
+    whole = model(language_plan(kind, 1, **sections)[0])
+    assert parameters.total(plan) == sum(p.numel() for p in whole.parameters())
 
 
 def test_vit_l_has_its_published_size():
@@ -57,7 +101,7 @@ def test_vit_l_has_its_published_size():
     plan = MugPlan(resolve(config), 0)
     encoder = parameters.layer(1024, 4096) * 24 + parameters.norm(1024) + parameters.linear(768, 1024)
     assert encoder.total + 1024 == 303_099_904  # timm's 304,326,632 less its head and its position table
-    assert parameters.mug_total(plan) > encoder.total
+    assert parameters.total(plan) > encoder.total
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -102,7 +146,7 @@ def test_the_command_tells_of_processes_that_are_not_there(tmp_path, capsys, mon
     assert "8 = tensor(2) x pipeline(2) x data(2), distributed optimizer" in told
     assert len(re.findall(r"^  stage \d", told, flags=re.MULTILINE)) == 2 and "activations" in told
     total = float(re.search(r"parameters ([\d.]+) M", told)[1])
-    assert total == pytest.approx(parameters.mug_total(MugPlan(resolve(config), 330)) / 1e6, abs=0.005)
+    assert total == pytest.approx(parameters.total(MugPlan(resolve(config), 330)) / 1e6, abs=0.005)
     assert sorted(tmp_path.rglob("*")) == before
     assert cli.main(["train", str(path), "--world-size", "8"]) == 2
     assert "goes with --dry-run" in capsys.readouterr().err
