@@ -43,7 +43,7 @@ def test_reads_what_the_trainer_writes(tmp_path, world):
 
     model = mug(1)
     saver = Saver(CheckpointStore(tmp_path, keep=0), world, asynchronous=False)
-    saver.save(7, model, None, {"step": 7})
+    saver.save(7, [model], None, {"step": 7})
     reader = TensorReader(tmp_path)
     expected = global_tensors(model)
     assert reader.step == 7 and set(reader.names) == set(expected) and not reader.optimizer_names
@@ -65,7 +65,7 @@ def test_the_model_loads_what_is_streamed(tmp_path, world, file_bytes):
     assert {1: files == len(global_tensors(source)), 50_000: files > 2, 4 << 30: files == 1}[file_bytes], files
     assert CheckpointStore(tmp_path / "run", 0).newest_complete().path == path
     assert load_config(tmp_path / "run" / "config.yaml").model == tiny({}).model
-    state.load_tensors(target, None, world, path / "model", step=0)
+    state.load_tensors([target], None, world, path / "model", step=0)
     expected, loaded = global_tensors(source), global_tensors(target)
     assert all(torch.equal(expected[name], loaded[name]) for name in expected)
 

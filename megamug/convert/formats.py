@@ -1,0 +1,61 @@
+"""What a foreign format is to the converter. Each format is one `Format` in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megamug.config import Config
+from megamug.convert.source import ForeignTensors
+from megamug.convert.table import Row
+
+
+class View:
+    """A foreign checkpoint under the names that a format's table uses."""
+
+    def __init__(self, source: ForeignTensors, canonical: Callable[[str], str]):
+        self.source, self.config, self.preprocessor = source, source.config or {}, source.preprocessor or {}
+        self.actual = {canonical(name): name for name in source.names}
+        assert len(self.actual) == len(source.names), "two tensors of one name"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.actual
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self.actual[name])
+
+    def dtype(self, name: str):
+        return self.source.dtype(self.actual[name])
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(self.actual[name])
+
+
+def as_it_is(name: str) -> str:
+    return name
+
+
+@dataclass(frozen=True)
+class Format:
+    """A foreign format.
+
+    `settings(view)`: the configuration keys that the checkpoint tells, such as {"model.layers": 12}; raises UserError
+    where it tells of a model that megamug does not have. `rows(config)`: the table, for a resolved configuration.
+    `fixed(config)`: tables that megamug computes and the format stores; compared when read, written when written.
+    `files(config)`: JSON files to write beside the tensors. `parts`: beginnings of the megamug names that the format
+    has a place for. `canonical` turns the names of the format's older spellings into the table's, `spelled` the table's
+    names into those that are written.
+    """
+
+    name: str
+    what: str  # for the help text
+    kind: str  # model.kind
+    parts: tuple[str, ...]
+    settings: Callable[[View], dict[str, object]]
+    rows: Callable[[Config], list[Row]]
+    fixed: Callable[[Config], dict[str, Callable[[], Tensor]]] = lambda config: {}
+    files: Callable[[Config], dict[str, dict]] = lambda config: {}
+    canonical: Callable[[str], str] = as_it_is
+    spelled: Callable[[str], str] = as_it_is

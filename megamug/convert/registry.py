@@ -1,0 +1,24 @@
+"""The foreign formats by name."""
+
+from __future__ import annotations
+
+from megamug.config import nearest
+from megamug.convert import hf_vit, hf_vitmae, mae, timm
+from megamug.convert.formats import Format
+from megamug.errors import UserError
+
+FORMATS: dict[str, Format] = {
+    entry.name: entry
+    for entry in (
+        mae.FORMAT, timm.FORMAT, hf_vit.FORMAT, hf_vit.FORMAT5, hf_vitmae.FORMAT, hf_vitmae.FORMAT5,
+    )
+}  # fmt: skip
+MEGAMUG = "megamug"
+
+
+def format_named(name: str) -> Format:
+    """Raises UserError where there is no such format."""
+    if name not in FORMATS:
+        known = [MEGAMUG, *FORMATS]
+        raise UserError(f"there is no format {name!r}; the nearest is {nearest(name, known)!r} (of {', '.join(known)})")
+    return FORMATS[name]
