@@ -65,15 +65,20 @@ def resolve_sources(value: object) -> list[Source]:
 
     Raises `UserError`: nothing there, no index or a stale one, weights for some sets only, a set without samples.
     """
+    return [_open_source(path, weight) for path, weight in parse_sets(value)]
+
+
+def parse_sets(value: object) -> list[tuple[str, float | None]]:
+    """(path, weight or None) of each set that a configuration value names; weights for all sets, or for none."""
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
-        raise UserError("data: an empty list of data sets; give a folder of .tar shards, a glob or a list of those")
+        raise UserError("data: an empty list of data sets; give a path or a list of paths")
     parsed = [_parse_item(item) for item in items]
     weighted = [weight is not None for _, weight in parsed]
     if any(weighted) and not all(weighted):
         missing = next(path for path, weight in parsed if weight is None)
         raise UserError(f"data: {missing} has no weight but other sets have one; give each set a weight, or none")
-    return [_open_source(path, weight) for path, weight in parsed]
+    return parsed
 
 
 def _parse_item(item: object) -> tuple[str, float | None]:

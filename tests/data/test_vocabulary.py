@@ -1,6 +1,7 @@
 """One vocabulary for text and images."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,17 +13,14 @@ from megamug.data.vocabulary import Vocabulary, make_vocabulary
 from megamug.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
-import stand_in  # noqa: E402
-from stand_in import StandInConfig, StandInTokenizer  # noqa: E402
+from language import TEXTS, tiny_image_tokenizer  # noqa: E402
 
 
 @pytest.fixture
-def parts(tmp_path, monkeypatch):
-    """(text model, image tokenizer folder); the stand-in takes the image tokenizer's place."""
-    monkeypatch.setitem(sys.modules, "megamug.models.image_tokenizer", stand_in.module())
-    train_tokenizer(["a red circle left of a blue square", "two triangles"] * 3, tmp_path / "t.model", 300)
-    StandInTokenizer().save(tmp_path / "vq")
-    return tmp_path / "t.model", tmp_path / "vq"
+def parts(tmp_path):
+    """(text model, image tokenizer folder)."""
+    train_tokenizer(TEXTS, tmp_path / "t.model", 300)
+    return tmp_path / "t.model", tiny_image_tokenizer(tmp_path / "vq")
 
 
 def test_ids_follow_one_another_without_a_gap(parts, tmp_path):
@@ -76,7 +74,8 @@ def test_mistakes_are_told(parts, tmp_path):
         Vocabulary.load(parts[0])
     with pytest.raises(UserError, match=r"vocabulary.json is missing"):
         Vocabulary.load(tmp_path)
-    StandInTokenizer(StandInConfig(codes=17)).save(tmp_path / "v" / "image_tokenizer")
+    shutil.rmtree(tmp_path / "v" / "image_tokenizer")
+    tiny_image_tokenizer(tmp_path / "v" / "image_tokenizer", seed=1)
     with pytest.raises(UserError, match="its fingerprint is"):
         v.load_image_tokenizer()
     train_tokenizer(["quite another text"], tmp_path / "v" / "text.model", 290, overwrite=True)

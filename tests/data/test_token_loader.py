@@ -1,0 +1,153 @@
+"""Batches of tokens."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megamug.data.indexed import DocumentSet, open_documents
+from megamug.data.token_loader import IGNORE, TokenLoader
+from megamug.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from language import image, some_documents, tiny_vocabulary, write_set  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return tiny_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="module")
+def folders(vocabulary, tmp_path_factory):
+    root = tmp_path_factory.mktemp("documents")
+    return [write_set(root / name, vocabulary, some_documents(vocabulary, n, n)) for name, n in (("a", 90), ("b", 40))]
+
+
+def make(documents, vocabulary, **options):
+    options = {"context_length": 80, "global_batch_size": 8, "micro_batch_size": 2, "seed": 5} | options
+    return TokenLoader(documents, vocabulary, **options)
+
+
+def joined(batch, name):
+    return torch.cat([getattr(micro, name) for micro in batch.micro_batches])
+
+
+def test_shapes_and_labels(folders, vocabulary):
+    batch = make(open_documents(str(folders[0]), vocabulary), vocabulary, separate_documents=True).next()
+    assert len(batch.micro_batches) == 4 and batch.samples == 8 and batch.failures == 0 and batch.wait_seconds > 0
+    micro = batch.micro_batches[0]
+    kinds = {"tokens": torch.int64, "labels": torch.int64, "segments": torch.int32, "positions": torch.int64}
+    for name, dtype in kinds.items():
+        assert getattr(micro, name).shape == (2, 80) and getattr(micro, name).dtype == dtype
+    tokens, labels, segments = (joined(batch, name) for name in ("tokens", "labels", "segments"))
+    followed = labels[:, :-1] != IGNORE
+    assert (labels[:, :-1][followed] == tokens[:, 1:][followed]).all()
+    assert (segments[:, 1:] == segments[:, :-1])[followed].all()  # nothing is predicted across documents
+    unpredicted = tokens[:, 1:][~followed]
+    assert set(unpredicted.tolist()) <= {vocabulary.bos_id, vocabulary.pad_id}
+    together = make(open_documents(str(folders[0]), vocabulary), vocabulary).next()
+    assert together.micro_batches[0].segments is None and together.micro_batches[0].positions is None
+    assert (joined(together, "tokens") == tokens).all()
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_the_batch_is_the_same_for_any_number_of_ranks(folders, vocabulary, dp_size):
+    sets = [{"path": str(folders[0]), "weight": 3}, {"path": str(folders[1]), "weight": 1}]
+    documents = open_documents(sets, vocabulary)
+    one = make(documents, vocabulary)
+    many = [make(documents, vocabulary, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+    for _ in range(12):  # into the second epoch
+        batch, parts = one.next(), [loader.next() for loader in many]
+        for name in ("tokens", "labels"):
+            assert (torch.cat([joined(part, name) for part in parts]) == joined(batch, name)).all()
+        assert {part.samples for part in parts} == {batch.samples}
+
+
+def test_resuming_gives_the_very_next_rows(folders, vocabulary):
+    documents = open_documents(str(folders[0]), vocabulary)
+    loader = make(documents, vocabulary)
+    for _ in range(3):
+        loader.next()
+    state = json.loads(json.dumps(loader.state()))
+    expected = [joined(loader.next(), "labels") for _ in range(9)]
+    resumed = make(documents, vocabulary, state=state)
+    assert all((joined(resumed.next(), "labels") == e).all() for e in expected)
+    other_layout = make(documents, vocabulary, state=state, dp_size=2, dp_rank=1, micro_batch_size=4)
+    assert (joined(other_layout.next(), "labels") == expected[0][4:]).all()
+
+
+@pytest.mark.parametrize("change", [{"context_length": 90}, {"cm3_spans": 2.0}, {"seed": 6}])
+def test_a_cursor_of_other_rows_is_refused(folders, vocabulary, change):
+    documents = open_documents(str(folders[0]), vocabulary)
+    state = make(documents, vocabulary).state()
+    with pytest.raises(UserError):
+        make(documents, vocabulary, state=state, **change)
+    with pytest.raises(UserError, match="made with other data"):
+        make(open_documents(str(folders[1]), vocabulary), vocabulary, state=state)
+    make(documents, vocabulary, state=state, loss_on="text", separate_documents=True)
+
+
+def test_a_validation_pass_has_each_row_once(folders, vocabulary):
+    documents = open_documents(str(folders[1]), vocabulary)
+    loaders = [
+        make(documents, vocabulary, train=False, cm3_spans=0.0, dp_rank=r, dp_size=2) for r in range(2)
+    ]  # fmt: skip
+    predicted = 0
+    for parts in zip(*loaders, strict=True):
+        for part in parts:
+            predicted += int((joined(part, "labels") != IGNORE).sum())
+    total = int(documents[0].header.tokens)
+    assert predicted == total - len(documents[0])  # all but each document's <bos>
+    with pytest.raises(StopIteration):
+        loaders[0].next()
+    short = make(documents, vocabulary, train=False, max_samples=3)
+    batch = short.next()
+    assert short.total_samples == 3 == batch.samples
+    assert [(row != IGNORE).any().item() for row in joined(batch, "labels")] == [True] * 3 + [False] * 5
+
+
+def test_sets_are_blended_by_weight(folders, vocabulary, tmp_path):
+    texts = write_set(tmp_path / "t", vocabulary, [[(np.full(60, 270), False, False)]] * 9)
+    images = write_set(tmp_path / "i", vocabulary, [[(image(vocabulary), True, False)]] * 60)
+    weighted = [{"path": str(texts), "weight": 0.5}, {"path": str(images), "weight": 0.5}]
+    loader = make(open_documents(weighted, vocabulary), vocabulary, cm3_spans=0.0)
+    rows = torch.cat([joined(loader.next(), "tokens") for _ in range(5)])
+    assert (rows == 270).any(dim=1).sum() == 20
+
+
+def test_another_vocabulary_is_told_with_what_to_run(folders, vocabulary, tmp_path):
+    other = tiny_vocabulary(tmp_path, sentinels=9)
+    with pytest.raises(UserError) as told:
+        open_documents(str(folders[0]), other)
+    wanted = [vocabulary.fingerprint()[:12], other.fingerprint()[:12], "tools/tokenize_documents.py", str(folders[0])]
+    assert all(part in str(told.value) for part in wanted)
+
+
+def test_damaged_folders_are_told(vocabulary, tmp_path):
+    def broken(name, damage, message):
+        folder = write_set(tmp_path / name, vocabulary, some_documents(vocabulary, 5))
+        damage(folder)
+        with pytest.raises(UserError, match=message):
+            make(open_documents(str(folder), vocabulary), vocabulary).next()
+
+    broken("a", lambda f: (f / "documents.json").unlink(), "no tokenised documents in there")
+    broken("b", lambda f: (f / "documents.idx").unlink(), "documents.idx is missing")
+    broken("c", lambda f: (f / "documents.bin").write_bytes(b"12"), "has 2 bytes and the index")
+    broken("d", lambda f: (f / "documents.idx").write_bytes(b"MMI"), "not a whole index")
+    broken("e", lambda f: (f / "documents.json").write_text("{}"), "broken")
+
+    def beyond(folder):
+        size = (folder / "documents.bin").stat().st_size // 2
+        (folder / "documents.bin").write_bytes(np.full(size, vocabulary.size, np.uint16).tobytes())
+
+    broken("f", beyond, f"token {vocabulary.size} is beyond the {vocabulary.size} ids")
+    wrong = [[(vocabulary.image_ids(np.arange(15)), True, False)]]
+    with pytest.raises(UserError, match="document 0: an image of 15 codes.*has 16"):
+        DocumentSet(write_set(tmp_path / "g", vocabulary, wrong), vocabulary)
+    with pytest.raises(UserError, match="it is one of all, response"):
+        good = write_set(tmp_path / "h", vocabulary, some_documents(vocabulary, 5))
+        make(open_documents(str(good), vocabulary), vocabulary, loss_on="images")

@@ -1,0 +1,47 @@
+"""Tokenise documents for language models: python tools/tokenize_documents.py SHARDS... --vocabulary V --output FOLDER
+
+SHARDS are folders of .tar shards, globs or shards: indexed ones hold image-caption pairs (tools/index_shards.py), the
+others documents, KEY.json with `{"segments": [{"text": ...}, {"image": "0.jpg", "role": "response"}, ...]}` beside
+KEY.0.jpg, or `{"text": ...}`, or KEY.txt. Writes Megatron's indexed dataset and documents.json. Repeat an interrupted
+call to go on; what cannot be used is listed in FOLDER/quarantine.jsonl with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megamug.data.document_tokenizer import tokenize_documents
+from megamug.data.documents import PAIR_ORDERS
+from megamug.data.tooling import run_tool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a folder of .tar shards, a glob or a shard")
+    parser.add_argument("--vocabulary", type=Path, required=True, metavar="FOLDER", help="of tools/make_vocabulary.py")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--pair-order", choices=PAIR_ORDERS, default="random", help="of a pair (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the random order of pairs (default %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes at work (default: one per core)")
+    parser.add_argument("--device", default="cpu", help="of the image tokenizer, cpu or cuda (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace other tokenised documents in FOLDER")
+    args = parser.parse_args()
+    report = tokenize_documents(
+        args.shards, args.vocabulary, args.output, pair_order=args.pair_order, seed=args.seed, workers=args.workers,
+        device=args.device, overwrite=args.overwrite,
+    )  # fmt: skip
+    made = report.header
+    print(
+        f"{args.output}: {report.action}: {made.documents:,} documents, {made.tokens:,} tokens, "
+        f"{made.text_segments:,} texts, {made.images:,} images, {made.responses:,} responses, "
+        f"{made.quarantined:,} quarantined"
+    )
+    for entry in report.quarantine[:20]:
+        print(f"  {entry['shard']}: {entry['member'] or entry['key'] or 'shard'}: {entry['reason']}")
+    if len(report.quarantine) > 20:
+        print(f"  and {len(report.quarantine) - 20:,} more in {args.output / 'quarantine.jsonl'}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
