@@ -79,7 +79,7 @@ LENGTHS = {"data.crop_scale": 2, "data.mean": 3, "data.std": 3}
 def check_values(config: Config) -> None:
     """Every number in its range, every word one of its choices, every list of its length; else UserError."""
     for key in keys():
-        value = _get(config, key)
+        value = get(config, key)
         if key in CHOICES and value is not None and value not in CHOICES[key]:
             choices = CHOICES[key]
             raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}; set {key}={nearest(value, choices)}")
@@ -94,6 +94,27 @@ def check_values(config: Config) -> None:
         raise UserError(f"data.crop_scale: {low} is above {high}; set data.crop_scale=[{high}, {low}]")
 
 
-def _get(config: Config, key: str) -> object:
+# What only models of some kinds read; the rest of `model` belongs to mug.
+_KINDS = {"lm": ("decoder_lm",), "text_tower": ("jam_cross",), "image_tower": ("jam_cross",), "fusion": ("jam_cross",)}
+_LANGUAGE = ("decoder_lm", "jam_cross")
+_KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug", *_LANGUAGE)) | {"model": ("mug",)}
+_KINDS |= {"model.z_loss_weight": _LANGUAGE}
+_KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "separate_documents", "loss_on")}
+_KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "crop_scale", "flip", "mean", "std",
+                                               "threads", "prefetch", "max_failure_rate")}  # fmt: skip
+
+
+def check_keys(config: Config) -> None:
+    """No key set (to something else than its default) that this kind of model does not read."""
+    kind, default = config.model.kind, Config()
+    for key in keys():
+        kinds = _KINDS.get(key) or _KINDS.get(key.partition(".")[0])
+        if kinds and kind not in kinds and get(config, key) != get(default, key):
+            raise UserError(f"{key} is set to {get(config, key)!r}, but it is of model.kind={' or '.join(kinds)} and"
+                            f" model.kind is {kind}; leave {key} out, or set model.kind={kinds[0]}")
+
+
+def get(config: Config, key: str) -> object:
+    """The value of `section.key` (or `key` at the top level)."""
     section, _, name = key.rpartition(".")
     return getattr(getattr(config, section) if section else config, name)

@@ -12,9 +12,10 @@ import math
 import os
 from pathlib import Path
 
+from megamug import validate_lm
 from megamug.config import Config, load_config, resolve
 from megamug.errors import UserError
-from megamug.ranges import check_values
+from megamug.ranges import check_keys, check_values
 
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to it whatever the layout, so that checkpoints fit every layout
 FP8_ROWS = 8  # Transformer Engine: FP8 products want batch x tokens in multiples of 8 ...
@@ -29,18 +30,18 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     """
     config = resolve(config)
     check_values(config)
-    losses(config)
-    image(config)
-    widths(config)
+    check_keys(config)
+    is_mug = config.model.kind == "mug"
+    for check in (losses, image, widths) if is_mug else (validate_lm.widths, validate_lm.context, validate_lm.fusion):
+        check(config)
     layout(config, world_size)
     batch(config, world_size)
     schedule(config)
-    tensor_parallel(config)
-    sequence_parallel(config)
-    pipeline(config)
-    files(config)
-    run_folder(config)
-    vocabulary(config)
+    for check in (tensor_parallel, sequence_parallel):
+        check(config)
+    pipeline(config, world_size)
+    for check in (files, run_folder, vocabulary) if is_mug else (validate_lm.files, run_folder):
+        check(config)
     if here:
         devices(config)
     precision(config, here)
@@ -149,6 +150,8 @@ def tensor_parallel(config: Config) -> None:
     """Heads and feed-forward shared evenly. The decoders' feed-forwards are 4 x width, and the heads divide the width,
     so their heads say it all."""
     model, tensor = config.model, config.parallel.tensor
+    if model.kind != "mug":
+        return validate_lm.tensor_parallel(config)
     shared = {"heads": model.heads, "ffn_width": model.ffn_width}
     if model.image_loss_weight > 0:
         shared["decoder_heads"] = model.decoder_heads
@@ -167,6 +170,8 @@ def sequence_parallel(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     if not config.parallel.sequence:
         return
+    if model.kind != "mug":
+        return validate_lm.sequence_parallel(config)
     tokens = visible_tokens(config)
     if tokens % tensor:
         raise UserError(
@@ -187,12 +192,31 @@ def sequence_parallel(config: Config) -> None:
                         f" parallel.sequence; set data.caption_length={_round_up(tokens, tensor)}")
 
 
-def pipeline(config: Config) -> None:
-    """A block for every stage."""
-    stages, blocks = config.parallel.pipeline, block_count(config)
+def pipeline(config: Config, world_size: int) -> None:
+    """A block for every stage; with virtual stages, micro-batches that the interleaved schedule can deal out."""
+    parallel = config.parallel
+    stages, virtual, blocks = parallel.pipeline, parallel.virtual, block_count(config)
     if stages > blocks:
         raise UserError(f"parallel.pipeline({stages}) is more than the model's blocks({blocks});"
                         f" set parallel.pipeline to at most {blocks}")
+    if virtual == 1:
+        return
+    if stages == 1:
+        raise UserError(f"parallel.virtual({virtual}) cuts pipeline stages further, but parallel.pipeline is 1;"
+                        f" set parallel.virtual=1 or parallel.pipeline=2")
+    if stages * virtual > blocks:
+        raise UserError(f"parallel.pipeline({stages}) x parallel.virtual({virtual}) = {stages * virtual} is more than"
+                        f" the model's blocks({blocks}); set parallel.virtual={blocks // stages}")
+    data = data_parallel(config, world_size)
+    share = config.data.micro_batch_size * data
+    count = config.data.global_batch_size // share
+    if count % stages:
+        raise UserError(
+            f"micro-batches of a step: data.global_batch_size({config.data.global_batch_size}) /"
+            f" (data.micro_batch_size({config.data.micro_batch_size}) x data-parallel ranks({data})) = {count} is not"
+            f" divisible by parallel.pipeline({stages}) under parallel.virtual({virtual});"
+            f" set data.global_batch_size={_round_up(count, stages) * share} or parallel.virtual=1"
+        )
 
 
 def files(config: Config) -> None:
@@ -248,9 +272,9 @@ def run_folder(config: Config) -> None:
     if written.exists() and any((run / "checkpoints").glob("step-*")):
         before, now = _identity(resolve(load_config(written))), _identity(config)
         for key in now:
-            if before[key] != now[key]:
-                raise UserError(f"run_dir: {run} holds checkpoints of another model: {key} was {before[key]} and is now"
-                                f" {now[key]}; set run_dir to a new folder, or {key} as it was")
+            if before.get(key) != now[key]:
+                raise UserError(f"run_dir: {run} holds checkpoints of another model: {key} was {before.get(key)} and is"
+                                f" now {now[key]}; set run_dir to a new folder, or {key} as it was")
 
 
 def devices(config: Config) -> None:
@@ -287,6 +311,9 @@ def precision(config: Config, here: bool = True) -> None:
             found = f"{capability[0]}.{capability[1]}"
             raise UserError(f"{needs} needs compute capability 9.0 (Hopper) and this GPU has {found};"
                             f" set precision.fp8=none")
+    if config.model.kind != "mug":
+        validate_lm.fp8(config)
+        return
     rows, micro = visible_tokens(config), config.data.micro_batch_size
     if rows * micro % FP8_ROWS:
         shared_by = config.parallel.tensor if config.parallel.sequence else 1
@@ -330,6 +357,8 @@ def decoder_tokens(config: Config) -> int:
 def block_count(config: Config) -> int:
     """What a pipeline can be cut into: layers, and each stack's embedding and head."""
     model = config.model
+    if model.kind != "mug":
+        return validate_lm.block_count(config)
     blocks = 1 + model.layers
     if model.image_loss_weight > 0:
         blocks += 1 + model.decoder_layers + 1
@@ -341,12 +370,15 @@ def block_count(config: Config) -> int:
 def _identity(config: Config) -> dict[str, object]:
     """What makes checkpoints of one model unfit for another."""
     model = config.model
-    sizes = ["kind", "patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"]
+    if model.kind != "mug":
+        return validate_lm.identity(config)
+    sizes = ["patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"]
     if model.image_loss_weight > 0:
         sizes += ["decoder_layers", "decoder_width", "decoder_heads", "decoder_register_tokens"]
     if model.caption_loss_weight > 0:
         sizes += ["text_unimodal_layers", "text_multimodal_layers", "text_width", "text_heads", "tie_vocabulary"]
     found = {
+        "model.kind": model.kind,
         "model.image_loss_weight above 0": model.image_loss_weight > 0,
         "model.caption_loss_weight above 0": model.caption_loss_weight > 0,
         "data.image_size": config.data.image_size,

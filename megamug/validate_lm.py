@@ -1,0 +1,173 @@
+"""Checks of the language models' part of a configuration (`decoder_lm`, `jam_cross`), run by `megamug.validate`.
+
+As there: one function per concern, a `UserError` with both numbers and the fix, nothing of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from megamug.config import Config, towers
+from megamug.errors import UserError
+
+FP8_ROWS, FP8_COLUMNS = 8, 16  # see `megamug.validate`
+TOWER_SIZES = (
+    "layers", "width", "heads", "query_groups", "ffn_width", "norm", "activation", "bias", "positions", "qk_norm",
+)  # fmt: skip
+FUSION_SIZES = ("cross_every", "cross_ffn", "gate", "shared_embedding", "output_width")
+
+
+def widths(config: Config) -> None:
+    """Heads share the width and queries their groups evenly; rotary positions turn pairs of numbers."""
+    for name, tower in towers(config).items():
+        if tower.width % tower.heads:
+            raise UserError(f"{name}.width({tower.width}) is not divisible by {name}.heads({tower.heads});"
+                            f" set {name}.width={_round_up(tower.width, tower.heads)}")
+        if tower.heads % tower.query_groups:
+            fits = _divisors(tower.heads)
+            raise UserError(f"{name}.heads({tower.heads}) is not divisible by {name}.query_groups"
+                            f"({tower.query_groups}); set {name}.query_groups to one of {fits}")
+        head = tower.width // tower.heads
+        if tower.positions == "rotary" and head % 2:
+            raise UserError(f"{name}: rotary positions need an even head width, but {name}.width({tower.width}) /"
+                            f" {name}.heads({tower.heads}) = {head}; set {name}.width={tower.heads * (head + 1)}")
+
+
+def context(config: Config) -> None:
+    """A learned position for every token of a row."""
+    length = config.data.context_length
+    for name, tower in towers(config).items():
+        if tower.positions == "learned" and length > tower.max_positions:
+            raise UserError(
+                f"data.context_length({length}) is more than {name}.max_positions({tower.max_positions}), the rows"
+                f" of its learned positions; set data.context_length={tower.max_positions}"
+                f" or {name}.max_positions={length}"
+            )
+
+
+def fusion(config: Config) -> None:
+    """Towers that the fusion fits: deep enough for a cross block, of one width where they share an embedding."""
+    if config.model.kind != "jam_cross":
+        return
+    options, text, image = config.fusion, config.text_tower, config.image_tower
+    depth = min(text.layers, image.layers)
+    if options.cross_every > depth:
+        raise UserError(f"fusion.cross_every({options.cross_every}) is more than the shallower tower's layers({depth}):"
+                        f" the towers would never meet; set fusion.cross_every={max(1, depth // 2)}")
+    if options.shared_embedding and text.width != image.width:
+        raise UserError(f"fusion.shared_embedding(true) needs towers of one width, but text_tower.width({text.width})"
+                        f" is not image_tower.width({image.width}); set fusion.shared_embedding=false")
+
+
+def tensor_parallel(config: Config) -> None:
+    """Heads, query groups and feed-forward shared evenly."""
+    tensor = config.parallel.tensor
+    sizes = {
+        f"{name}.{key}": getattr(tower, key)
+        for name, tower in towers(config).items()
+        for key in ("heads", "query_groups", "ffn_width")
+    }
+    common = math.gcd(*sizes.values())
+    for name, number in sizes.items():
+        if number % tensor:
+            raise UserError(f"{name}({number}) is not divisible by parallel.tensor({tensor});"
+                            f" set parallel.tensor to one of {_divisors(common)}")
+
+
+def sequence_parallel(config: Config) -> None:
+    """A row's tokens shared evenly under parallel.sequence."""
+    length, tensor = config.data.context_length, config.parallel.tensor
+    if config.parallel.sequence and length % tensor:
+        raise UserError(f"data.context_length({length}) is not divisible by parallel.tensor({tensor}) under"
+                        f" parallel.sequence; set data.context_length={length - length % tensor or tensor}")
+
+
+def block_count(config: Config) -> int:
+    """What a pipeline can be cut into: layers (of the deeper tower), the embedding and the head."""
+    return 1 + max(tower.layers for tower in towers(config).values()) + 1
+
+
+def files(config: Config) -> None:
+    """A vocabulary that the data were tokenised with and the ranks share evenly, and tokens that carry loss."""
+    data, tensor = config.data, config.parallel.tensor
+    if data.tokenizer is None:
+        raise UserError("data.tokenizer is not set; a language model needs a vocabulary folder: python"
+                        " tools/make_vocabulary.py --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER")
+    if data.train is None:
+        raise UserError("data.train is not set; give it a folder of tokenised documents (tools/tokenize_documents.py),"
+                        " or a list of {path, weight}")
+    from megamug.data.indexed import read_header
+    from megamug.data.sources import parse_sets
+    from megamug.data.vocabulary import Vocabulary
+
+    try:
+        vocabulary = Vocabulary.load(data.tokenizer)
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from None
+    if vocabulary.padded_size % tensor:
+        raise UserError(f"the vocabulary of {data.tokenizer}, padded to {vocabulary.padded_size}, is not divisible by"
+                        f" parallel.tensor({tensor}); set parallel.tensor to a divisor of it, such as"
+                        f" {math.gcd(vocabulary.padded_size, tensor)}")
+    for key, sets in (("data.train", data.train), ("data.validation", data.validation)):
+        if sets is None:
+            continue
+        try:
+            headers = {folder: read_header(Path(folder)) for folder, _ in parse_sets(sets)}
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        for folder, header in headers.items():
+            if header.vocabulary != vocabulary.fingerprint():
+                raise UserError(
+                    f"{key}: {folder} was tokenised with another vocabulary (fingerprint {header.vocabulary[:12]}) than"
+                    f" data.tokenizer={data.tokenizer} ({vocabulary.fingerprint()[:12]}); set data.tokenizer="
+                    f"{header.vocabulary_folder}, or tokenise the documents again"
+                )
+        counts = {"image": "images", "text": "text_segments", "response": "responses"}
+        if data.loss_on != "all" and not any(getattr(h, counts[data.loss_on]) for h in headers.values()):
+            raise UserError(f"data.loss_on({data.loss_on}) leaves nothing to learn: {key} has 0 segments of that kind;"
+                            f" set data.loss_on=all")
+
+
+def fp8(config: Config) -> None:
+    """Sizes that Transformer Engine's FP8 products take."""
+    needs = f"precision.fp8({config.precision.fp8})"
+    length, micro = config.data.context_length, config.data.micro_batch_size
+    if length * micro % FP8_ROWS:
+        raise UserError(f"{needs}: data.context_length({length}) x data.micro_batch_size({micro}) = {length * micro} is"
+                        f" not divisible by {FP8_ROWS}; set data.context_length={_round_up(length, FP8_ROWS)}")
+    multiple = FP8_COLUMNS * config.parallel.tensor
+    for name, tower in towers(config).items():
+        for key in ("width", "ffn_width"):
+            size = getattr(tower, key)
+            if size % multiple:
+                raise UserError(
+                    f"{needs}: {name}.{key}({size}) is not divisible by {FP8_COLUMNS} x parallel.tensor"
+                    f"({config.parallel.tensor}) = {multiple}; set {name}.{key}={_round_up(size, multiple)}"
+                )
+
+
+def identity(config: Config) -> dict[str, object]:
+    """What makes checkpoints of one model unfit for another. Switches are words: a bare False would say "not there"."""
+    found: dict[str, object] = {"model.kind": config.model.kind}
+    for name, tower in towers(config).items():
+        found |= {f"{name}.{key}": _word(getattr(tower, key)) for key in TOWER_SIZES}
+        found[f"{name}.max_positions"] = tower.max_positions if tower.positions == "learned" else None
+        found[f"{name}.rotary_base"] = tower.rotary_base if tower.positions == "rotary" else None
+    if config.model.kind == "jam_cross":
+        found |= {f"fusion.{key}": _word(getattr(config.fusion, key)) for key in FUSION_SIZES}
+    else:
+        found["lm.tie_vocabulary"] = _word(config.lm.tie_vocabulary)
+    return found
+
+
+def _word(value: object) -> object:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
