@@ -47,7 +47,7 @@ def test_a_run_of_two_tensor_parallel_stages_is_read_by_one_process(saved, tmp_p
     (folder / "state.json").write_text(json.dumps({"step": 0, "identity": {"data.tokenizer": None}}))
     store.commit(0)
     with load_run(config.run_dir) as run:
-        fresh = run.task.build(run.world)  # initialisation does not know the layout
+        (fresh,) = run.task.build(run.world)  # initialisation does not know the layout
         expected = dict(fresh.named_parameters())
         for name, parameter in run.model.named_parameters():
             assert torch.equal(parameter, expected[name]), name

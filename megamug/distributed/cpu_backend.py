@@ -165,12 +165,36 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
     "megatron.core.distributed.finalize_model_grads": {
         "finalize_model_grads": "reduces over data, sequence and embedding groups; divides only by a num_tokens given",
         "_allreduce_non_tensor_model_parallel_grads": "sums main_grad of parameters marked sequence_parallel",
-        "_allreduce_word_embedding_grads": "sums main_grad of the shared weight over the embedding group",
+        "_allreduce_word_embedding_grads": "does nothing where share_embeddings_and_output_weights is False: tied "
+        "weights are summed by megamug.pipeline",
     },
     "megatron.core.pipeline_parallel.schedules": {
         "forward_step_calc_loss": "calls loss_func on the last stage only; calculate_per_token_loss: divides nothing",
         "forward_backward_no_pipelining": "backward of each micro-batch's loss, gradients added",
         "forward_backward_pipelining_without_interleaving": "adjust_tensor_shapes_fn gives each boundary its shape",
+        "forward_backward_pipelining_with_interleaving": "one shape for all boundaries, [seq_length (divided by the "
+        "tensor-parallel ranks under sequence parallelism), micro_batch_size, hidden_size]; reads the first chunk's "
+        "configuration: virtual_pipeline_model_parallel_size, microbatch_group_size_per_vp_stage (default: the ranks), "
+        "no_sync_func as a list; rank r runs the stages r, P + r, ...",
+        "get_forward_backward_func": "interleaves where parallel_state has a virtual pipeline size",
+        "backward_step": "passes over an output that needs no gradient (a stage whose parameters are frozen)",
+    },
+    "megatron.core.pipeline_parallel.p2p_communication": {
+        "_p2p_ops": "without batching, messages of a ring of two cannot be mixed up: one group a direction",
+    },
+    "megatron.core.dist_checkpointing.serialization": {
+        "save": "async_sharded_save=True returns the request and writes nothing; async_strategy (above 0.16) `mcore` is "
+        "Megatron's own writer",
+    },
+    "megatron.core.dist_checkpointing.strategies.torch": {
+        "TorchDistSaveShardedStrategy.async_save": "plans on all ranks; finalize_fns gather the results and write "
+        ".metadata",
+    },
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": {
+        "FileSystemWriterAsync.prepare_write_data": "uses the module's _results_queue where there is one; files are "
+        "written by threads or processes of the caller",
+        "FileSystemWriterAsync.get_save_function_and_args": "(function, preload, [rank, buckets, results queue])",
+        "FileSystemWriterAsync.retrieve_write_results": "raises what a writer could not write",
     },
 }
 
