@@ -1,0 +1,93 @@
+"""Every example configuration passes a dry run for its number of processes; its token counts are those that tensor
+parallelism and FP8 want."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megamug import cli, validate
+from megamug.config import load_config, resolve
+from tests.distributed.launch import ROOT
+from tests.evaluate.tiny_run import make_data
+
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
+MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug"]
+EXPECTED = {"vit_b16_1gpu", "vit_l16_1gpu", "vit_l16_8gpu", "vit_h14_8gpu", "vit_g14_64node", "vit_s16_cpu", "demo"}
+# Published sizes of the encoders in millions (patch embedding, class token, layers, final norm).
+ENCODERS = {"vit_s16": 21.6, "vit_b16": 85.6, "vit_l16": 303.1, "vit_h14": 630.8, "vit_g14": 1011.2}
+
+
+def processes(path: Path) -> int:
+    """As the file's name says: one without."""
+    found = re.search(r"_(\d+)(gpu|node)$", path.stem)
+    return int(found[1]) * (8 if found[2] == "node" else 1) if found else 1
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Shards and a tokenizer for pairs; for language models documents and a vocabulary."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def overrides(path: Path, data: Path) -> list[str]:
+    shards = data / "data" / "train"
+    return [f"data.train={shards}", "data.validation=null", f"data.tokenizer={data / 'tokenizer.model'}",
+            f"run_dir={data / 'run'}"]  # fmt: skip
+
+
+def dry_run(path: Path, data: Path, capsys, *more: str) -> str:
+    words = ["train", str(path), *overrides(path, data), *more, "--dry-run", "--world-size", str(processes(path))]
+    code = cli.main(words)
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    return told.out
+
+
+def test_there_is_an_example_of_every_scale():
+    assert {path.stem for path in MUG} == EXPECTED
+    assert {processes(path) for path in MUG} == {1, 8, 512}
+
+
+@pytest.mark.parametrize("path", MUG, ids=lambda path: path.stem)
+def test_an_example_passes_a_dry_run_of_its_number_of_processes(path, data, capsys):
+    told = dry_run(path, data, capsys)
+    assert f"processes  {processes(path)} = " in told
+    config = resolve(load_config(path))
+    stage = re.search(r"stage 0  ([\d.]+) = .*; ([\d.]+) M parameters", told)
+    assert 0 < float(stage[1]) < 70  # GiB that live as long as the run: an 80 GB GPU holds them
+    if config.model.preset in ENCODERS:
+        assert float(re.search(r"parameters ([\d.]+) M", told)[1]) > ENCODERS[config.model.preset]
+    assert not (data / "run").exists()
+
+
+@pytest.mark.parametrize("path", [path for path in MUG if processes(path) > 1 or "gpu" in path.stem],
+                         ids=lambda path: path.stem)  # fmt: skip
+@pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise"])
+def test_token_counts_fit_tensor_parallelism_and_fp8(path, recipe, data, capsys):
+    config = resolve(load_config(path))
+    assert validate.visible_tokens(config) % 8 == validate.decoder_tokens(config) % 8 == 0
+    more = (f"precision.fp8={recipe}",)
+    if processes(path) > 1:
+        more += ("parallel.tensor=4", "parallel.sequence=true")
+    assert f"fp8 {recipe}" in dry_run(path, data, capsys, *more)
+
+
+@pytest.mark.parametrize("path", MUG, ids=lambda path: path.stem)
+def test_rates_follow_the_recipe(path):
+    """MAE's and MUG's base rate of 1.5e-4 for 256 pairs, up to the batch of 4096 that it was shown for."""
+    config = load_config(path)
+    if path.stem in ("demo", "vit_s16_cpu"):
+        return  # small batches of small models
+    scaled = 1.5e-4 * min(config.data.global_batch_size, 4096) / 256
+    assert config.optimizer.learning_rate == pytest.approx(scaled)
+    assert config.precision.dtype == "bf16" and config.checkpoint.every > 0
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_commands_in_the_comments_name_files_that_exist(path):
+    for named in re.findall(r"examples/[\w/]+\.(?:yaml|sh)", path.read_text()):
+        assert (ROOT / named).exists(), f"{path} names {named}"
