@@ -8,10 +8,15 @@ import torch
 import torch.distributed as dist
 
 from megamug.config import Config
+from megamug.data.indexed import DocumentSet
+from megamug.data.loader import GlobalBatch
+from megamug.data.order import Cursor
+from megamug.data.sources import parse_sets
+from megamug.data.token_loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
 from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.models import specs
-from megamug.models.decoder_lm import IGNORED, DecoderLM
+from megamug.models.decoder_lm import DecoderLM
 from megamug.models.init import initialise
 from megamug.models.lm_plan import LmPlan
 
@@ -57,14 +62,17 @@ class LmTask:
 
     # ------------------------------------------------------------------------------------------ data
 
-    def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None):
-        """Rows of tokens; every rank of a data-parallel replica reads the same ones."""
-        from megamug.data.token_loader import TokenLoader
+    def documents(self, train: bool) -> list[DocumentSet]:
+        """The opened sets. Raises UserError: one is missing, damaged, or of another vocabulary."""
+        sets = parse_sets(self.config.data.train if train else self.config.data.validation)
+        return [DocumentSet(folder, self.vocabulary, weight) for folder, weight in sets]
 
+    def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> TokenLoader:
+        """Rows of tokens; every rank of a data-parallel replica reads the same ones."""
         data = self.config.data
         return TokenLoader(
-            data.train if train else data.validation,
-            vocabulary=self.vocabulary,
+            self.documents(train),
+            self.vocabulary,
             context_length=data.context_length,
             cm3_spans=data.cm3_spans,
             separate_documents=data.separate_documents,
@@ -76,7 +84,6 @@ class LmTask:
             dp_size=world.dp_size,
             train=train,
             device=world.device,
-            prefetch=data.prefetch,
             state=state,
             max_samples=max_samples,
         )
@@ -90,22 +97,30 @@ class LmTask:
                     f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value};"
                     " go back to that one or choose another run_dir"
                 )
+        data, seed = self.config.data, self.config.seed
+        makers = row_makers(
+            self.documents(train=True), self.vocabulary, context_length=data.context_length, cm3_spans=data.cm3_spans,
+            loss_on=data.loss_on, seed=seed,
+        )  # fmt: skip
+        order_of_rows(makers, seed).check(Cursor.from_dict(contents["cursor"]))
 
     def identity(self) -> dict:
         """What a checkpoint cannot be continued without, beside the model's sizes."""
+        config = self.config
         return {
             "data.tokenizer": self.vocabulary.fingerprint(),
-            "data.context_length": self.config.data.context_length,
-            "precision.dtype": self.config.precision.dtype,
+            "data.context_length": config.data.context_length,
+            "fusion.freeze": config.fusion.freeze,  # frozen parameters have no optimizer state
+            "precision.dtype": config.precision.dtype,
         }
 
-    def batch(self, rows):
+    def batch(self, rows: TokenBatch) -> TokenBatch:
         """A micro-batch of the loader is what the models take."""
         return rows
 
-    def totals(self, rows, batches: list, world) -> dict[str, float]:
+    def totals(self, rows: GlobalBatch, batches: list[TokenBatch], world) -> dict[str, float]:
         """By loss name, the number of terms in the whole global batch. One small all-reduce over the replicas."""
-        count = sum((batch.labels != IGNORED).sum() for batch in batches).to(torch.float64)
+        count = sum((batch.labels != IGNORE).sum() for batch in batches).to(torch.float64)
         if world.dp_size > 1:
             dist.all_reduce(count, group=world.dp_group)
         return dict.fromkeys(self.loss_names, count.item())
