@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from PIL import Image
 import megamug.data.document_tokenizer as document_tokenizer
 from megamug.data.document_tokenizer import tokenize_documents
 from megamug.data.indexed import IMAGE, RESPONSE, DocumentSet
-from megamug.data.indexing import index_paths
 from megamug.data.sources import resolve_sources
 from megamug.data.vocabulary import make_vocabulary
 from megamug.errors import UserError
@@ -164,12 +164,11 @@ def test_mistakes_are_told(vocabulary, helpers, shard_folder, tmp_path):
 
 
 @pytest.fixture
-def shards(helpers, tmp_path):
-    """60 documents in two shards: instructions, and pairs."""
-    helpers.write_tar(tmp_path / "d.tar", [member for n in range(40) for member in instruction(n, helpers)])
-    helpers.write_tar(tmp_path / "p.tar", helpers.good_members(20))
-    index_paths([tmp_path / "p.tar"], processes=1)
-    return [str(tmp_path / "d.tar"), str(tmp_path / "p.tar")]
+def texts(helpers, tmp_path):
+    """150 documents of text in two shards, one of them broken."""
+    members = [(f"{n:04d}.txt", f"look at {n} triangles".encode()) for n in range(150)]
+    members[7] = ("0007.txt", b"\xff")
+    return [helpers.write_tar(tmp_path / f"{i}.tar", members[i * 90 : (i + 1) * 90]) for i in range(2)]
 
 
 def assert_the_same(found, wanted):
@@ -178,68 +177,65 @@ def assert_the_same(found, wanted):
         assert (found / name).read_bytes() == (wanted / name).read_bytes()
 
 
-def test_killed_and_continued_with_other_workers_the_result_is_the_same(vocabulary, shards, tmp_path, monkeypatch):
+def test_killed_and_continued_with_other_workers_the_result_is_the_same(vocabulary, texts, tmp_path, monkeypatch):
     code = (
         "import sys, megamug.data.document_tokenizer as t; t.CHUNK = 1\n"
-        f"t.tokenize_documents({shards!r}, {str(vocabulary.folder)!r}, sys.argv[1], workers=1)"
+        f"t.tokenize_documents({list(map(str, texts))!r}, {str(vocabulary.folder)!r}, sys.argv[1], workers=1)"
     )
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(killed)], start_new_session=True, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    while process.poll() is None and len(list(killed.glob("parts/*.npz"))) < 25:
+    while process.poll() is None and len(list(killed.glob("parts/*.npz"))) < 40:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    finished = len(list(killed.glob("parts/*.npz")))
-    assert process.returncode == -signal.SIGKILL and 25 <= finished < 60
+    assert process.returncode == -signal.SIGKILL and 40 <= len(list(killed.glob("parts/*.npz"))) < 150
     monkeypatch.setattr(document_tokenizer, "CHUNK", 1)
-    tokenize_documents(shards, vocabulary.folder, tmp_path / "whole", workers=1)
-    report = tokenize_documents(shards, vocabulary.folder, killed, workers=2)
-    assert report.header.documents == 60
+    tokenize_documents(texts, vocabulary.folder, tmp_path / "whole", workers=1)
+    report = tokenize_documents(texts, vocabulary.folder, killed, workers=2)
+    assert report.header.documents == 149 and report.header.quarantined == 1
     assert_the_same(killed, tmp_path / "whole")
 
 
-def test_dying_at_every_rename_loses_and_doubles_nothing(vocabulary, shards, tmp_path, monkeypatch):
-    """Each call dies at its second rename, one file further than the call before: through all parts and the joining."""
+@pytest.mark.parametrize("before", [True, False])
+def test_dying_at_every_rename_loses_and_doubles_nothing(vocabulary, texts, tmp_path, monkeypatch, before):
+    """A call dies before or behind its n-th rename: of the request, of each part, and of what is joined."""
 
     class Died(BaseException):
         pass
 
-    monkeypatch.setattr(document_tokenizer, "CHUNK", 5)
-    tokenize_documents(shards, vocabulary.folder, tmp_path / "whole", workers=1)
-    replace, died = os.replace, 0
-    for before in (True, False):  # dies before the rename, or behind it
-        output = tmp_path / f"dying-{before}"
-        for _ in range(60):
-            renames = 0
+    monkeypatch.setattr(document_tokenizer, "CHUNK", 60)
+    tokenize_documents(texts, vocabulary.folder, tmp_path / "whole", workers=1)
+    replace, left = os.replace, 0
 
-            def dying(source, target, before=before):
-                nonlocal renames
-                renames += 1
-                if renames == 2 and before:
-                    raise Died
-                replace(source, target)
-                if renames == 2:
-                    raise Died
+    def dying(source, target):
+        nonlocal left
+        left -= 1
+        if left == 0 and before:
+            raise Died
+        replace(source, target)
+        if left == 0:
+            raise Died
 
-            monkeypatch.setattr(os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
+    for parts_there in (False, True):
+        output = tmp_path / f"dying-{parts_there}"
+        for rename in range(1, 12):
+            left = rename
             try:
-                report = tokenize_documents(shards, vocabulary.folder, output, workers=1)
-                break
+                tokenize_documents(texts, vocabulary.folder, output, workers=1)
             except Died:
-                died += 1
-            if len(list(output.glob("parts/*.npz"))) == 12:
-                # joining renames more than two files: from here on each of them is the last in turn
-                for last in range(1, 5):
-                    renames = 2 - last
-                    with pytest.raises(Died):
-                        tokenize_documents(shards, vocabulary.folder, output, workers=1)
-                monkeypatch.setattr(os, "replace", replace)
-        assert report.header.documents == 60
+                if not parts_there:  # the next call meets what this one left, and nothing else
+                    left = 0
+                    tokenize_documents(texts, vocabulary.folder, output, workers=1)
+                    assert_the_same(output, tmp_path / "whole")
+                    shutil.rmtree(output)
+            else:
+                break
+        assert rename > (4 if parts_there else 7)  # request, 3 parts, .bin, .idx, quarantine, documents.json
         assert_the_same(output, tmp_path / "whole")
-    assert died >= 12
 
 
 def test_megatron_reads_it(vocabulary, shard_folder, tmp_path):
