@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from megamug import cli, validate
+from megamug import cli, parameters, validate
 from megamug.config import load_config, resolve
+from megamug.models.lm_task import model_of
+from megamug.models.mug_plan import MugPlan
+from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import make_data
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
 MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug"]
+LARGE_JAM = sorted((ROOT / "examples" / "jam").glob("jam_2x*.yaml"))
+LAUNCHING = (ROOT / "docs" / "launching.md").read_text()
 EXPECTED = {"vit_b16_1gpu", "vit_l16_1gpu", "vit_l16_8gpu", "vit_h14_8gpu", "vit_g14_64node", "vit_s16_cpu", "demo"}
 # Published sizes of the encoders in millions (patch embedding, class token, layers, final norm).
 ENCODERS = {"vit_s16": 21.6, "vit_b16": 85.6, "vit_l16": 303.1, "vit_h14": 630.8, "vit_g14": 1011.2}
@@ -29,14 +34,19 @@ def processes(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Shards and a tokenizer for pairs; for language models documents and a vocabulary."""
-    return make_data(tmp_path_factory.mktemp("data"))
+    """Shards and a tokenizer for pairs; documents and a vocabulary for language models."""
+    folder = make_data(tmp_path_factory.mktemp("data"))
+    vocabulary = tiny_vocabulary(folder)
+    write_set(folder / "documents", vocabulary, some_documents(vocabulary, 8))
+    return folder
 
 
 def overrides(path: Path, data: Path) -> list[str]:
-    shards = data / "data" / "train"
-    return [f"data.train={shards}", "data.validation=null", f"data.tokenizer={data / 'tokenizer.model'}",
-            f"run_dir={data / 'run'}"]  # fmt: skip
+    if path in MUG:
+        sources, tokenizer = data / "data" / "train", data / "tokenizer.model"
+    else:
+        sources, tokenizer = data / "documents", data / "vocabulary"
+    return [f"data.train={sources}", "data.validation=null", f"data.tokenizer={tokenizer}", f"run_dir={data / 'run'}"]
 
 
 def dry_run(path: Path, data: Path, capsys, *more: str) -> str:
@@ -49,10 +59,11 @@ def dry_run(path: Path, data: Path, capsys, *more: str) -> str:
 
 def test_there_is_an_example_of_every_scale():
     assert {path.stem for path in MUG} == EXPECTED
-    assert {processes(path) for path in MUG} == {1, 8, 512}
+    assert {path.stem for path in LARGE_JAM} == {"jam_2x350m_1gpu", "jam_2x350m_8gpu", "jam_2x7b_64node"}
+    assert {processes(path) for path in MUG} == {processes(path) for path in LARGE_JAM} == {1, 8, 512}
 
 
-@pytest.mark.parametrize("path", MUG, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_an_example_passes_a_dry_run_of_its_number_of_processes(path, data, capsys):
     told = dry_run(path, data, capsys)
     assert f"processes  {processes(path)} = " in told
@@ -77,7 +88,7 @@ def test_token_counts_fit_tensor_parallelism_and_fp8(path, recipe, data, capsys)
 
 
 @pytest.mark.parametrize("path", MUG, ids=lambda path: path.stem)
-def test_rates_follow_the_recipe(path):
+def test_rates_follow_the_recipe_of_mug(path):
     """MAE's and MUG's base rate of 1.5e-4 for 256 pairs, up to the batch of 4096 that it was shown for."""
     config = load_config(path)
     if path.stem in ("demo", "vit_s16_cpu"):
@@ -85,6 +96,30 @@ def test_rates_follow_the_recipe(path):
     scaled = 1.5e-4 * min(config.data.global_batch_size, 4096) / 256
     assert config.optimizer.learning_rate == pytest.approx(scaled)
     assert config.precision.dtype == "bf16" and config.checkpoint.every > 0
+
+
+@pytest.mark.parametrize("path", LARGE_JAM, ids=lambda path: path.stem)
+def test_tokens_of_a_fused_run_are_below_a_hundredth_of_the_parents(path):
+    """2.4 T + 1.4 T tokens of the 7B parents, 1.4 T of a 350M one (continued pre-training of JAM)."""
+    config = load_config(path)
+    tokens = config.train.steps * config.data.global_batch_size * config.data.context_length
+    assert 1e10 < tokens < 0.01 * (3.8e12 if "7b" in path.stem else 1.4e12)
+
+
+def test_the_table_of_the_guide_holds_what_a_dry_run_tells():
+    rows = re.findall(r"^\| `(\w+/\w+\.yaml)` \|[^|]+\| ([\d.,]+) (M|G) \| ([\d.]+) GiB \|$", LAUNCHING, re.MULTILINE)
+    assert {ROOT / "examples" / row[0] for row in rows} >= {*LARGE_JAM, *MUG} - {ROOT / "examples/mug/demo.yaml"}
+    for name, number, unit, told in rows:
+        config = resolve(load_config(ROOT / "examples" / name))
+        kind = config.model.kind
+        plan = MugPlan(config, 32000) if kind == "mug" else model_of(kind)[0](config, 56320)
+        (held,) = (parameters.stage_counts(plan, stage)[0].on_rank(plan.tensor) for stage in range(len(plan.stages)))
+        ranks = validate.data_parallel(config, processes(ROOT / "examples" / name))
+        share = config.parallel.distributed_optimizer
+        state = parameters.state_memory(held, held, config.precision.dtype, ranks, share)
+        assert told == f"{state.total / 2**30:.1f}", name
+        wanted = f"{parameters.total(plan) / 1e9:.1f}" if unit == "G" else f"{parameters.total(plan) / 1e6:,.0f}"
+        assert number == wanted, name
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
