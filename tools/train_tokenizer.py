@@ -1,39 +1,55 @@
-"""Train a SentencePiece tokenizer on the captions in shards:
+"""Train a SentencePiece tokenizer on the texts in shards:
 python tools/train_tokenizer.py PATH... --output FILE --vocab-size N
 
-PATH is a folder of indexed .tar shards, a glob or a shard. The same captions give the same file. Ids: padding 0,
-begin 1, end 2, unknown 3; bytes stand in for characters without a piece.
+PATH is a folder of .tar shards, a glob or a shard: captions where a shard is indexed, else the texts of its documents.
+The same texts give the same file. Ids: padding 0, begin 1, end 2, unknown 3; bytes stand in for characters without a
+piece.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
-from megamug.data.sources import resolve_sources
+from megamug.data.documents import iterate_texts, open_shard
+from megamug.data.shards import find_index, index_command
+from megamug.data.sources import find_shards, resolve_sources
 from megamug.data.text import MAX_TRAINING_CAPTIONS, iterate_captions, train_tokenizer
 from megamug.data.tooling import Progress, run_tool
+from megamug.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="a folder of indexed .tar shards, a glob or a shard")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="a folder of .tar shards, a glob or a shard")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the SentencePiece model to write")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces at most, 256 bytes included")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is another model")
     args = parser.parse_args()
-    sources = resolve_sources(args.paths)
-    total = min(sum(len(source) for source in sources), MAX_TRAINING_CAPTIONS)
-    progress = Progress("captions", total)
+    shards = list(dict.fromkeys(shard for path in args.paths for shard in find_shards(path)))
+    indexed = [shard for shard in shards if find_index(shard) is not None]
+    sources = resolve_sources(indexed) if indexed else []
+    documents = [open_shard(shard) for shard in shards if shard not in indexed]
+    total = sum(len(source) for source in sources) + sum(shard.count for shard in documents)
+    progress = Progress("samples", min(total, MAX_TRAINING_CAPTIONS))
+    count = 0
 
-    def captions():
-        for caption in iterate_captions(sources):
-            yield caption
+    def texts():
+        nonlocal count
+        found = itertools.chain(iterate_captions(sources) if sources else (), iterate_texts(documents))
+        for text in itertools.islice(found, MAX_TRAINING_CAPTIONS):
+            yield text
+            count += 1
             progress.update()
 
-    size = train_tokenizer(captions(), args.output, args.vocab_size, overwrite=args.overwrite)
-    asked = "" if size == args.vocab_size else f" (of {args.vocab_size} asked for: the captions have no more pieces)"
-    print(f"{args.output}: {size} pieces{asked}")
+    first = next(found := texts(), None)
+    if first is None:
+        command = index_command(args.paths)
+        raise UserError(f"{shards[0]}: no text; a shard of image-caption pairs needs its index: {command}")
+    size = train_tokenizer(itertools.chain([first], found), args.output, args.vocab_size, overwrite=args.overwrite)
+    asked = "" if size == args.vocab_size else f" (of {args.vocab_size} asked for: the texts have no more pieces)"
+    print(f"{args.output}: {size} pieces{asked}, from {count:,} texts")
 
 
 if __name__ == "__main__":

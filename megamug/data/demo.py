@@ -202,7 +202,7 @@ def make_demo_data(output: str | Path, parameters: DemoParameters, processes: in
             f"train={parameters.train}, heldout={parameters.heldout}, size={parameters.size}: "
             "both splits need a scene or more, and pictures at least 32 pixels"
         )
-    _claim(output, parameters)
+    claim_folder(output, "demo.json", parameters)
     jobs = []
     for split, total in (("train", parameters.train), ("heldout", parameters.heldout)):
         for number, start in enumerate(range(0, total, SCENES_PER_SHARD)):
@@ -216,9 +216,9 @@ def make_demo_data(output: str | Path, parameters: DemoParameters, processes: in
     return [job.path for job in jobs]
 
 
-def _claim(output: Path, parameters: DemoParameters) -> None:
-    """`demo.json` says what the folder holds; it is written before the shards."""
-    marker = output / "demo.json"
+def claim_folder(output: Path, name: str, parameters: object) -> None:
+    """File `name` says what the folder holds, the parameters (a dataclass); it is written before the shards."""
+    marker = output / name
     if marker.is_file():
         found = json.loads(marker.read_text())
         if found != asdict(parameters):

@@ -1,0 +1,36 @@
+"""Write documents for language models to train on: python tools/make_demo_documents.py OUTPUT
+
+Writes OUTPUT/{text,instructions}/{train,heldout}/*.tar: texts about the scenes of tools/make_demo_data.py, and
+instructions whose responses show a picture after each step. For tools/tokenize_documents.py; not to be indexed. The
+same arguments give the same bytes; an interrupted call is continued by repeating it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megamug.data.demo_documents import DemoDocuments, make_demo_documents
+from megamug.data.tooling import run_tool
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = DemoDocuments()
+    parser.add_argument("output", metavar="OUTPUT", help="a new folder")
+    parser.add_argument("--text", type=int, default=default.text, help="texts to train on (default %(default)s)")
+    parser.add_argument("--instructions", type=int, default=default.instructions, help="(default %(default)s)")
+    parser.add_argument("--heldout", type=int, default=default.heldout, help="held out of each (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="(default %(default)s)")
+    parser.add_argument("--size", type=int, default=default.size, help="pixels a side (default %(default)s)")
+    parser.add_argument("--processes", type=int, help="processes at work (default: one per core)")
+    args = parser.parse_args()
+    parameters = DemoDocuments(args.text, args.instructions, args.heldout, args.seed, args.size)
+    shards = make_demo_documents(args.output, parameters, args.processes)
+    print(
+        f"{args.output}: {args.text} texts and {args.instructions} instructions to train on, {args.heldout} of each "
+        f"held out, in {len(shards)} shards"
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)
