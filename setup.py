@@ -26,6 +26,7 @@ KERNELS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     KERNELS["avx2"] = ["-mavx2", "-mfma"]
     KERNELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    KERNELS["avx512_bf16"] = [*KERNELS["avx512"], "-mavx512bf16"]
 CUDA_ARCHITECTURES = ("80", "90")
 
 
@@ -68,7 +69,10 @@ def build_cpu(compiler: str, include: list[str], libtorch: Path, objects: Path, 
     common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS, *TARGET, *include]
     # Sums keep their order, infinities and NaN their meaning: these flags only free the compiler from errno and traps.
     arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
-    jobs = [[*common, "-c", str(SOURCES / "cpu/operators.cpp"), "-o", str(objects / "operators.o")]]
+    jobs = [
+        [*common, "-c", str(SOURCES / f"cpu/{name}.cpp"), "-o", str(objects / f"{name}.o")]
+        for name in ("operators", "attention")
+    ]
     for name, flags in KERNELS.items():
         source, result = SOURCES / f"cpu/kernels_{name}.cpp", objects / f"kernels_{name}.o"
         jobs.append([*common, *arithmetic, *flags, "-c", str(source), "-o", str(result)])

@@ -39,6 +39,25 @@ struct Patches {
   float scale[3], shift[3];  // of a pixel: value * scale + shift
 };
 
+// A tensor [tokens, batch, heads, width] whose last axis is contiguous; strides in elements.
+struct Heads {
+  void* data;
+  int64_t token, batch, head;
+};
+
+struct Attention {
+  Dtype dtype;  // float32 or bfloat16, of all but logsumexp
+  int64_t queries, keys, batch, heads, key_heads, width;
+  float scale;
+  bool causal;  // query i sees keys 0 to i
+  const int32_t* first;  // [batch, queries]: the first key a query sees, not falling along a row; null: all see key 0
+  Heads query, key, value, context;
+  float* logsumexp;  // [batch, heads, queries]
+  Heads context_gradient, query_gradient, key_gradient, value_gradient;  // of backward alone
+};
+
+constexpr int64_t kQueryBlock = 64;  // queries of one task of attention_forward
+
 struct Kernels {
   const char* name;
   // `column[row]`: the target's column in this slice, or -1 where another rank owns it
@@ -46,8 +65,17 @@ struct Kernels {
   void (*gradient)(const Rows&, const int64_t* column, const Gradient&, int64_t begin, int64_t end);
   // One masked patch: mean squared error; the gradient of that error goes to row `row` of `gradient`.
   float (*patch)(const Patches&, float* scratch, int64_t image, int64_t patch, int64_t row);
+  // Bytes of scratch, aligned to 64, that a thread of the next two needs.
+  int64_t (*attention_scratch)(const Attention&, bool backward);
+  // Tasks are (batch, head, block of queries) in this order, the last one fastest.
+  void (*attention_forward)(const Attention&, void* scratch, int64_t begin, int64_t end);
+  // Tasks are (batch, head of keys).
+  void (*attention_backward)(const Attention&, void* scratch, int64_t begin, int64_t end);
 };
 
-extern const Kernels kernels_generic, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_generic, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+
+// The widest instruction set of this machine; MEGAMUG_CPU_KERNELS=generic|avx2|avx512|avx512_bf16 asks for a narrower one.
+const Kernels& kernels();
 
 }  // namespace megamug

@@ -3,6 +3,8 @@
 // ARM. No standard header with inline functions may come in here: the linker would keep one copy for all instruction sets.
 #include "vectors.inl"
 
+#include "attention.inl"
+
 namespace megamug {
 namespace {
 
@@ -117,15 +119,6 @@ void gradient_of(const Rows& rows, const int64_t* column, const Gradient& g, int
 // ---- masked patch ----
 
 // Planes to pixels: lane i of part k of the interleaved row is channel (k W + i) % 3 of pixel (k W + i) / 3.
-template <int... i>
-struct Lanes {};
-template <int n, int... i>
-struct MakeLanes : MakeLanes<n - 1, n - 1, i...> {};
-template <int... i>
-struct MakeLanes<0, i...> {
-  typedef Lanes<i...> type;
-};
-
 template <int k, int... i>
 inline vfloat interleaved(vfloat red, vfloat green, vfloat blue, Lanes<i...>) {
   const vfloat two = __builtin_shufflevector(red, green, ((k * WIDTH + i) % 3 == 1 ? WIDTH : 0) + (k * WIDTH + i) / 3 ...);
@@ -248,6 +241,7 @@ void gradient(const Rows& rows, const int64_t* column, const Gradient& g, int64_
 
 }  // namespace
 
-const Kernels TABLE = {TABLE_NAME, statistics, gradient, patch};
+const Kernels TABLE = {TABLE_NAME,        statistics,        gradient,          patch,
+                       attention_scratch, attention_forward, attention_backward};
 
 }  // namespace megamug

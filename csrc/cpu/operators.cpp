@@ -10,24 +10,26 @@
 #include "kernels.h"
 
 namespace megamug {
-namespace {
 
-// The widest instruction set of this machine; MEGAMUG_CPU_KERNELS=generic|avx2|avx512 asks for a narrower one.
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const char* wish = std::getenv("MEGAMUG_CPU_KERNELS");
+    const auto allowed = [wish](const char* name) { return !wish || !std::strcmp(wish, name); };
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx512 && (!wish || !std::strcmp(wish, "avx512"))) return kernels_avx512;
-    if (avx2 && (!wish || std::strcmp(wish, "generic"))) return kernels_avx2;
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512_bf16")) return kernels_avx512_bf16;
+    if (avx512 && (allowed("avx512") || allowed("avx512_bf16"))) return kernels_avx512;
+    if (avx2 && !(wish && !std::strcmp(wish, "generic"))) return kernels_avx2;
 #endif
     return kernels_generic;
   }();
   return chosen;
 }
+
+namespace {
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #if !defined(__clang__)  // GCC takes the deliberately undefined operand in its own AVX-512 header for a mistake
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #endif
 
@@ -21,6 +22,16 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * WIDTH)));
 constexpr float kInfinity = __builtin_inff();
 
 inline vfloat splat(float x) { return x - vfloat{}; }
+
+// The numbers 0 to n - 1 as template arguments: lanes of a shuffle.
+template <int... i>
+struct Lanes {};
+template <int n, int... i>
+struct MakeLanes : MakeLanes<n - 1, n - 1, i...> {};
+template <int... i>
+struct MakeLanes<0, i...> {
+  typedef Lanes<i...> type;
+};
 
 inline float horizontal_sum(vfloat x) {
   float total = 0;
@@ -39,11 +50,11 @@ inline vfloat larger(vfloat a, vfloat b) {
 #endif
 }
 
-// exp for x <= 88 (what is larger is not defined): 2^n 2^f with x log2(e) = n + f, |f| <= 1/2, and a polynomial for 2^f
-// with the least relative error (1.1e-7) that is exactly 1 at 0. The rounding of x log2(e) adds |x| 6e-8. -inf gives 0,
-// results under 2^-126 give 0 or a subnormal number, NaN stays NaN.
-inline vfloat exp(vfloat x) {
-  const vfloat t = larger(splat(-150.0f), x * 1.44269504088896341f);
+// 2^x for x <= 127 (what is larger is not defined): 2^n 2^f with x = n + f, |f| <= 1/2, and a polynomial for 2^f with the
+// least relative error (1.1e-7) that is exactly 1 at 0. -inf gives 0, results under 2^-126 give 0 or a subnormal number,
+// NaN stays NaN.
+inline vfloat exp2(vfloat x) {
+  const vfloat t = larger(splat(-150.0f), x);
 #if WIDTH == 16 && defined(__AVX512F__)
   const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -63,6 +74,9 @@ inline vfloat exp(vfloat x) {
   return t < -126.0f ? vfloat{} : p * power;
 #endif
 }
+
+// exp for x <= 88. The rounding of x log2(e) adds |x| 6e-8 to the error of exp2.
+inline vfloat exp(vfloat x) { return exp2(x * 1.44269504088896341f); }
 
 // ---- element types: load and store a vector, or its first `count` elements ----
 

@@ -1,4 +1,6 @@
-"""The one door to the compiled losses: loads the libraries built from `csrc/`, registers fakes and autograd rules.
+"""The one door to the compiled kernels: loads the libraries built from `csrc/`, registers fakes and autograd rules.
+
+Most are losses; the CPU library also has the attention that `megamug/models/cpu_attention.py` calls.
 
 The schemas are in `csrc/cpu/operators.cpp`. The CPU library holds the schemas and the CPU kernels; the CUDA library
 adds kernels and is loaded only where torch has CUDA. Loading happens on import, so that a first call under
@@ -30,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Libraries:
-    """What of the compiled losses is at hand. `reason` says what they are, or why they are missing."""
+    """What of the compiled kernels is at hand. `reason` says what they are, or why they are missing."""
 
     cpu: bool
     cuda: bool
@@ -196,6 +198,26 @@ def _masked_patch_backward(ctx, grad: Tensor | None, _):
     return None, gradient, *[None] * 6
 
 
+# ---- attention ----
+
+
+def _attention_setup(ctx, inputs, output) -> None:
+    query, key, value, ctx.causal, ctx.scale, segments = inputs
+    ctx.save_for_backward(query, key, value, *output, segments)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, gradient: Tensor | None, _):
+    if gradient is None:
+        return (None,) * 6
+    *tensors, segments = ctx.saved_tensors
+    if gradient.stride(-1) != 1:
+        gradient = gradient.contiguous()
+    gradients = torch.ops.megamug.attention_backward(gradient, *tensors, ctx.causal, ctx.scale, segments)
+    return *gradients, None, None, None
+
+
 def _is_eager(tensor: Tensor) -> bool:
     """False where a graph is being traced (fake and functional tensors are subclasses): nothing is mutated there."""
     return type(tensor) is Tensor
@@ -230,8 +252,18 @@ def _register() -> None:
         shape = (predictions.shape[0] if with_gradient else 0, *predictions.shape[1:])
         return predictions.new_empty((), dtype=torch.float32), predictions.new_empty(shape)
 
+    @library.register_fake("megamug::attention_forward")
+    def _(query, *_):
+        s, b, n, _width = query.shape
+        return query.new_empty(query.shape), query.new_empty((b, n, s), dtype=torch.float32)
+
+    @library.register_fake("megamug::attention_backward")
+    def _(gradient, query, key, value, *_):
+        return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
     library.register_autograd("megamug::cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_setup)
     library.register_autograd("megamug::masked_patch", _masked_patch_backward, setup_context=_masked_patch_setup)
+    library.register_autograd("megamug::attention_forward", _attention_backward, setup_context=_attention_setup)
 
 
 _LIBRARIES = _load()

@@ -1,8 +1,8 @@
-"""Attention for bfloat16 on a CPU, from batched matrix products.
+"""Attention on a CPU by the compiled kernels of `csrc/` (operators `megamug::attention_forward`, `attention_backward`).
 
-torch's fused CPU attention has a bfloat16 backward that takes 2 to 8 times the time of these products at the lengths
-of an image encoder (17 to 197 tokens; docs/benchmarks/mug-cpu.md). As in the fused form, the probabilities are not
-kept: backward computes them again.
+Scores and probabilities stay in the processor's cache, head by head; backward computes them again from each query's
+logsumexp (Dao et al., arXiv 2205.14135). `LocalAttention` calls this where `pays` says so and torch's
+scaled_dot_product_attention otherwise; docs/benchmarks/mug-cpu.md has the times of both.
 """
 
 from __future__ import annotations
@@ -10,44 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LONGEST = 512  # keys; beyond, the probabilities of one layer are too large to hold even for a moment
+from megamug.losses import ops
+
+WIDEST = 256  # numbers in a head
+FEW = 16  # float32 queries, below which torch reads the keys faster than the kernels pack them
 
 
-def pays(query: Tensor, key: Tensor) -> bool:
-    """Whether this form is the faster one: bfloat16 on a CPU, with a backward to come."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and len(key) <= LONGEST
+def pays(query: Tensor) -> bool:
+    """Whether the kernels take these queries [s, b, n, d], and faster than torch would."""
+    if query.device.type != "cpu" or not ops.libraries().cpu or query.shape[-1] > WIDEST:
+        return False
+    return query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and len(query) >= FEW)
 
 
-class BmmAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v. Arguments and result as `LocalAttention.forward`; `causal` hides later keys."""
+def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, segments: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, differentiable: query [s, b, n, d], key and value [t, b, m, d] -> [s, b, n * d].
 
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        s, b, n, d = query.shape
-        # Products of strided bfloat16 batches are slow: one copy each to [b * n, s, d].
-        query, key, value = (x.flatten(1, 2).transpose(0, 1).contiguous() for x in (query, key, value))
-        ctx.save_for_backward(query, key, value)
-        ctx.sizes, ctx.causal = (s, b, n, d), causal
-        context = torch.bmm(_probabilities(query, key, causal), value)
-        return context.transpose(0, 1).reshape(s, b, n * d)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value = ctx.saved_tensors
-        s, b, n, d = ctx.sizes
-        gradient = gradient.reshape(s, b * n, d).transpose(0, 1).contiguous()
-        probabilities = _probabilities(query, key, ctx.causal)
-        of_value = torch.bmm(probabilities.transpose(1, 2), gradient)
-        of_probabilities = torch.bmm(gradient, value.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-        of_scores.mul_(d**-0.5)
-        of_query, of_key = torch.bmm(of_scores, key), torch.bmm(of_scores.transpose(1, 2), query)
-        return *(x.transpose(0, 1).reshape(-1, b, n, d) for x in (of_query, of_key, of_value)), None
-
-
-def _probabilities(query: Tensor, key: Tensor, causal: bool) -> Tensor:
-    """[b * n, s, d], [b * n, t, d] -> [b * n, s, t]."""
-    scores = torch.bmm(query, key.transpose(1, 2)).mul_(query.shape[-1] ** -0.5)
-    if causal:
-        scores.masked_fill_(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), float("-inf"))
-    return scores.softmax(dim=-1)
+    bfloat16 or float32, summed in float32. n is a multiple of m: query head i reads key head i // (n / m). Strides are
+    free but for the last axis. `causal`: query i sees keys 0 to i. `segments` int32 [b, s] (causal only): a query sees
+    only keys of its own document, documents being runs of one number along a row.
+    Raises RuntimeError where the tensors do not fit.
+    """
+    context, _ = torch.ops.megamug.attention_forward(query, key, value, causal, query.shape[-1] ** -0.5, segments)
+    return context.flatten(2)

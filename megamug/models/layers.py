@@ -71,7 +71,7 @@ class KeyValueCache:
 
 
 class LocalAttention(nn.Module):
-    """softmax(q k / sqrt(d)) v by torch's scaled_dot_product_attention: no score matrix in memory."""
+    """softmax(q k / sqrt(d)) v, no score matrix in memory: by the kernels of `csrc/` where they pay, or by torch."""
 
     cache: KeyValueCache | None = None  # while text is written token by token
 
@@ -88,15 +88,17 @@ class LocalAttention(nn.Module):
         """
         if self.cache is not None:
             key, value = self.cache.append(key, value)
+        dropped = self.dropout and self.training
+        # One query against cached keys sees all of them: causality is in what the cache holds.
+        causal = self.causal and len(query) > 1
+        fits = attention_mask is not None or not causal or len(query) == len(key)
+        assert fits, "several tokens at once only into an empty cache"
+        if attention_mask is None and not dropped and cpu_attention.pays(query):
+            return cpu_attention.attention(query, key, value, causal)
         if key.shape[2] != query.shape[2]:
             key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
         if attention_mask is not None:
             return self._attend(query, key, value, attn_mask=attention_mask.logical_not())
-        # One query against cached keys sees all of them: causality is in what the cache holds.
-        causal = self.causal and len(query) > 1
-        assert not causal or len(query) == len(key), "several tokens at once only into an empty cache"
-        if cpu_attention.pays(query, key) and not (self.dropout and self.training):
-            return cpu_attention.BmmAttention.apply(query, key, value, causal)
         return self._attend(query, key, value, is_causal=causal)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
