@@ -8,7 +8,6 @@ Options beside the sections of the configuration:
                  `micro_batches(step, plan, config, world) -> (batches, totals)`; default tests.distributed.mug_case
     steps, first steps first + 1 .. steps are done (10, 0)
     load, save   checkpoint folders (tensors alone)
-    initial      path for `model.initial`: its weights are loaded first
     gradients    FILE: the first step's gradient of every parameter by global name, before clipping
     freeze       regular expression: parameters whose global name it finds stay as they are
     validate     the losses of a forward pass at the end
@@ -90,7 +89,7 @@ def run(options: dict) -> None:
     from megamug.distributed import cpu_backend
 
     cpu_backend.apply()
-    from megamug.checkpoint import initial, state
+    from megamug.checkpoint import state
     from megamug.optim import Optimizer, wrap_chunks
     from megamug.pipeline import reduce_losses, run_batch
 
@@ -99,9 +98,6 @@ def run(options: dict) -> None:
     world = setup.start(config.parallel, config.seed, plan.vocabulary_stages)
     task.join(world)
     chunks = task.build(world)
-    if options.get("initial"):
-        config.model.initial = options["initial"]
-        initial.load(config, chunks, world)
     if options.get("freeze"):
         freeze(chunks, options["freeze"])
     models = wrap_chunks(chunks, config)

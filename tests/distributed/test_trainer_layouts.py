@@ -20,7 +20,7 @@ STEPS, BATCH = 10, 12
 # (processes, layout, step to stop after, rank that is told to): 5 steps an epoch, so the third leg begins in mid-epoch.
 LEGS = [
     (2, ["parallel.tensor=2"], 2, 1),
-    (2, ["parallel.pipeline=2"], 4, 0),
+    (2, ["parallel.pipeline=2", "parallel.virtual=2"], 4, 0),
     (2, ["parallel.distributed_optimizer=true", "checkpoint.asynchronous=true", "checkpoint.every=1"], 7, 1),
     (1, [], None, 0),
 ]

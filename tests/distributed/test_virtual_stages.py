@@ -40,7 +40,7 @@ def worst(records: list, reference: list) -> float:
 
 
 def assert_same_gradients(file: Path, expected: Path) -> None:
-    """Each parameter's gradient to 1e-5 of its norm (of 1e-4 of the whole gradient's, where it is smaller than that)."""
+    """Each parameter's gradient to 1e-5 of its norm (of 1e-4 of the whole gradient's, where that is larger)."""
     mine, other = torch.load(file), torch.load(expected)
     assert mine.keys() == other.keys() and len(mine) > 20
     floor = 1e-4 * torch.stack([g.norm() for g in other.values()]).norm()
