@@ -6,32 +6,11 @@
 namespace megamug {
 namespace {
 
-constexpr int64_t kKeyPanel = 96;  // tokens of a packed panel of keys: whole tiles, and strides that spread over the cache
-constexpr int64_t kKeyBlock = 2 * kKeyPanel;  // keys at a time: scores of a block of queries stay in the second-level cache
-constexpr int64_t kPrefetched = 512;  // tokens of a head that are asked for ahead; of longer ones this hides nothing more
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr int64_t kKeyPanel = 96;  // tokens of a packed panel of keys: whole tiles; strides that spread over the cache
+constexpr int64_t kKeyBlock = 4 * kKeyPanel;  // keys at a time: their scores stay in the second-level cache
+constexpr float kLog2e = 1.44269504088896341f;
 
 // ---- what both directions share ----
-
-inline const char* bytes_at(const Heads& h, int64_t token, int64_t batch, int64_t head, int64_t element) {
-  return static_cast<const char*>(h.data) + (token * h.token + batch * h.batch + head * h.head) * element;
-}
-template <class T>
-inline typename T::type* row_of(const Heads& h, int64_t token, int64_t batch, int64_t head) {
-  return (typename T::type*)bytes_at(h, token, batch, head, sizeof(typename T::type));
-}
-
-// A head's tokens lie far apart, nothing the processor foresees: they are asked for while the head before is computed.
-// `index` counts through the heads of all samples, `heads` of each.
-template <class T>
-inline void prefetch(const Heads& h, int64_t token, int64_t count, int64_t index, int64_t heads, int64_t width) {
-  const int64_t bytes = width * sizeof(typename T::type);
-  for (int64_t i = 0; i < least(count, kPrefetched); i++) {
-    const char* row = (const char*)row_of<T>(h, token + i, index / heads, index % heads);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-    __builtin_prefetch(row + bytes - 1, 0, 2);
-  }
-}
 
 // Hands out parts of the scratch; from a null pointer it counts what is needed.
 struct Arena {
@@ -99,14 +78,6 @@ void pack_panels(const Attention& a, const Heads& h, int64_t batch, int64_t head
   for (int64_t key = 0; key < a.keys; key += kKeyPanel)
     pack_across<T, U>(row_of<T>(h, key, batch, head), h.token, least(kKeyPanel, a.keys - key), a.width,
                       out + key * units, kKeyPanel);
-}
-
-// A row of sums, scaled, into a tensor.
-template <class T>
-inline void write_row(const float* sums, float scale, int64_t width, typename T::type* out) {
-  int64_t j = 0;
-  for (; j + WIDTH <= width; j += WIDTH) store<T>(out + j, vector_at<vfloat>(sums + j) * scale);
-  if (j < width) store_first<T>(out + j, vector_at<vfloat>(sums + j) * scale, width - j);
 }
 
 struct Sizes {

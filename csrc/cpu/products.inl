@@ -129,7 +129,26 @@ void product(int64_t rows, int64_t columns, int64_t depth, const typename U::uni
   }
 }
 
-// ---- packing ----
+// ---- tokens, and their packing ----
+
+template <class T>
+inline typename T::type* row_of(const Heads& h, int64_t token, int64_t batch, int64_t head) {
+  return static_cast<typename T::type*>(h.data) + token * h.token + batch * h.batch + head * h.head;
+}
+
+constexpr int64_t kPrefetched = 512;  // tokens of a head that are asked for ahead; of longer ones this hides nothing more
+
+// A head's tokens lie far apart, nothing the processor foresees: they are asked for while the head before is computed.
+// `index` counts through the heads of all samples, `heads` of each.
+template <class T>
+inline void prefetch(const Heads& h, int64_t token, int64_t count, int64_t index, int64_t heads, int64_t width) {
+  const int64_t bytes = width * sizeof(typename T::type);
+  for (int64_t i = 0; i < least(count, kPrefetched); i++) {
+    const char* row = (const char*)row_of<T>(h, token + i, index / heads, index % heads);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+    __builtin_prefetch(row + bytes - 1, 0, 2);
+  }
+}
 
 // One vector of units from the next values of a token, the first `count` of them, zeros behind.
 template <class T, class U>
@@ -205,6 +224,14 @@ void pack_down(const typename T::type* tokens, int64_t token_stride, int64_t cou
 #endif
       }
     }
+}
+
+// A row of sums, scaled, into a tensor.
+template <class T>
+inline void write_row(const float* sums, float scale, int64_t width, typename T::type* out) {
+  int64_t j = 0;
+  for (; j + WIDTH <= width; j += WIDTH) store<T>(out + j, vector_at<vfloat>(sums + j) * scale);
+  if (j < width) store_first<T>(out + j, vector_at<vfloat>(sums + j) * scale, width - j);
 }
 
 }  // namespace

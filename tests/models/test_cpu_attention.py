@@ -138,8 +138,8 @@ def test_narrower_instruction_sets(kernels):
         pytest.skip(f"this processor has no {kernels}")
     environment = {**os.environ, "MEGAMUG_CPU_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run([*command, "-k", "formula or documents or asked"], env=environment, cwd=ROOT, capture_output=True,
-                            text=True)  # fmt: skip
+    command += ["-k", "formula or documents or asked"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
