@@ -109,6 +109,10 @@ class TensorReader:
         for name in self.names:
             yield LazyTensor(name, self.shape(name), self.dtype(name), lambda name=name: self.read(name))
 
+    def state(self) -> dict:
+        """`state.json`: step, cursor, identity, and `origin` of a run that was not trained here."""
+        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._stored:
             raise UserError(f"{self.folder} has no tensor {name}; see python tools/inspect_checkpoint.py {self.folder}")
@@ -144,14 +148,16 @@ def write_run(
     config: Config,
     tensors: Iterable[LazyTensor],
     identity: dict | None = None,
+    origin: dict | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> Path:
     """Writes RUN/config.yaml and the complete checkpoint `step-00000000`, which holds `tensors` and no optimizer state.
 
     Each tensor is made, written and let go before the next one is made. `identity` (what the task compares before it
-    goes on with a run: vocabulary, arithmetic) defaults to no tokenizer and the configured dtype. Returns the folder of
-    the checkpoint; `model.initial` and `load_run` read it. Raises UserError where the folder holds another run,
-    OSError where the disk fails: no checkpoint is visible then.
+    goes on with a run: vocabulary, arithmetic) defaults to no tokenizer and the configured dtype; `origin` says where
+    the weights are from. Returns the folder of the checkpoint; `model.initial` and `load_run` read it.
+
+    Raises UserError where the folder holds another run, OSError where the disk fails: no checkpoint is visible then.
     """
     run_dir = Path(run_dir)
     config = dataclasses.replace(config, run_dir=str(run_dir))
@@ -165,6 +171,7 @@ def write_run(
     state = {
         "step": 0, "updates": 0, "cursor": None, "weights_only": True,
         "identity": identity or {"data.tokenizer": None, "precision.dtype": config.precision.dtype},
+        "origin": origin or {},
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     return store.commit(0)

@@ -6,7 +6,9 @@ the largest parameter. Keys that one side has and the other does not know end th
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,20 +39,23 @@ def to_megamug(
     Raises UserError: unknown or missing keys that `allow` (names or patterns) does not name, shapes or positions that
     differ, a model that megamug does not have, a damaged or hostile file, a `run_dir` that holds a run.
     """
-    view, overrides = View(ForeignTensors(source), form.canonical), list(overrides)
+    view, overrides, allow = View(ForeignTensors(source), form.canonical), list(overrides), list(allow)
     config = _configure(form, view, overrides)
-    rows, fixed = form.rows(config), form.fixed(config)
-    wanted = [name for row in rows for name in row.theirs] + list(fixed)
+    vocabulary = form.vocabulary(view)
+    rows, fixed = form.rows(config, vocabulary), form.fixed(config)
+    wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
     missing = [name for name in wanted if name not in view]
-    unknown = [name for name in view.actual if name not in set(wanted)]
-    _refuse(missing, unknown, allow, f"{source} as {form.name}")
-    remarks = _remark("drawn anew (missing in the source)", [r.ours for r in rows if set(r.theirs) & set(missing)])
-    remarks += _remark("left out", unknown)
-    remarks += _compare_fixed(view, fixed, allow)
-    tensors = []
+    unknown = [name for name in view.actual if name not in wanted and not re.search(form.ignored, name)]
+    shapes = _new_parameters(form, config, {row.ours for row in rows})
+    _refuse(missing + list(shapes), unknown, allow, f"{source} as {form.name}")
     for row in rows:
         if set(row.theirs) & set(missing):
-            tensors.append(_drawn(row, config))
+            shapes[row.ours] = row.shape
+    remarks = _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
+    remarks += _compare_fixed(view, fixed, allow)
+    tensors = [_drawn(name, shape, config) for name, shape in shapes.items()]
+    for row in rows:
+        if row.ours in shapes:
             continue
         for name, shape in row.their_shapes().items():
             if view.shape(name) != shape:
@@ -61,7 +66,7 @@ def to_megamug(
         tensors.append(_turned(row, view))
     if any(view.dtype(name) == torch.float16 for name in view.actual):
         remarks.append("float16 became float32: megamug computes in fp32 or bf16")
-    write_run(run_dir, config, tensors)
+    write_run(run_dir, config, tensors, origin={"format": form.name, "vocabulary": vocabulary})
     return remarks
 
 
@@ -78,7 +83,8 @@ def from_megamug(
     config = config_of(reader)
     if config.model.kind != form.kind:
         raise UserError(f"{source} is a model of kind {config.model.kind}; {form.name} is one of kind {form.kind}")
-    rows = form.rows(config)
+    vocabulary = _vocabulary(form, reader, config)
+    rows = form.rows(config, vocabulary)
     wanted = {row.ours for row in rows}
     missing = [row.ours for row in rows if row.ours not in reader]
     outside = [name for name in reader.names if not name.startswith(form.parts)]
@@ -100,7 +106,7 @@ def from_megamug(
         tensors.append(LazyTensor(
             form.spelled(name), tuple(make().shape), dtype, lambda make=make, dtype=dtype: make().to(dtype)
         ))  # fmt: skip
-    write_folder(output, tensors, max_shard_bytes, form.files(config))
+    write_folder(output, tensors, max_shard_bytes, form.files(config, vocabulary))
     return remarks
 
 
@@ -110,6 +116,42 @@ def config_of(reader: TensorReader) -> Config:
     if not path.is_file():
         raise UserError(f"{path} is missing: a checkpoint is converted where it lies, in its run folder")
     return resolve(load_config(path))
+
+
+def _vocabulary(form: Format, reader: TensorReader, config: Config) -> int:
+    """Rows of the vocabulary without padding: of the model it was converted from, or of its vocabulary folder."""
+    if config.model.kind == "mug":
+        return 0
+    known = reader.state().get("origin", {}).get("vocabulary")
+    if known:
+        return int(known)
+    from megamug.data.vocabulary import Vocabulary
+
+    return Vocabulary.load(config.data.tokenizer).size
+
+
+def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of MUG's decoders that the configuration has and the format does not."""
+    model = config.model
+    wanted = {"image_decoder.": model.image_loss_weight > 0, "text_decoder.": model.caption_loss_weight > 0}
+    wanted = {part for part, used in wanted.items() if used and not any(name.startswith(part) for name in covered)}
+    if model.kind != "mug" or not wanted:
+        return {}
+    from megamug.checkpoint.state import entries_of
+    from megamug.distributed import cpu_backend, setup
+    from megamug.inference import one_process
+    from megamug.models.tasks import make_task
+
+    config = one_process(copy.deepcopy(config))
+    cpu_backend.apply()
+    task = make_task(config)
+    world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
+    try:
+        task.join(world)
+        entries = entries_of(task.build(world, initialised=False))
+    finally:
+        setup.stop()
+    return {e.key: tuple(e.global_shape) for e in entries if e.key.startswith(tuple(wanted))}
 
 
 def _configure(form: Format, view: View, overrides: list[str]) -> Config:
@@ -186,7 +228,53 @@ def _turned(row: Row, view: View) -> LazyTensor:
     return LazyTensor(row.ours, row.shape, dtype, read)
 
 
-def _drawn(row: Row, config: Config) -> LazyTensor:
+def _drawn(name: str, shape: tuple[int, ...], config: Config) -> LazyTensor:
+    """As a new run would draw it."""
     from megamug.models.init import draw
 
-    return LazyTensor(row.ours, row.shape, torch.float32, lambda: draw(row.ours, row.shape, config.seed))
+    std = config.lm.init_std if config.model.kind == "decoder_lm" else None
+    return LazyTensor(name, shape, torch.float32, lambda: draw(name, shape, config.seed, std))
+
+
+def image_tokenizer_to_megamug(
+    layout: str, source: str | Path, output: str | Path, overrides: Iterable[str] = ()
+) -> list[str]:
+    """Writes the image tokenizer folder `output` from another project's file. `overrides`: image_size=PIXELS, which
+    parameters do not tell (needed), normalise_codes=BOOL, norm_groups=NUMBER. Raises UserError."""
+    from megamug.convert.image_tokenizer import find_layout, import_image_tokenizer
+
+    given = dict(override.partition("=")[::2] for override in overrides)
+    options = {}
+    for key, value in given.items():
+        if key == "normalise_codes" and value in ("true", "false"):
+            options[key] = value == "true"
+        elif key in ("image_size", "norm_groups") and value.isdecimal() and int(value):
+            options[key] = int(value)
+        else:
+            raise UserError(
+                f"--config {key}={value}: of an image tokenizer image_size=PIXELS, normalise_codes=true|false and "
+                "norm_groups=NUMBER can be said"
+            )
+    if "image_size" not in options:
+        raise UserError("the side of the images is not in the file; say it: --config image_size=PIXELS")
+    if Path(output).exists():
+        raise UserError(f"{output} exists; choose another folder, or remove it")
+    found, _ = find_layout(ForeignTensors(source).names)
+    if found != layout:
+        raise UserError(f"{source} is laid out as {found}, not {layout}: --from vq_{found}")
+    tokenizer = import_image_tokenizer(source, output, **options)
+    return [f"{tokenizer.config.codes} codes, {tokenizer.config.grid} x {tokenizer.config.grid} of an image"]
+
+
+def image_tokenizer_from_megamug(
+    layout: str, source: str | Path, output: str | Path, max_shard_bytes: int = SHARD_BYTES
+) -> list[str]:
+    """Writes the folder `output` in a layout of another project from an image tokenizer folder. Raises UserError."""
+    from megamug.convert.image_tokenizer import foreign_config, to_foreign
+    from megamug.models.image_tokenizer import ImageTokenizer
+
+    tokenizer = ImageTokenizer.load(source)
+    foreign = to_foreign(tokenizer.config, dict(tokenizer.state_dict()), layout)
+    tensors = [LazyTensor(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in foreign.items()]
+    write_folder(output, tensors, max_shard_bytes, {"config.json": foreign_config(tokenizer.config, layout)})
+    return ["the codes became unit vectors, as which they are used"] if tokenizer.config.normalise_codes else []

@@ -42,11 +42,13 @@ class Format:
     """A foreign format.
 
     `settings(view)`: the configuration keys that the checkpoint tells, such as {"model.layers": 12}; raises UserError
-    where it tells of a model that megamug does not have. `rows(config)`: the table, for a resolved configuration.
-    `fixed(config)`: tables that megamug computes and the format stores; compared when read, written when written.
-    `files(config)`: JSON files to write beside the tensors. `parts`: beginnings of the megamug names that the format
-    has a place for. `canonical` turns the names of the format's older spellings into the table's, `spelled` the table's
-    names into those that are written.
+    where it tells of a model that megamug does not have. `rows(config, vocabulary)`: the table, for a resolved
+    configuration and the rows of the vocabulary (0 without one); raises UserError for a model that the format does not
+    have. `fixed(config)`: tables that megamug computes and the format stores; compared when read, written when written.
+    `files(config, vocabulary)`: JSON files to write beside the tensors. `vocabulary(view)`: rows of its vocabulary.
+    `parts`: beginnings of the megamug names that the format has a place for. `ignored`: a pattern of buffers that
+    libraries store and compute anew. `canonical` turns the names of the format's older spellings into the table's,
+    `spelled` the table's names into those that are written.
     """
 
     name: str
@@ -54,8 +56,10 @@ class Format:
     kind: str  # model.kind
     parts: tuple[str, ...]
     settings: Callable[[View], dict[str, object]]
-    rows: Callable[[Config], list[Row]]
+    rows: Callable[[Config, int], list[Row]]
     fixed: Callable[[Config], dict[str, Callable[[], Tensor]]] = lambda config: {}
-    files: Callable[[Config], dict[str, dict]] = lambda config: {}
+    files: Callable[[Config, int], dict[str, dict]] = lambda config, vocabulary: {}
+    vocabulary: Callable[[View], int] = lambda view: 0
+    ignored: str = "(?!)"  # nothing
     canonical: Callable[[str], str] = as_it_is
     spelled: Callable[[str], str] = as_it_is

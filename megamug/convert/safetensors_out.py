@@ -83,9 +83,12 @@ def write_file(path: Path, tensors: Sequence[LazyTensor]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for lazy in tensors:
-            tensor = lazy.read().detach().contiguous()
-            assert tuple(tensor.shape) == tuple(lazy.shape) and tensor.dtype == lazy.dtype, lazy.name
-            if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(_bytes_of(lazy))  # in one expression: no name holds on to it while the next one is made
         file.flush()
         os.fsync(file.fileno())
+
+
+def _bytes_of(lazy: LazyTensor) -> memoryview:
+    tensor = lazy.read().detach().contiguous()
+    assert tuple(tensor.shape) == tuple(lazy.shape) and tensor.dtype == lazy.dtype, lazy.name
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

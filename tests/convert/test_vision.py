@@ -14,7 +14,16 @@ from megamug.convert.conversion import from_megamug, to_megamug
 from megamug.convert.registry import FORMATS
 from megamug.models.layers import sincos_positions
 from tests.convert.common import (
-    PATCH, SIZE, assert_same_bits, batch, features, image_loss, images, normalised, shaken, tensors_in,
+    PATCH,
+    SIZE,
+    assert_same_bits,
+    batch,
+    features,
+    image_loss,
+    images,
+    normalised,
+    shaken,
+    tensors_in,
 )  # fmt: skip
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `dev`)")

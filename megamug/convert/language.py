@@ -1,0 +1,103 @@
+"""transformers' LlamaForCausalLM and OPTForCausalLM, and DecoderLM. The tables are in `llama` and `opt`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from types import ModuleType
+
+from megamug.config import Config, TowerConfig
+from megamug.convert import llama, opt
+from megamug.convert.formats import Format, View
+from megamug.convert.parts import VOCABULARY_MULTIPLE
+from megamug.convert.table import Row
+from megamug.errors import UserError
+from megamug.sections import DataConfig
+
+PARTS = ("embedding.", "stack.", "output_layer.")
+
+
+def settings(module: ModuleType, view: View) -> dict[str, object]:
+    """The tower that config.json tells of, and rows no longer than its positions."""
+    if not view.config:
+        raise UserError(f"{view.source.path}: there is no config.json beside the tensors; copy the whole folder")
+    try:
+        tower = module.tower_config(view.config)
+    except KeyError as error:
+        raise UserError(f"{view.source.path}: its config.json does not say {error}; copy the whole folder") from None
+    context = min(DataConfig().context_length, tower.max_positions)
+    found = {"model.kind": "decoder_lm", "data.context_length": context}
+    return found | {f"lm.{key}": value for key, value in asdict(tower).items() if value is not None}
+
+
+def rows(module: ModuleType, config: Config, vocabulary: int) -> list[Row]:
+    from megamug.models.jam_plan import tower_shapes
+
+    tower, padded = config.lm, -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    _check(module, tower)
+    shapes = tower_shapes(tower, padded)
+    if not tower.tie_vocabulary:
+        shapes["output_layer.weight"] = (padded, tower.width)
+    return [Row(piece, shapes[piece.name]) for piece in module.pieces(tower, vocabulary)]
+
+
+def _check(module: ModuleType, tower: TowerConfig) -> None:
+    """Raises UserError for a tower that the format does not have."""
+    wanted = {
+        "hf_llama": {"norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary",), "qk_norm": (False,)},
+        "hf_opt": {
+            "norm": ("layernorm", "layernorm_plain"), "activation": ("relu", "gelu"), "positions": ("learned",),
+            "qk_norm": (False,), "tie_vocabulary": (True,), "query_groups": (tower.heads,), "norm_eps": (1e-5,),
+        },
+    }[module.NAME]  # fmt: skip
+    for key, values in wanted.items():
+        if getattr(tower, key) not in values:
+            said = " or ".join(str(value) for value in values)
+            raise UserError(f"{module.NAME} has lm.{key} {said}, and the model has {getattr(tower, key)}")
+
+
+def vocabulary(name: str, view: View) -> int:
+    if name not in view:
+        raise UserError(f"{view.source.path} holds no {name}: it is no model in this format")
+    return view.shape(name)[0]
+
+
+def llama_files(config: Config, vocabulary: int) -> dict[str, dict]:
+    tower = config.lm
+    return {"config.json": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+        "hidden_size": tower.width, "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
+        "num_key_value_heads": tower.query_groups, "intermediate_size": tower.ffn_width, "hidden_act": "silu",
+        "max_position_embeddings": tower.max_positions, "rms_norm_eps": tower.norm_eps,
+        "rope_theta": tower.rotary_base,  # transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": tower.rotary_base},  # transformers 5
+        "attention_bias": tower.bias, "mlp_bias": tower.bias, "tie_word_embeddings": tower.tie_vocabulary,
+        "initializer_range": tower.init_std,
+    }}  # fmt: skip
+
+
+def opt_files(config: Config, vocabulary: int) -> dict[str, dict]:
+    tower = config.lm
+    return {"config.json": {
+        "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": vocabulary,
+        "hidden_size": tower.width, "word_embed_proj_dim": tower.width, "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads, "ffn_dim": tower.ffn_width, "activation_function": tower.activation,
+        "max_position_embeddings": tower.max_positions, "do_layer_norm_before": True, "enable_bias": tower.bias,
+        "layer_norm_elementwise_affine": tower.norm == "layernorm", "dropout": 0.0, "tie_word_embeddings": True,
+        "init_std": tower.init_std,
+    }}  # fmt: skip
+
+
+def with_model(name: str) -> str:
+    """Some of the published OPT files lack the first word."""
+    return f"model.{name}" if name.startswith("decoder.") else name
+
+
+LLAMA = Format(
+    llama.NAME, "transformers' LlamaForCausalLM", "decoder_lm", PARTS, partial(settings, llama), partial(rows, llama),
+    files=llama_files, vocabulary=partial(vocabulary, "model.embed_tokens.weight"), ignored=r"rotary_emb\.inv_freq$",
+)  # fmt: skip
+OPT = Format(
+    opt.NAME, "transformers' OPTForCausalLM", "decoder_lm", PARTS, partial(settings, opt), partial(rows, opt),
+    files=opt_files, vocabulary=partial(vocabulary, "model.decoder.embed_tokens.weight"), canonical=with_model,
+)  # fmt: skip
