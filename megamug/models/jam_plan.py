@@ -67,7 +67,7 @@ class JamPlan:
 
     def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
         """`vocabulary` is the number of ids; the embeddings have `padded_vocabulary` rows."""
-        parallel, self.fusion = config.parallel, config.fusion
+        parallel, self.config, self.fusion = config.parallel, config, config.fusion
         self.vocabulary, self.padded_vocabulary = vocabulary, padded(vocabulary)
         self.text, self.image = (
             TowerPlan(tower, config, self.padded_vocabulary, spec) for tower in (config.text_tower, config.image_tower)
@@ -107,8 +107,7 @@ class JamPlan:
 
     def init_std(self, name: str) -> float:
         """Standard deviation from which the parameter of this global name is drawn."""
-        image = name.startswith("image_tower.") or ".image." in name
-        return (self.image if image else self.text).tower.init_std
+        return init_std(self.config, name)
 
     # ------------------------------------------------------------------------------------------ blocks and stages
 
@@ -194,6 +193,12 @@ def padded(vocabulary: int) -> int:
 def output_width(config: Config) -> int:
     """Width of the linear over both towers' states: as configured, or the wider tower's."""
     return config.fusion.output_width or max(config.text_tower.width, config.image_tower.width)
+
+
+def init_std(config: Config, name: str) -> float:
+    """Of the tower that a parameter of this global name belongs to; of the text tower for mix and output."""
+    image = name.startswith("image_tower.") or ".image." in name
+    return (config.image_tower if image else config.text_tower).init_std
 
 
 def count(shapes: Iterable[tuple[int, ...]]) -> int:
