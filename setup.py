@@ -2,9 +2,9 @@
 
 The CPU library wants a C++20 compiler (`CXX`, default c++, g++ or clang++), the CUDA library nvcc (`CUDA_HOME`, or on
 PATH). `MEGAMUG_BUILD_CUDA=1` fails without nvcc, `=0` leaves CUDA out. Without a compiler or without torch nothing is
-built, and the torch implementation of the losses stands in. Both libraries use torch's stable ABI: one build serves
-every Python and every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the headers are
-those of the torch that is installed. `MEGAMUG_BUILD_STRICT=1` makes warnings errors.
+built, and torch stands in for the losses and for attention on a CPU. Both libraries use torch's stable ABI: one build
+serves every Python and every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the headers
+are those of the torch that is installed. `MEGAMUG_BUILD_STRICT=1` makes warnings errors.
 """
 
 import os
