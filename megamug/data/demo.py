@@ -23,15 +23,17 @@ from megamug.data.tar_writer import write_shard
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.errors import UserError
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 SCENES_PER_SHARD = 2000
 COLOURS = {
     "red": (222, 42, 40), "green": (38, 160, 62), "blue": (44, 84, 224), "yellow": (244, 212, 44),
     "orange": (246, 136, 28), "purple": (138, 58, 186),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "ring", "cross")
 RADII = {"small": (0.135, 0.145), "large": (0.215, 0.225)}  # of the picture's side
 BACKGROUNDS = ("gradient", "gradient", "clouds", "stripes")  # a gradient lies under the others too
+_HOLE = 0.5  # radius of a ring's hole, of its own
+_ARM = 0.3  # half the width of a cross's arms, of its radius
 _SUPERSAMPLING = 4
 _NUMBERS = 48  # random numbers for the layout of one scene
 _CLOUDS = 7  # cells a side
@@ -135,20 +137,21 @@ def _cover(thing: Thing, size: int) -> np.ndarray:
     mask = Image.new("L", (scale, scale), 0)
     draw = ImageDraw.Draw(mask)
     x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
-    if thing.shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    if thing.shape == "cross":
+        draw.polygon([(x + r * px, y + r * py) for px, py in _corners(thing.angle)], fill=255)
     else:
-        draw.polygon([(x + r * px, y + r * py) for px, py in _corners(thing)], fill=255)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    if thing.shape == "ring":
+        r *= _HOLE
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=0)
     return np.asarray(mask.reduce(_SUPERSAMPLING), np.float64) / 255
 
 
-def _corners(thing: Thing) -> list[tuple[float, float]]:
-    """Corners of a polygon of radius 1."""
-    if thing.shape == "square":
-        angles, radii = [math.pi / 4 + i * math.pi / 2 for i in range(4)], [1.15] * 4
-    else:  # triangle
-        angles, radii = [-math.pi / 2 + i * 2 * math.pi / 3 for i in range(3)], [1.2] * 3
-    return [(r * math.cos(a + thing.angle), r * math.sin(a + thing.angle)) for a, r in zip(angles, radii, strict=True)]
+def _corners(angle: float) -> list[tuple[float, float]]:
+    """The twelve corners of a cross of radius 1, turned by `angle`."""
+    arm = [(1.0, -_ARM), (1.0, _ARM), (_ARM, _ARM)]
+    turns = [angle + quarter * math.pi / 2 for quarter in range(4)]
+    return [(x * math.cos(a) - y * math.sin(a), x * math.sin(a) + y * math.cos(a)) for a in turns for x, y in arm]
 
 
 def scenes(seed: int, split: str, start: int, count: int, size: int) -> list[tuple[str, str, bytes, bytes]]:

@@ -36,7 +36,10 @@ def test_pictures_show_the_scene():
         assert picture.shape == (72, 72, 3) and picture.dtype == np.uint8
         for thing in (scene.first, scene.second):
             pixel = picture[int(thing.y * 72), int(thing.x * 72)].astype(int)
-            assert abs(pixel - COLOURS[thing.colour]).max() < 30, (thing, pixel)
+            coloured = abs(pixel - COLOURS[thing.colour]).max() < 30
+            assert coloured == (thing.shape != "ring"), (thing, pixel)  # through a ring one sees the background
+            beside = picture[int(thing.y * 72), int((thing.x + 0.8 * thing.radius) * 72)].astype(int)
+            assert abs(beside - COLOURS[thing.colour]).max() < 30, (thing, beside)
         edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         assert (edge.mean() < 125) == scene.dark
 
