@@ -1,7 +1,7 @@
 """Documents about the demo's scenes: text alone, and instructions with a picture after each step.
 
 The texts share their words with the captions but say more: what follows from a relation, which of two things is larger,
-how many things and corners there are, which colours mix to which. Who knows the rules can finish them; who has read
+how many things, holes and arms there are, which colours mix to which. Who knows the rules can finish them; who has read
 captions alone cannot. An instruction asks for a scene and one change of it; the response tells and shows both steps.
 A document is a pure function of (seed, split, its number).
 """
@@ -26,14 +26,14 @@ from megamug.errors import UserError
 
 DOCUMENTS_PER_SHARD = {"text": 5000, "instructions": 500}
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
-CORNERS = {"circle": 0, "square": 4, "triangle": 3}
+PARTS = {"circle": (0, "hole"), "ring": (1, "hole"), "cross": (4, "arm")}
 MIXTURES = {("red", "yellow"): "orange", ("yellow", "blue"): "green", ("red", "blue"): "purple"}
 _LAYOUT, _CHOICES = 48, 32  # random numbers for a scene, and for what is said
 _CLOUDS = 7
 
 
 def _plural(count: int, noun: str) -> str:
-    return f"{NUMBERS[count]} {noun}" + ("" if count == 1 else "s")
+    return f"{NUMBERS[count]} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def _relations(scene: Scene, numbers: Iterator[float]) -> str:
@@ -59,13 +59,11 @@ def _counting(scene: Scene, numbers: Iterator[float]) -> str:
     return f"{text}. there are more {one.colour if a > b else other.colour} shapes"
 
 
-def _corners(scene: Scene, numbers: Iterator[float]) -> str:
-    count = 1 + int(next(numbers) * 3)
-    shape = scene.first.shape
-    each = f"a {shape} has {_plural(CORNERS[shape], 'corner')}"
-    return f"{each}, so {_plural(count, shape)} {'has' if count == 1 else 'have'} " + _plural(
-        count * CORNERS[shape], "corner"
-    )
+def _parts(scene: Scene, numbers: Iterator[float]) -> str:
+    count, shape = 1 + int(next(numbers) * 3), scene.first.shape
+    each, part = PARTS[shape]
+    total = _plural(count * each, part)
+    return f"a {shape} has {_plural(each, part)}, so {_plural(count, shape)} {'has' if count == 1 else 'have'} {total}"
 
 
 def _mixing(scene: Scene, numbers: Iterator[float]) -> str:
@@ -84,7 +82,7 @@ def _growing(scene: Scene, numbers: Iterator[float]) -> str:
     return f"a {thing.words()} {verb}. now it is a {turned} {thing.colour} {thing.shape}"
 
 
-_PARAGRAPHS = (_relations, _counting, _corners, _mixing, _growing)
+_PARAGRAPHS = (_relations, _counting, _parts, _mixing, _growing)
 
 
 def text_document(layout: np.ndarray, choices: np.ndarray) -> str:
@@ -137,7 +135,7 @@ class DemoDocuments:
     heldout: int = 256  # of each kind
     seed: int = 1
     size: int = 72  # pixels a side
-    version: int = 1
+    version: int = 2
 
 
 def _members(job: _Job, seed: int, size: int) -> Iterator[tuple[str, bytes]]:

@@ -9,9 +9,9 @@ import pytest
 
 from megamug.data.demo import COLOURS
 from megamug.data.demo_documents import (
-    CORNERS,
     MIXTURES,
     NUMBERS,
+    PARTS,
     DemoDocuments,
     instruction_document,
     make_demo_documents,
@@ -27,15 +27,15 @@ def numbers(count):
 
 
 def test_what_the_texts_say_is_true():
-    kinds = dict.fromkeys(("sum", "corners", "mixing", "relation", "larger", "grows"), 0)
+    kinds = dict.fromkeys(("sum", "parts", "mixing", "relation", "larger", "grows"), 0)
     for layout, choices in zip(*numbers(400), strict=True):
         text = text_document(layout, choices)
         for a, b, total in re.findall(r"(?:is|are) (\w+) \w+ \w+ and (\w+) \w+ \w+, so there are (\w+) shapes", text):
             assert NUMBERS.index(a) + NUMBERS.index(b) == NUMBERS.index(total)
             kinds["sum"] += 1
-        for count, shape, total in re.findall(r"so (\w+) (circle|square|triangle)s? ha\w+ (\w+) corner", text):
-            assert NUMBERS.index(count) * CORNERS[shape] == NUMBERS.index(total)
-            kinds["corners"] += 1
+        for count, shape, total in re.findall(r"so (\w+) (circle|ring|cross)(?:e?s)? ha\w+ (\w+) (?:hole|arm)", text):
+            assert NUMBERS.index(count) * PARTS[shape][0] == NUMBERS.index(total)
+            kinds["parts"] += 1
         for one, other, mixed in re.findall(r"(\w+) and (\w+) make (\w+)", text):
             assert mixed in (MIXTURES.get((one, other)), MIXTURES.get((other, one)))
             kinds["mixing"] += 1
