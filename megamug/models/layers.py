@@ -84,7 +84,8 @@ class LocalAttention(nn.Module):
         """query [s, b, n, d], key and value [t, b, g, d] -> [s, b, n * d]; n / g queries share a key.
 
         `attention_mask` [b, 1, s, t] bool hides where it is True, as Megatron's masks do, and then has to hide what is
-        later, too. Cross-attention has none; its callers pass None.
+        later, too. Or it is int32 [b, s], the numbers of documents that do not read each other (and nothing that is
+        later), each a run of one number. Cross-attention has none; its callers pass None.
         """
         if self.cache is not None:
             key, value = self.cache.append(key, value)
@@ -93,8 +94,11 @@ class LocalAttention(nn.Module):
         causal = self.causal and len(query) > 1
         fits = attention_mask is not None or not causal or len(query) == len(key)
         assert fits, "several tokens at once only into an empty cache"
-        if attention_mask is None and not dropped and cpu_attention.pays(query):
-            return cpu_attention.attention(query, key, value, causal)
+        documents = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
+        if attention_mask is documents and not dropped and cpu_attention.pays(query):
+            return cpu_attention.attention(query, key, value, causal or documents is not None, documents)
+        if documents is not None:
+            attention_mask = document_mask(documents)
         if key.shape[2] != query.shape[2]:
             key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
         if attention_mask is not None:
@@ -106,6 +110,13 @@ class LocalAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **mask)
         return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Document numbers [b, s] -> bool [b, 1, s, s], True where a token may not look: at another document, or ahead."""
+    s = documents.shape[1]
+    ahead = torch.ones(s, s, dtype=torch.bool, device=documents.device).triu(1)
+    return (documents.unsqueeze(1) != documents.unsqueeze(2)).logical_or_(ahead).unsqueeze(1)
 
 
 def _plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_) -> Tensor:

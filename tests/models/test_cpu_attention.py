@@ -209,6 +209,24 @@ def test_the_layer_with_the_kernels_and_without(causal, dtype, built, monkeypatc
         assert (a.double() - b).abs().max() <= (1e-5 if dtype == torch.float32 else 3e-2) * b.abs().max()
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_the_layer_keeps_documents_apart(built, monkeypatch):
+    """By their numbers, through the kernels or torch, and by a mask of Megatron's form."""
+    from megamug.models.layers import document_mask
+
+    if built and not ops.libraries().cpu:
+        pytest.skip(ops.libraries().reason)
+    if not built:
+        monkeypatch.setattr(ops, "_LIBRARIES", ops.Libraries(False, False, "not built"))
+    torch.manual_seed(6)
+    inputs, weight = strided_inputs((40, 40, 2, 4, 2, 16, True), torch.float32)
+    documents = torch.tensor([[0] * 40, [0] * 7 + [1] * 20 + [2] * 13], dtype=torch.int32)
+    expected = with_gradients(lambda *x: formula(*x, True, documents), inputs, weight)
+    for mask in (documents, document_mask(documents)):
+        for a, b in zip(with_gradients(lambda *x, m=mask: layer(True)(*x, m), inputs, weight), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @need
 def test_where_the_kernels_are_used():
     long, short = torch.zeros(20, 1, 2, 8), torch.zeros(3, 1, 2, 8)
