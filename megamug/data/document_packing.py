@@ -4,7 +4,7 @@ After Ding et al. 2024, "Fewer truncations improve language modelling": the long
 fills best. A document longer than a row is cut into pieces behind a segment where that is possible, inside a long text
 where it is not, never inside an image; a piece that goes on has no `<bos>`. For masked spans `reserve` tokens are kept
 free for each piece; where a row's pieces draw more spans than its free tokens hold, the last spans are left out. So no
-token is ever cut off: over `cm3_spans=1` fewer than 2 in 100 pieces that fill a row alone draw a span too many.
+token is ever cut off: with `cm3_spans=1` fewer than 2 in 100 pieces that fill a row alone draw a span too many.
 
 Packing depends on the lengths alone: the same documents, context and mean number of spans give the same rows.
 
