@@ -9,8 +9,8 @@ W_text [first code, h_text] and W_image [V - first code, h_image] being those ro
 h_text + h_image this holds exactly: `mix` is the identity (zero rows below), H has the two blocks: a text piece gets
 the text parent's logit, an image code the image parent's. Where it is less, as in JAM, H mix is the best approximation
 of that rank (Eckart and Young 1936): the right singular vectors of both blocks with the largest singular values of
-all, from the eigenvectors of W^T W. (The mean of the two states, the obvious other choice, needs equal widths, and adds to
-each logit one of a state that its row was never trained to read.)
+all, from the eigenvectors of W^T W. (The mean of the two states, the obvious other choice, needs equal widths, and adds
+to each logit one of a state that its row was never trained to read.)
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ TOWERS = ("text", "image")
 
 @dataclass(frozen=True)
 class Slot:
-    """What runs between two possible stage boundaries: layers [first, last) of each tower, then a cross block, if any."""
+    """What runs between two possible stage boundaries: layers [first, last) of each tower, a cross block or none."""
 
     text: tuple[int, int]
     image: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Fusions: uniform is the mean, width's blocks are the parents, cross starts as its parents; one parameter at a time."""
+"""Fusions: uniform is the mean, width's blocks are the parents, cross starts as its parents; all one tensor at a time."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_with_nothing_between_the_parents_width_of_one_parent_with_itself_is_tha
     parents, world, vocabulary, tmp_path, tower
 ):
     """Norms of (x, x) are (norm x, norm x), so with zeros off the diagonal both halves are the parent: heads, query
-    groups and gates have to lie where the model looks for them. Both halves are read by the output: twice the logits."""
+    groups and gates have to lie where the model looks for them. The output reads both halves: twice the logits."""
     text = parents.pair(tower, tower)[0]
     fusion = fuse.width(text, text)
     gated = text.config.lm.activation == "swiglu"

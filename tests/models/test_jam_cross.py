@@ -1,4 +1,4 @@
-"""JamCross: the towers are the parents while the gates are shut; what the cross blocks let through; sizes; the cache."""
+"""JamCross: towers are the parents while gates are shut; what the cross blocks let through; sizes; the cache."""
 
 from __future__ import annotations
 
