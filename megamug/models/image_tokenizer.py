@@ -52,7 +52,9 @@ class ImageTokenizerConfig:
         for name, value in [*sizes.items(), *(("channel_multipliers", m) for m in self.channel_multipliers)]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"image tokenizer: {name} is {value!r}; give a whole number above 0")
-        if not self.channel_multipliers or self.image_size % self.factor:
+        if not self.channel_multipliers:
+            raise UserError("image tokenizer: channel_multipliers is empty; give one for each level, as 1 2 2 4 for f8")
+        if self.image_size % self.factor:
             raise UserError(
                 f"image tokenizer: image_size {self.image_size} is not a multiple of {self.factor}, which "
                 f"{len(self.channel_multipliers)} channel_multipliers divide it by; change either"

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from megamug.data.random import uniform
+from megamug.errors import UserError
 from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from megamug.models.image_tokenizer_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
 
@@ -72,7 +72,7 @@ class CodebookStatistics:
         else:
             dead = (self.counts < self.options.dead_below * counts.sum() / len(counts)).nonzero()[:, 0]
         if len(dead):
-            self._revive(step, dead, latents, counts.sum() / len(counts))
+            self._revive(step, dead, codes, latents, counts.sum() / len(counts))
         return dead
 
     def _means(self) -> Tensor:
@@ -81,10 +81,18 @@ class CodebookStatistics:
         means = torch.where(used, self.sums / self.counts[:, None].clamp(min=1e-8), self.book.embedding.weight)
         return F.normalize(means, dim=-1) if self.book.normalise else means
 
-    def _revive(self, step: int, dead: Tensor, latents: Tensor, count: Tensor) -> None:
-        """Dead codes become latents of rank 0's batch, with the count of a code of mean use."""
-        draws = uniform(self.options.seed, "revive", step, dead.cpu().numpy(), 1)[:, 0]
-        rows = torch.from_numpy((draws * len(latents)).astype(np.int64)).to(latents.device)
+    def _revive(self, step: int, dead: Tensor, codes: Tensor, latents: Tensor, count: Tensor) -> None:
+        """Dead codes become latents of rank 0's batch, with the count of a code of mean use.
+
+        A latent is drawn in proportion to its squared distance from its code (k-means++, Arthur and Vassilvitskii
+        2007), so that codes go where they are missed; the first batch's latents are all alike.
+        """
+        errors = torch.ones_like(latents[:, 0])
+        if step:
+            errors = (latents - self.book.lookup(codes)).square().sum(1) + 1e-12
+        draws = torch.from_numpy(uniform(self.options.seed, "revive", step, dead.cpu().numpy(), 1)[:, 0])
+        reached = errors.double().cumsum(0)
+        rows = torch.searchsorted(reached, draws.to(reached.device) * reached[-1]).clamp(max=len(latents) - 1)
         chosen = latents[rows]
         if _processes() > 1:
             dist.broadcast(chosen, 0)
@@ -103,6 +111,8 @@ class ImageTokenizerTrainer:
 
     def __init__(self, config: ImageTokenizerConfig, options: TrainingOptions, device: torch.device | str) -> None:
         self.config, self.options, self.device = config, options, torch.device(device)
+        if options.adversarial_weight and config.image_size < 32:
+            raise UserError(f"image tokenizer: {config.image_size} pixels a side are too few for the discriminator's 32")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.model = ImageTokenizer(config).to(self.device)

@@ -1,0 +1,158 @@
+"""The image tokenizer: shapes, the nearest code, files, mistakes. Parity with other projects: tests/convert."""
+
+import json
+
+import pytest
+import torch
+
+from megamug.errors import UserError
+from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, from_bytes, to_bytes
+from megamug.models.vq import Codebook
+
+SIZES = dict(
+    image_size=16, channels=8, channel_multipliers=(1, 2), residual_blocks=1, attention_resolutions=(8,),
+    latent_channels=6, code_width=3, codes=20, norm_groups=4,
+)  # fmt: skip
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(**{**SIZES, **changes})).eval()
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    return tokenizer
+
+
+@pytest.mark.parametrize("multipliers, factor", [((1, 2, 2, 4), 8), ((1, 1, 2, 2, 4), 16)])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_shapes_of_f8_and_f16(multipliers, factor, normalise):
+    tokenizer = make(
+        image_size=32, channel_multipliers=multipliers, attention_resolutions=(32 // factor,), normalise_codes=normalise
+    )
+    config = tokenizer.config
+    assert (config.factor, config.grid, config.tokens) == (factor, 32 // factor, (32 // factor) ** 2)
+    codes = tokenizer.encode(torch.rand(3, 3, 32, 32) * 2 - 1)
+    assert codes.shape == (3, config.grid, config.grid) and codes.dtype == torch.int64
+    images = tokenizer.decode(codes)
+    assert images.shape == (3, 3, 32, 32) and images.dtype == torch.float32
+    assert images.min() >= -1 and images.max() <= 1
+    assert tokenizer.encode(torch.empty(0, 3, 32, 32)).shape == (0, config.grid, config.grid)
+
+
+def test_published_sizes():
+    """Parameters of LlamaGen's VQ-16, as the published checkpoint has them."""
+    config = ImageTokenizerConfig(code_width=8, normalise_codes=True)
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer(config)
+    assert sum(p.numel() for p in tokenizer.parameters()) == 71_883_403
+    assert config.tokens == 256
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_nearest_code_against_all_distances_in_float64(normalise, monkeypatch):
+    monkeypatch.setattr("megamug.models.vq._DISTANCES", 64)  # parts of a few rows
+    torch.manual_seed(1)
+    book = Codebook(20, 5, normalise)
+    torch.nn.init.normal_(book.embedding.weight)
+    latents = torch.randn(50, 5)
+    a, b = latents.double(), book.embedding.weight.detach().double()
+    if normalise:
+        a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
+    wanted = (a[:, None] - b[None]).square().sum(2).argmin(1)
+    assert len(wanted.unique()) > 10
+    prepared = book.prepare(latents)
+    assert torch.equal(book.nearest(prepared), wanted)
+    torch.testing.assert_close(book.lookup(wanted).double(), b[wanted], atol=1e-6, rtol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(book.nearest(prepared), wanted)
+
+
+def test_files_hold_the_whole_tokenizer(tmp_path):
+    tokenizer = make(normalise_codes=True)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    tokenizer.save(tmp_path / "a")
+    loaded = ImageTokenizer.load(tmp_path / "a")
+    assert loaded.config == tokenizer.config and loaded.fingerprint() == tokenizer.fingerprint()
+    codes = tokenizer.encode(images)
+    assert torch.equal(loaded.encode(images), codes) and torch.equal(loaded.decode(codes), tokenizer.decode(codes))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias[0] += 1e-3
+    assert loaded.fingerprint() != tokenizer.fingerprint()
+    tokenizer.save(tmp_path / "a")  # of the same sizes: replaced
+    assert ImageTokenizer.load(tmp_path / "a").fingerprint() == tokenizer.fingerprint()
+    with pytest.raises(UserError, match="other sizes"):
+        make(codes=21).save(tmp_path / "a")
+
+
+def test_damaged_files_are_told(tmp_path):
+    folder = tmp_path / "tokenizer"
+    with pytest.raises(UserError, match="config.json: no such file"):
+        ImageTokenizer.load(folder)
+    make().save(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    for damaged in (whole[: len(whole) // 2], whole[:4], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match="model.safetensors: damaged or cut short"):
+            ImageTokenizer.load(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match="model.safetensors: no such file"):
+        ImageTokenizer.load(folder)
+    weights.write_bytes(whole)
+    for changed, message in [
+        (text.replace('"codes": 20', '"codes": 21'), r"embedding.weight is \[20, 3\] in there, \[21, 3\]"),
+        (text.replace('"codes"', '"code"'), "unknown key 'code'; the nearest is 'codes'"),
+        (text.replace('"codes": 20,', ""), "codes is missing"),
+        (text.replace("megamug-image", "another"), "not the configuration of an image tokenizer"),
+        (text[:30], "cannot be read"),
+        (text.replace('"norm_groups": 4', '"norm_groups": 3'), "norm_groups"),
+    ]:
+        assert changed != text
+        config.write_text(changed)
+        with pytest.raises(UserError, match=message):
+            ImageTokenizer.load(folder)
+
+
+def test_wrong_images_and_codes_are_told():
+    tokenizer = make()
+    for images, message in [
+        (torch.zeros(1, 3, 16, 20), r"shape \[1, 3, 16, 20\], but it was made for \[b, 3, 16, 16\]"),
+        (torch.zeros(1, 1, 16, 16), "shape"), (torch.zeros(3, 16, 16), "shape"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "scale them"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            tokenizer.encode(images)
+    codes = torch.zeros(1, 8, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"codes of shape \[1, 8, 7\]"):
+        tokenizer.decode(codes[:, :, :7])
+    for wrong in (20, -1):
+        codes[0, 3, 3] = wrong
+        with pytest.raises(UserError, match=f"code {wrong} is outside its codebook of 20"):
+            tokenizer.decode(codes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(image_size=17), "multiple of 2"), (dict(norm_groups=3), "norm_groups"), (dict(codes=0), "codes is 0"),
+        (dict(attention_resolutions=(7,)), r"holds 7, but the levels have \[16, 8\]"),
+        (dict(channel_multipliers=()), "channel_multipliers is empty"),
+        (dict(channel_multipliers=(1, 0)), "channel_multipliers is 0"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_told(changes, message):
+    with pytest.raises(UserError, match=message):
+        ImageTokenizerConfig(**{**SIZES, **changes})
+
+
+def test_bytes_survive_the_scale():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    scaled = from_bytes(pixels)
+    assert scaled.min() == -1 and scaled.max() == 1 and torch.equal(to_bytes(scaled), pixels)
+
+
+def test_config_json_is_plain(tmp_path):
+    make().save(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["channel_multipliers"] == [1, 2] and values["codes"] == 20

@@ -1,0 +1,134 @@
+"""tools/train_image_tokenizer.py as a user runs it: trained, stopped, continued, on two processes; mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamug.data.demo import DemoParameters, make_demo_data
+from megamug.data.indexing import index_paths
+from megamug.models.image_tokenizer import ImageTokenizer
+from tests.distributed.launch import launch
+
+ROOT = Path(__file__).parents[1]
+SIZES = "--image-size 32 --f 4 --channels 4 --residual-blocks 1 --latent-channels 4 --code-width 2 --codes 8"
+LOOP = "--norm-groups 2 --batch-size 4 --steps 6 --log-every 1 --threads 1 --validation-samples 5"
+# the tool, to which SIGTERM comes during its third step
+STOPPED = """
+import os, runpy, signal, sys
+from megamug.models.image_tokenizer_training import ImageTokenizerTrainer
+step = ImageTokenizerTrainer.train_step
+def stopped(self, images):
+    if self.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, images)
+ImageTokenizerTrainer.train_step = stopped
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    index_paths(make_demo_data(folder / "demo", DemoParameters(train=24, heldout=6, size=36), processes=1), processes=1)
+    return folder / "demo"
+
+
+def command(shards, output, more=""):
+    tool = str(ROOT / "tools" / "train_image_tokenizer.py")
+    data = [str(shards / "train"), "--validation", str(shards / "heldout"), "--output", str(output)]
+    return [tool, *data, *SIZES.split(), *LOOP.split(), *more.split()]
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def run(shards, output, more=""):
+    arguments = [sys.executable, *command(shards, output, more)]
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=240)
+
+
+def losses(output):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["total"]) for line in lines if "total" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    """A run that nothing interrupts; (folder, what it printed)."""
+    output = tmp_path_factory.mktemp("whole") / "tokenizer"
+    done = run(shards, output)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_it_writes_a_tokenizer_and_reports_its_error(trained):
+    output, printed = trained
+    tokenizer = ImageTokenizer.load(output)
+    assert (tokenizer.config.grid, tokenizer.config.codes) == (8, 8)
+    assert tokenizer.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
+    assert [step for step, _ in losses(output)] == [1, 2, 3, 4, 5, 6]
+    assert "held-out: PSNR" in printed and "5 images" in printed and "perplexity" in printed
+    assert (output / "round_trip.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stopped_run_is_continued_to_the_same_bytes(shards, trained, tmp_path):
+    output = tmp_path / "tokenizer"
+    arguments = [sys.executable, "-c", STOPPED, *command(shards, output)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=240)
+    assert done.returncode == 3, done.stderr
+    assert "stopped after step 3; the same command continues" in done.stdout and not (output / "config.json").exists()
+    assert [step for step, _ in losses(output)] == [1, 2, 3]
+    with open(output / "metrics.jsonl", "a") as file:  # what a crash after the last state leaves
+        file.write('{"step": 99, "total": 1.0}\n{"step": 1')
+    done = run(shards, output)
+    assert done.returncode == 0, done.stderr
+    assert "at step 3" in done.stdout
+    assert losses(output) == losses(trained[0])
+    assert (output / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_left_alone(shards, trained):
+    before = (trained[0] / "model.safetensors").stat().st_mtime_ns
+    done = run(shards, trained[0])
+    assert done.returncode == 0 and "trained for 6 steps already" in done.stdout
+    assert (trained[0] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_mistakes_end_in_one_sentence(shards, trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained[0], copy)
+    (tmp_path / "file").write_text("")
+    state = copy / "training" / "state.pt"
+
+    def refused(output, more, message):
+        done = run(shards, output, more)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+    refused(copy, "--learning-rate 0.5", "made with learning_rate 0.001, now 0.5")
+    refused(copy, "--codes 9", "other sizes")
+    refused(tmp_path / "file", "", "is a file")
+    refused(tmp_path / "new", "--multipliers 1 2", "--multipliers has 2 levels")
+    state.write_bytes(state.read_bytes()[:1000])
+    refused(copy, "", "state.pt: damaged")
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_processes_are_one_to_rounding():
+    worker = str(ROOT / "tests" / "models" / "image_tokenizer_worker.py")
+    (alone,) = launch([worker, "4", "8"], 1)
+    pair = launch([worker, "4", "8"], 2)
+    assert all(code == 0 for code, _ in [alone, *pair]), (alone, pair)
+    one, first, second = (json.loads(output.splitlines()[-1]) for _, output in [alone, *pair])
+    assert first["fingerprint"] == second["fingerprint"]
+    torch.testing.assert_close(torch.tensor(first["weights"]), torch.tensor(one["weights"]), atol=1e-4, rtol=1e-3)
+    for name, loss in one["losses"].items():
+        assert first["losses"][name] == pytest.approx(loss, rel=1e-3, abs=1e-4), name
+    assert first["error"] == pytest.approx(one["error"], rel=1e-3)
