@@ -13,7 +13,7 @@ from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA, Batch
 VOCABULARY, TOKENS, IGNORED = 200, 16, -100
 PAIRS = {"equal": (CM3LEON, CM3LEON), "unlike": (LLAMA, GPT)}
 # A gate's gradient is one number, the sum over all tokens and units of terms of both signs. With these seeds it is
-# above 0.003 for each gate; where it is nearly zero, its last digits are those of the order in which the terms are added.
+# above 0.003 for each gate; where it is nearly zero, its last digits are those of the order of the additions.
 SEEDS = {"equal": 2, "unlike": 8}
 
 

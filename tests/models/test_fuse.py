@@ -1,4 +1,4 @@
-"""Fusions: uniform is the mean, width's blocks are the parents, cross starts as its parents; all one tensor at a time."""
+"""Fusions: uniform is the mean, width's blocks are the parents, cross starts as its parents; a tensor at a time."""
 
 from __future__ import annotations
 
