@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -89,7 +89,7 @@ class FeedForward(Gate):
         super().__init__(plan, gated)
         m, config = specs.modules(plan.spec, plan.plain_norm), plan.config
         self.norm = _norm(m.norm, config, config.hidden_size)
-        linears = MLPSubmodules(linear_fc1=m.column_linear, linear_fc2=m.row_linear)
+        linears = specs.feed_forward(config, m.column_linear, m.row_linear)
         self.mlp = MLP(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:

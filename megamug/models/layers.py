@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import CrossAttention
+from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
 from megamug.models import cpu_attention
+from megamug.models.elementwise import Rotate
 
 
 class Norm(nn.Module):
@@ -156,6 +157,22 @@ def context_linear(base: type, context_width: int) -> type:
             super().__init__(context_width, output_size, **kwargs)
 
     return ContextColumnParallelLinear
+
+
+class RotarySelfAttention(SelfAttention):
+    """Self-attention that turns queries and keys itself (`elementwise.Rotate`); without angles it is Megatron's."""
+
+    angles: Tensor | None = None  # of the forward that runs
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb=None, **more):
+        self.angles = rotary_pos_emb
+        return super().forward(hidden_states, attention_mask, **more)
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.angles is not None:
+            query, key = Rotate.apply(query, self.angles), Rotate.apply(key, self.angles)
+        return query, key, value
 
 
 class LatentCrossAttention(CrossAttention):

@@ -15,7 +15,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import (
     CrossAttentionSubmodules,
-    SelfAttention,
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,6 +23,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megamug.errors import UserError
 from megamug.models import layers
+from megamug.models.elementwise import SwiGLU
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def transformer_layer(
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else m.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=layers.RotarySelfAttention,
                 params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=m.norm_linear or m.column_linear,
@@ -139,7 +139,7 @@ def transformer_layer(
             mlp=ModuleSpec(
                 module=MLP,
                 params={"ffn_hidden_size": config.ffn_hidden_size},
-                submodules=MLPSubmodules(linear_fc1=m.norm_linear or m.column_linear, linear_fc2=m.row_linear),
+                submodules=feed_forward(config, m.norm_linear or m.column_linear, m.row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={}
@@ -151,6 +151,12 @@ def transformer_layer(
             **cross,
         ),
     )
+
+
+def feed_forward(config: TransformerConfig, column_linear: type, row_linear: type) -> MLPSubmodules:
+    """The modules of an MLP. Where the configuration leaves the activation to them it is `elementwise.SwiGLU`."""
+    activation = SwiGLU if config.use_te_activation_func else None
+    return MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear, activation_func=activation)
 
 
 # precision.fp8 -> Megatron's names. "hybrid": e4m3 forward, e5m2 for gradients.

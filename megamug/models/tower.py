@@ -62,6 +62,8 @@ class TowerPlan:
             fp8=self.fp8, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
             normalization="RMSNorm" if t.norm == "rmsnorm" else "LayerNorm", add_bias_linear=t.bias,
             activation_func=ACTIVATIONS[t.activation], gated_linear_unit=t.activation == "swiglu",
+            # Megatron's name for "the layer's spec says which": here it is `elementwise.SwiGLU`.
+            use_te_activation_func=t.activation == "swiglu",
         )  # fmt: skip
 
     @cached_property
