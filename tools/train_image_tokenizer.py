@@ -37,9 +37,10 @@ def main() -> None:
     options = TrainingOptions(
         steps=args.steps, learning_rate=args.learning_rate, warmup_steps=args.warmup_steps,
         reconstruction=args.reconstruction, commitment_weight=args.commitment_weight, codebook=args.codebook,
-        ema_decay=args.ema_decay, dead_below=args.dead_below, perceptual_weights=args.perceptual_weights,
-        perceptual_weight=args.perceptual_weight, adversarial_weight=args.adversarial_weight,
-        adversarial_from=args.adversarial_from, dtype=args.dtype, seed=args.seed,
+        ema_decay=args.ema_decay, quantise_from=args.quantise_from, dead_below=args.dead_below,
+        perceptual_weights=args.perceptual_weights, perceptual_weight=args.perceptual_weight,
+        adversarial_weight=args.adversarial_weight, adversarial_from=args.adversarial_from,
+        dtype=args.dtype, seed=args.seed,
     )  # fmt: skip
     run = RunOptions(
         data=args.data, output=args.output, validation=args.validation, batch_size=args.batch_size,
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add(loop, "--commitment-weight", number, training.commitment_weight, "of the pull of latents towards codes")
     add(loop, "--codebook", str, training.codebook, "how codes learn", choices=["ema", "gradient"])
     add(loop, "--ema-decay", share, training.ema_decay, "per step, of code averages and usage counts")
+    add(loop, "--quantise-from", _above(int, -1), training.quantise_from, "step up to which there are no codes yet")
     add(loop, "--dead-below", _above(float, -1e-9), training.dead_below, "share of the mean use that revives a code")
     loop.add_argument("--perceptual-weights", metavar="FILE", help="torchvision's vgg16-*.pth: adds a perceptual loss")
     add(loop, "--perceptual-weight", number, training.perceptual_weight, "of that loss")

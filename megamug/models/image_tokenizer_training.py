@@ -2,7 +2,8 @@
 
 Reconstruction (L1 or L2) + commitment (VQ-VAE, equation 3) + optionally perceptual and adversarial losses. The codebook
 follows the latents by exponential moving averages (VQ-VAE, appendix A.1) or by gradient, and codes that have fallen out
-of use are set to latents of the batch (Dhariwal et al. 2020, "Jukebox", section 3.1).
+of use are set to latents of the batch (Dhariwal et al. 2020, "Jukebox", section 3.1). Codes may come in only when the
+autoencoder without them has settled (Lancucki et al. 2020, "Robust training of vector quantized bottleneck models").
 
 Each process holds the whole model and its part of the batch. Gradients and codebook statistics are the means and sums
 over all processes, so a run on several is the run on one, to rounding.
@@ -35,6 +36,7 @@ class TrainingOptions:
     commitment_weight: float = 0.25
     codebook: str = "ema"  # ema | gradient
     ema_decay: float = 0.99  # per step, of the codebook's averages and of the usage counts
+    quantise_from: int = 0  # steps before: an autoencoder without codes; then a batch of its latents sets them all
     dead_below: float = 0.03  # codes used less than this share of the mean use are revived; 0: never
     perceptual_weights: str | None = None  # file of torchvision's VGG-16
     perceptual_weight: float = 1.0
@@ -57,7 +59,8 @@ class CodebookStatistics:
     def update(self, step: int, codes: Tensor, latents: Tensor) -> Tensor:
         """Take in codes [n] and latents [n, w] of this process's batch. Returns the codes that were revived, int64 [r].
 
-        With `codebook="ema"` the codes become the means of their latents. The first batch sets all codes.
+        With `codebook="ema"` the codes become the means of their latents. Up to step `quantise_from` each batch sets
+        all codes to latents of its own.
         """
         counts = torch.bincount(codes, minlength=len(self.counts)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
@@ -67,7 +70,7 @@ class CodebookStatistics:
         self.sums.lerp_(sums, 1 - decay)
         if self.options.codebook == "ema":
             self.book.embedding.weight.copy_(self._means())
-        if step == 0:
+        if step <= self.options.quantise_from:
             dead = torch.arange(len(self.counts), device=self.counts.device)
         else:
             dead = (self.counts < self.options.dead_below * counts.sum() / len(counts)).nonzero()[:, 0]
@@ -85,10 +88,10 @@ class CodebookStatistics:
         """Dead codes become latents of rank 0's batch, with the count of a code of mean use.
 
         A latent is drawn in proportion to its squared distance from its code (k-means++, Arthur and Vassilvitskii
-        2007), so that codes go where they are missed; the first batch's latents are all alike.
+        2007), so that codes go where they are missed. Where all codes are set anew, latents are all alike.
         """
         errors = torch.ones_like(latents[:, 0])
-        if step:
+        if step > self.options.quantise_from:
             errors = (latents - self.book.lookup(codes)).square().sum(1) + 1e-12
         draws = torch.from_numpy(uniform(self.options.seed, "revive", step, dead.cpu().numpy(), 1)[:, 0])
         reached = errors.double().cumsum(0)
@@ -112,7 +115,7 @@ class ImageTokenizerTrainer:
     def __init__(self, config: ImageTokenizerConfig, options: TrainingOptions, device: torch.device | str) -> None:
         self.config, self.options, self.device = config, options, torch.device(device)
         if options.adversarial_weight and config.image_size < 32:
-            raise UserError(f"image tokenizer: {config.image_size} pixels a side are too few for the discriminator's 32")
+            raise UserError(f"image tokenizer: {config.image_size} pixels a side are too few for the discriminator")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.model = ImageTokenizer(config).to(self.device)
@@ -170,7 +173,7 @@ class ImageTokenizerTrainer:
             flat = latents.flatten(0, 2)
             codes = model.quantize.nearest(flat.detach())
             vectors = model.quantize.lookup(codes).view_as(latents)
-            if self.step == 0:  # the codes are not set yet: this batch sets them
+            if self.step <= options.quantise_from:  # the codes are not set yet: this batch sets them
                 vectors = latents
             made = model.images(latents + (vectors - latents).detach()).float()  # straight through
         pixels = made - images

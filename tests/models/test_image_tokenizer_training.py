@@ -101,6 +101,15 @@ def test_straight_through_gradient():
     torch.testing.assert_close(found, wanted)
 
 
+def test_codes_come_in_later():
+    trained = trainer(quantise_from=2)
+    free = trainer(quantise_from=9)
+    assert steps(trained, 0, 3) == steps(free, 0, 3)  # no codes yet
+    assert all(loss["commitment"] == 0 for loss in steps(free, 3, 5))
+    (loss,) = steps(trained, 3, 4)
+    assert loss["commitment"] > 0
+
+
 @pytest.mark.parametrize("options", [{}, dict(codebook="gradient", adversarial_weight=0.5, adversarial_from=2)])
 def test_going_on_is_bit_for_bit(options):
     config = ImageTokenizerConfig(**{**vars(CONFIG), "image_size": 32}) if "adversarial_weight" in options else CONFIG
