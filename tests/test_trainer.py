@@ -181,12 +181,12 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(recipe, tmp_path, monk
 
     whole, calls = pipeline.run_batch, []
 
-    def poisoned(model, batches, totals, backward):
-        sums = whole(model, batches, totals, backward)
+    def poisoned(models, batches, totals, backward):
+        sums = whole(models, batches, totals, backward)
         if backward:
             calls.append(None)
             if len(calls) == 2:
-                next(model.parameters()).main_grad.view(-1)[0] = float("inf")
+                next(models[0].parameters()).main_grad.view(-1)[0] = float("inf")
         return sums
 
     monkeypatch.setattr(pipeline, "run_batch", poisoned)
