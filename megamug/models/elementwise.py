@@ -55,12 +55,17 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-class SwiGLU:
+class SwiGLU(torch.nn.Module):
     """silu(gate) * up of [..., 2 f] = [gate; up] -> [..., f] (Shazeer 2020, arXiv 2002.05202). Megatron's MLP builds it
     from the configuration; only its input is kept for backward."""
 
     def __init__(self, config):
+        super().__init__()
         assert config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return _SwiGLU.apply(x)
+
+    def sharded_state_dict(self, *_, **__) -> dict:
+        """Nothing; Megatron's MLP asks each of its modules."""
+        return {}
