@@ -5,8 +5,8 @@ follows the latents by exponential moving averages (VQ-VAE, appendix A.1) or by 
 of use are set to latents of the batch (Dhariwal et al. 2020, "Jukebox", section 3.1). Codes may come in only when the
 autoencoder without them has settled (Lancucki et al. 2020, "Robust training of vector quantized bottleneck models").
 
-Each process holds the whole model and its part of the batch. Gradients and codebook statistics are the means and sums
-over all processes, so a run on several is the run on one, to rounding.
+Each process holds the whole model and its part of the batch. Gradients are means and codebook statistics sums over all
+processes, and codes are revived from the whole batch, so a run on several is the run on one, to rounding.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CodebookStatistics:
         else:
             dead = (self.counts < self.options.dead_below * counts.sum() / len(counts)).nonzero()[:, 0]
         if len(dead):
-            self._revive(step, dead, codes, latents, counts.sum() / len(counts))
+            self._revive(dead, codes, latents, step, counts.sum() / len(counts))
         return dead
 
     def _means(self) -> Tensor:
@@ -84,8 +84,8 @@ class CodebookStatistics:
         means = torch.where(used, self.sums / self.counts[:, None].clamp(min=1e-8), self.book.embedding.weight)
         return F.normalize(means, dim=-1) if self.book.normalise else means
 
-    def _revive(self, step: int, dead: Tensor, codes: Tensor, latents: Tensor, count: Tensor) -> None:
-        """Dead codes become latents of rank 0's batch, with the count of a code of mean use.
+    def _revive(self, dead: Tensor, codes: Tensor, latents: Tensor, step: int, count: Tensor) -> None:
+        """Dead codes become latents of the batch (of all processes), with the count of a code of mean use.
 
         A latent is drawn in proportion to its squared distance from its code (k-means++, Arthur and Vassilvitskii
         2007), so that codes go where they are missed. Where all codes are set anew, latents are all alike.
@@ -93,15 +93,13 @@ class CodebookStatistics:
         errors = torch.ones_like(latents[:, 0])
         if step > self.options.quantise_from:
             errors = (latents - self.book.lookup(codes)).square().sum(1) + 1e-12
+        latents, errors = _gather(latents), _gather(errors)
         draws = torch.from_numpy(uniform(self.options.seed, "revive", step, dead.cpu().numpy(), 1)[:, 0])
         reached = errors.double().cumsum(0)
         rows = torch.searchsorted(reached, draws.to(reached.device) * reached[-1]).clamp(max=len(latents) - 1)
-        chosen = latents[rows]
-        if _processes() > 1:
-            dist.broadcast(chosen, 0)
-        self.book.embedding.weight[dead] = chosen
+        self.book.embedding.weight[dead] = latents[rows]
         self.counts[dead] = count
-        self.sums[dead] = chosen * count
+        self.sums[dead] = latents[rows] * count
 
     def usage(self) -> tuple[float, float]:
         """(share of the codes in use, perplexity), over the last batches."""
@@ -279,6 +277,15 @@ def _sum_over_processes(*tensors: Tensor) -> None:
     if _processes() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """The rows of all processes, which have as many each, in the order of their ranks."""
+    if _processes() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(_processes())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def mean_over_processes(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One rank of a training run of an image tokenizer: prints its fingerprint and last losses.
+"""One rank of a training run of an image tokenizer: prints what it came to.
 python image_tokenizer_worker.py STEPS BATCH"""
 
 import json
@@ -22,16 +22,17 @@ def main(steps: int, batch: int) -> None:
     if size > 1:
         dist.init_process_group("gloo")
     part = slice(rank * batch // size, (rank + 1) * batch // size)
-    trainer = ImageTokenizerTrainer(CONFIG, TrainingOptions(steps=steps, adversarial_weight=0.1, dead_below=0.0), "cpu")
+    trainer = ImageTokenizerTrainer(CONFIG, TrainingOptions(steps=steps, adversarial_weight=0.1), "cpu")
+    losses, gradients = [], []
     for step in range(steps):
         images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(step)) * 2 - 1
-        losses = trainer.train_step(images[part])
+        losses.append({name: float(loss) for name, loss in trainer.train_step(images[part]).items()})
+        gradients.append(trainer.model.encoder.conv_in.weight.grad.flatten().tolist())
     valid = torch.ones(batch, dtype=torch.bool)
-    error = round_trip_error(trainer.model, [(images[part], valid[part])])
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     print(json.dumps({
-        "fingerprint": trainer.model.fingerprint(), "weights": weights[:: len(weights) // 50].tolist(),
-        "losses": {name: float(loss) for name, loss in losses.items()}, "error": error,
+        "fingerprint": trainer.model.fingerprint(), "losses": losses, "gradients": gradients,
+        "codes": trainer.model.quantize.embedding.weight.flatten().tolist(),
+        "error": round_trip_error(trainer.model, [(images[part], valid[part])]),
     }))  # fmt: skip
     if size > 1:
         dist.destroy_process_group()
