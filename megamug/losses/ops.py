@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megamug.errors import UserError
 
@@ -260,6 +261,17 @@ def _register() -> None:
     @library.register_fake("megamug::attention_backward")
     def _(gradient, query, key, value, *_):
         return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+    # What torch.utils.flop_counter counts, as it does for torch's own attention: two products, five in backward.
+    @register_flop_formula(torch.ops.megamug.attention_forward)
+    def _(query_shape, key_shape, *_, **__) -> int:
+        s, b, n, width = query_shape
+        return 2 * 2 * s * key_shape[0] * b * n * width
+
+    @register_flop_formula(torch.ops.megamug.attention_backward)
+    def _(_, query_shape, key_shape, *__, **___) -> int:
+        s, b, n, width = query_shape
+        return 5 * 2 * s * key_shape[0] * b * n * width
 
     library.register_autograd("megamug::cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_setup)
     library.register_autograd("megamug::masked_patch", _masked_patch_backward, setup_context=_masked_patch_setup)

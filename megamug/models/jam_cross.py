@@ -77,7 +77,7 @@ class Reading(Gate):
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden [s, b, h], context [s, b, h'], mask as in `tower.attention_mask` -> [s, b, h]."""
+        """hidden [s, b, h], context [s, b, h'], mask as in `TowerPlan.layer_inputs` -> [s, b, h]."""
         update, bias = self.attention(self.norm(hidden), mask, key_value_states=self.context_norm(context))
         return self.add(hidden, update, bias)
 

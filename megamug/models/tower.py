@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megamug.config import Config, TowerConfig
 from megamug.models import specs
-from megamug.models.layers import LayerRun
+from megamug.models.layers import LayerRun, document_mask
 from megamug.telemetry.flops import layer_flops, linear_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -110,7 +110,9 @@ class TowerPlan:
         rotary = None
         if not self.learned:
             rotary = self.rotary(torch.arange(first, first + tokens.shape[1], device=tokens.device))
-        return {"attention_mask": attention_mask(segments), "rotary_pos_emb": rotary}
+        # Transformer Engine takes a mask; local attention keeps documents apart by their numbers.
+        mask = segments if segments is None or self.spec == "local" else document_mask(segments)
+        return {"attention_mask": mask, "rotary_pos_emb": rotary}
 
     def rotary(self, positions: Tensor) -> Tensor:
         """Angles in radians, float32: positions [s] -> [s, 1, 1, d], [b, s] -> [s, b, 1, d].
@@ -122,15 +124,6 @@ class TowerPlan:
         angles = positions.float().unsqueeze(-1) / self.tower.rotary_base**exponents
         angles = torch.cat([angles, angles], dim=-1)
         return angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
-
-
-def attention_mask(segments: Tensor | None) -> Tensor | None:
-    """Document numbers [b, s] -> bool [b, 1, s, s], True where a token may not look: at another document, or ahead."""
-    if segments is None:
-        return None
-    s = segments.shape[1]
-    ahead = torch.ones(s, s, dtype=torch.bool, device=segments.device).triu(1)
-    return (segments.unsqueeze(1) != segments.unsqueeze(2)).logical_or_(ahead).unsqueeze(1)
 
 
 class TowerEmbedding(MegatronModule):

@@ -90,7 +90,7 @@ def random_batch(seed: int = 0, documents: bool = False) -> Batch:
     labels[torch.rand(labels.shape, generator=g) < 0.2] = -100
     if not documents:
         return Batch(tokens, labels)
-    segments = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 11 + [1] * 5])
+    segments = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 11 + [1] * 5], dtype=torch.int32)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 7, 4), (11, 5))])
     return Batch(tokens, labels, segments, positions)
 
@@ -242,7 +242,7 @@ def reference_half(half, hidden, context, hidden_mask):
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_cross_block_is_its_formula(world, documents):
-    from megamug.models.tower import attention_mask
+    from megamug.models.layers import document_mask
 
     block = build(jam_config(*PAIRS["unlike"]), gates=0.7).cross["1"]
     g = torch.Generator().manual_seed(2)
@@ -250,7 +250,8 @@ def test_a_cross_block_is_its_formula(world, documents):
     with torch.no_grad():
         for parameter in block.parameters():  # biases and norms included
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
-        mask = attention_mask(random_batch(documents=documents).segments)
+        segments = random_batch(documents=documents).segments
+        mask = None if segments is None else document_mask(segments)
         hidden_mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1) if mask is None else mask
         new_text, new_image = block(text, image, mask)
         # Each direction reads the other's states as they were before the block.
