@@ -45,7 +45,7 @@ def sample(index: int, plan):
     size = plan.grid[0] * plan.patch_size
     image = torch.randint(0, 256, (3, size, size), generator=g, dtype=torch.uint8)
     order = torch.randperm(plan.patches, generator=g)
-    tokens = torch.randint(1, plan.vocabulary, (plan.caption_length + 1,), generator=g)
+    tokens = torch.randint(1, plan.vocabulary or VOCABULARY, (plan.caption_length + 1,), generator=g)
     tokens[int(torch.randint(3, plan.caption_length + 1, (), generator=g)) + 1 :] = PAD
     return image, order[: plan.visible].sort()[0], order[plan.visible :].sort()[0], tokens
 
