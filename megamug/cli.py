@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
     megamug evaluate RUN --task reconstruction|captioning
     megamug generate RUN --images PATH...
+    megamug plan CONFIG.yaml --gpus N --gpu h100|h200|a100 [section.key=value ...]
     megamug doctor
 
 Exit codes: 0 finished; 2 the user's mistake, told in one sentence before any process group exists; 3 stopped on request
@@ -76,19 +77,35 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     generate.add_argument("--temperature", type=float, metavar="T", default=1.0, help="of sampling (default: 1)")
     generate.set_defaults(run=_generate)
 
+    _add_plan(commands.add_parser("plan", help="the layouts that fit so many GPUs, fastest first", allow_abbrev=False))
+
     doctor = commands.add_parser("doctor", help="what of this machine and its packages can be used", allow_abbrev=False)
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no positionals behind an option: `train CONFIG.yaml --dry-run train.steps=5`
-    late = [word for word in rest if "=" in word and not word.startswith("-")] if arguments.run is _train else []
+    takes = arguments.run in (_train, _plan)
+    late = [word for word in rest if takes and "=" in word and not word.startswith("-")]
     if len(late) < len(rest):
         unknown = next(word for word in rest if word not in late)
         parser.error(f"unrecognised argument {unknown}")
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", default=[],
+                        help="win over the file; every layout keeps what is set here")  # fmt: skip
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all, eight a node")
+    parser.add_argument("--gpu", choices=("h100", "h200", "a100"), required=True, help="their kind")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU (default: 79.1, 139.8, 79.2)")
+    parser.add_argument("--vocabulary-size", type=int, metavar="N", help="default: that of data.tokenizer")
+    parser.add_argument("--top", type=int, metavar="N", default=10, help="layouts in the table (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of them, and why the others do not fit")
+    parser.set_defaults(run=_plan)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +196,23 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     if _speaks():
         print(json.dumps(figures, indent=2, default=str))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.top < 1:
+        raise UserError(f"--top is {arguments.top}; it must be at least 1")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
+        raise UserError(f"--json: {arguments.json} is not a file in a folder that exists")
+    from megamug import planner, planner_report
+    from megamug.durable import replace_text
+
+    config = load_config(arguments.config, arguments.overrides)
+    fixed = [override.partition("=")[0].strip() for override in arguments.overrides]
+    found = planner.plan(config, arguments.gpus, arguments.gpu, arguments.memory, arguments.vocabulary_size, fixed)
+    print(planner_report.text(found, arguments.top))
+    if arguments.json is not None:
+        replace_text(arguments.json, planner_report.as_json(found))
     return 0
 
 

@@ -1,0 +1,257 @@
+"""A model as the planner sees it: blocks of units (`planner_layers`), what crosses a boundary, the cut into stages.
+
+Nothing here imports torch or Megatron, whose import takes longer than planning. The sizes are those of
+`megamug.models.{mug,lm,jam}_plan`; tests compare parameters, FLOPs, stages and boundaries with theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megamug import validate
+from megamug.config import Config, TowerConfig
+from megamug.parameters import Count, linear, norm
+from megamug.planner_layers import (
+    SEQUENCE,
+    TENSOR,
+    WHOLE,
+    Kept,
+    Product,
+    Shape,
+    Unit,
+    cross_attention,
+    joined,
+    layer,
+    mlp,
+    norm_kept,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a stage boundary may precede: as `megamug.models.stages.Block`, with its units."""
+
+    part: str
+    name: str  # embedding | layer | head
+    units: tuple[Unit, ...]
+    flops: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "flops", sum(p.flops for u in self.units for p in (*u.products, *u.attentions)))
+
+
+@dataclass(frozen=True)
+class Model:
+    """`boundary[i]`: numbers of a sample that arrive at block i if a stage starts there, all under sequence sharing.
+    `tied`: the vocabulary matrix and the numbers of the two blocks that share it, or None."""
+
+    blocks: tuple[Block, ...]
+    boundary: tuple[int, ...]
+    tied: tuple[Count, int, int] | None
+
+    @property
+    def forward_flops(self) -> int:
+        """Of one sample; matrix products, attention as a full square."""
+        return sum(block.flops for block in self.blocks)
+
+
+def model_of(config: Config, vocabulary: int) -> Model:
+    """`config` is resolved; `vocabulary` is padded."""
+    return {"mug": _mug, "decoder_lm": _lm, "jam_cross": _jam}[config.model.kind](config, vocabulary)
+
+
+def cut(flops: list[int], stages: int) -> list[range]:
+    """The contiguous stages with the smallest heaviest one; ties go to the earliest cut, as in `models.stages`."""
+    count, before = len(flops), [0]
+    for number in flops:
+        before.append(before[-1] + number)
+    heaviest: list[int | None] = [0] + [None] * count  # of the stages so far, by blocks used
+    starts: list[list[int]] = []
+    for stage in range(1, stages + 1):
+        row: list[int | None] = [None] * (count + 1)
+        start_of = [0] * (count + 1)
+        for end in range(stage, count - (stages - stage) + 1):
+            for start in range(end - 1, stage - 2, -1):
+                so_far, last = heaviest[start], before[end] - before[start]
+                if so_far is not None and (row[end] is None or max(so_far, last) <= row[end]):
+                    row[end], start_of[end] = max(so_far, last), start
+        heaviest = row
+        starts.append(start_of)
+    ranges, end = [], count
+    for start_of in reversed(starts):
+        ranges.append(range(start_of[end], end))
+        end = start_of[end]
+    return ranges[::-1]
+
+
+# ---------------------------------------------------------------------------------------------- MUG
+
+
+def _mug(config: Config, vocabulary: int) -> Model:
+    model, values = config.model, 3 * config.model.patch_size**2
+    visible, patches = validate.visible_patches(config), validate.patch_count(config)
+    tokens, width = validate.visible_tokens(config), model.width
+    painted, written = validate.decoder_tokens(config), config.data.caption_length
+    latent, blocks, boundary, tied = tokens * width, [], [], None
+
+    def stack(part: str, tokens: int, units: list[Unit], final: tuple[Kept, ...], carried: int) -> None:
+        last = units.pop()
+        w = last.input // tokens
+        end = Unit(norm(w), kept=(*norm_kept(tokens, w), *final), moved=((SEQUENCE, 2 * tokens * w, 3 * tokens * w),))
+        blocks.extend(Block(part, "layer", (unit,)) for unit in units)
+        blocks.append(Block(part, "layer", (last, end)))
+        boundary.extend([carried] * (len(units) + 1))
+
+    embedding = Unit(linear(values, width) + Count(0, (1 + model.register_tokens) * width), kept=(
+        Kept(visible * values, WHOLE),), products=(Product(visible, values, width, WHOLE, fp8=False),),
+        moved=((WHOLE, 4 * latent, 2 * latent),))  # fmt: skip
+    blocks.append(Block("encoder", "embedding", (embedding,)))
+    boundary.append(0)
+    shape = Shape(width, model.ffn_width, model.heads, model.heads)
+    # The final norm's result is the latent, which the decoders' first linears keep: once.
+    encoder = [layer(tokens, shape, causal=False)] * model.layers
+    stack("encoder", tokens, encoder, (Kept(latent, SEQUENCE),), latent)
+    if model.image_loss_weight > 0:
+        w, masked = model.decoder_width, patches - visible
+        hidden = painted * w
+        start = Unit(linear(width, w) + Count(0, (1 + model.decoder_register_tokens) * w),
+                     products=(Product(tokens, width, w, SEQUENCE, fp8=False),),
+                     moved=((WHOLE, 6 * hidden, 4 * hidden),))  # fmt: skip
+        blocks.append(Block("image", "embedding", (start,)))
+        boundary.append(latent)
+        shape = Shape(w, 4 * w, model.decoder_heads, model.decoder_heads)
+        rides = latent if model.caption_loss_weight > 0 else 0
+        stack("image", painted, [layer(painted, shape, causal=False)] * model.decoder_layers, (), rides + hidden)
+        head = Unit(linear(w, values), products=(Product(masked, w, values, WHOLE, fp8=False),),
+                    kept=(Kept(masked * w, WHOLE), Kept(masked * values, WHOLE, logits=True)),
+                    moved=((WHOLE, 2 * masked * (w + values), 3 * masked * (w + values)),))  # fmt: skip
+        blocks.append(Block("image", "head", (head,)))
+        boundary.append(rides + hidden)
+    if model.caption_loss_weight > 0:
+        w = model.text_width
+        hidden, words = written * w, Count(vocabulary * w)
+        start = len(blocks)
+        table = Unit(words + Count(0, written * w), messages=hidden, moved=((SEQUENCE, 4 * hidden, 4 * hidden),))
+        blocks.append(Block("text", "embedding", (table,)))
+        boundary.append(latent)
+        shape = Shape(w, 4 * w, model.text_heads, model.text_heads)
+        layers = [layer(written, shape, causal=True)] * model.text_unimodal_layers
+        layers += [layer(written, shape, True, context=(tokens, width))] * model.text_multimodal_layers
+        stack("text", written, layers, (Kept(hidden, SEQUENCE),), latent + hidden)
+        logits = Kept(written * vocabulary, TENSOR, logits=True)
+        head = Unit(words, kept=(logits,), products=(Product(written, w, vocabulary, "columns", fp8=False),),
+                    moved=((TENSOR, written * vocabulary, 2 * written * vocabulary),), messages=hidden)  # fmt: skip
+        blocks.append(Block("text", "head", (head,)))
+        boundary.append(hidden)
+        tied = (words, start, len(blocks) - 1) if model.tie_vocabulary else None
+    return Model(tuple(blocks), tuple(boundary), tied)
+
+
+# ---------------------------------------------------------------------------------------------- language models
+
+
+def _shape(tower: TowerConfig) -> Shape:
+    head = tower.width // tower.heads
+    return Shape(
+        tower.width, tower.ffn_width, tower.heads, tower.query_groups,
+        norm_parameters={"layernorm": 2, "rmsnorm": 1, "layernorm_plain": 0}[tower.norm],
+        head_norm_parameters=2 * head * (1 if tower.norm == "rmsnorm" else 2) * bool(tower.qk_norm),
+        bias=tower.bias, activation=tower.activation, rotary=tower.positions == "rotary",
+    )  # fmt: skip
+
+
+def _tower_embedding(tower: TowerConfig, tokens: int, vocabulary: int, words: bool, trained: bool) -> Unit:
+    hidden = tokens * tower.width
+    count = Count(vocabulary * tower.width * words) + Count(0, tower.max_positions * tower.width) * (
+        tower.positions == "learned"
+    )
+    return Unit(count, trained, messages=hidden * words, moved=((SEQUENCE, 4 * hidden, 4 * hidden),))
+
+
+def _final_norm(tower: TowerConfig, tokens: int, trained: bool = True) -> Unit:
+    numbers = tokens * tower.width
+    return Unit(_shape(tower).norm(tower.width), trained, kept=norm_kept(tokens, tower.width),
+                moved=((SEQUENCE, 2 * numbers, 3 * numbers),))  # fmt: skip
+
+
+def _output(config: Config, tokens: int, width: int, vocabulary: int) -> Unit:
+    """Output projection and loss, joined unless the z-loss asks for the logits: of the joined form backward keeps both
+    gradients, the weight's in fp32."""
+    products = (Product(tokens, width, vocabulary, "columns", fp8=False),)
+    if config.model.z_loss_weight > 0:  # logits, and the gradients of the two losses while they are summed
+        kept, chunked = (Kept(tokens * width, SEQUENCE), Kept(3 * tokens * vocabulary, TENSOR, logits=True)), 0
+    else:
+        gradient = Kept(vocabulary * width, TENSOR, 4, logits=True, constant=True)
+        kept, chunked = (Kept(tokens * width, WHOLE, logits=True), gradient), vocabulary
+    return Unit(Count(vocabulary * width), products=products, kept=kept, messages=tokens * width,
+                moved=((TENSOR, 3 * tokens * vocabulary, 0),), chunked_logits=chunked)  # fmt: skip
+
+
+def _lm(config: Config, vocabulary: int) -> Model:
+    tower, tokens = config.lm, config.data.context_length
+    block, hidden = layer(tokens, _shape(tower), causal=True), tokens * tower.width
+    first = _tower_embedding(tower, tokens, vocabulary, True, True)
+    head = _output(config, tokens, tower.width, vocabulary)
+    middle = [Block("lm", "layer", (block,))] * (tower.layers - 1)
+    last = Block("lm", "layer", (block, _final_norm(tower, tokens)))
+    blocks = (Block("lm", "embedding", (first,)), *middle, last, Block("lm", "head", (head,)))
+    tied = (head.count, 0, len(blocks) - 1) if tower.tie_vocabulary else None
+    return Model(blocks, (0, *[hidden] * (len(blocks) - 1)), tied)
+
+
+def _jam(config: Config, vocabulary: int) -> Model:
+    tokens, fusion = config.data.context_length, config.fusion
+    towers = {"text": config.text_tower, "image": config.image_tower}
+    trained = {name: fusion.freeze not in (name, "both") for name in towers}
+    layers = {name: layer(tokens, _shape(t), True, trained[name]) for name, t in towers.items()}
+    depths = {name: t.layers for name, t in towers.items()}
+    crossing = _cross_block(config, tokens)
+    slots = []
+    for text, image, crosses in _slots(depths["text"], depths["image"], fusion.cross_every):
+        units = [layers["text"]] * text + [layers["image"]] * image + [crossing] * crosses
+        slots.append(Block("jam", "layer", tuple(units)))
+    first = tuple(
+        _tower_embedding(t, tokens, vocabulary, name == "text" or not fusion.shared_embedding, trained[name])
+        for name, t in towers.items()
+    )
+    widths = sum(t.width for t in towers.values())
+    width = fusion.output_width or max(t.width for t in towers.values())
+    mix = Unit(linear(widths, width, bias=False), products=(Product(tokens, widths, width, SEQUENCE, fp8=False),),
+               kept=(Kept(tokens * widths, SEQUENCE),), moved=((SEQUENCE, 2 * tokens * widths, 2 * tokens * widths),))
+    norms = [_final_norm(t, tokens, trained[name]) for name, t in towers.items()]
+    head = Block("jam", "head", (*norms, mix, _output(config, tokens, width, vocabulary)))
+    blocks = (Block("jam", "embedding", first), *slots, head)
+    return Model(blocks, (0, *[tokens * widths] * (len(blocks) - 1)), None)
+
+
+def _slots(text: int, image: int, cross_every: int) -> list[tuple[int, int, bool]]:
+    """(layers of the text tower, of the image tower, a cross block?) by slot: `models.jam_plan.depth_slots`."""
+    deep, shallow = max(text, image), min(text, image)
+    blocks, found, crossed = shallow // cross_every, [], 0
+    for s in range(deep):
+        runs = [(s + 1) * layers // deep - s * layers // deep for layers in (text, image)]
+        done = (s + 1) * shallow // deep  # layers of the shallower tower that have run
+        due = sum((2 * (m + 1) * shallow + blocks) // (2 * blocks) <= done for m in range(blocks))
+        found.append((*runs, due > crossed))
+        crossed = max(crossed, due)
+    return found
+
+
+def _cross_block(config: Config, tokens: int) -> Unit:
+    """Both directions, recomputed together."""
+    gate, parts = config.fusion.gate, []
+    for own, other in ((config.text_tower, config.image_tower), (config.image_tower, config.text_tower)):
+        shape, hidden = _shape(own), tokens * own.width
+        reading = cross_attention(tokens, shape, tokens, other.width, causal=True)
+        # The context's norm keeps its statistics and its result; its input is kept by the other direction.
+        of_context = (Kept(2 * tokens, SEQUENCE, 4), Kept(tokens * other.width, SEQUENCE, "fp8"))
+        update = (Kept(hidden, SEQUENCE),) * gate
+        own_parts = [reading] + [mlp(tokens, shape, True)] * config.fusion.cross_ffn
+        for index, part in enumerate(own_parts):
+            extra = update + (of_context if index == 0 else ())
+            count = part.count + Count(0, gate) + (_shape(own).norm(other.width) if index == 0 else Count())
+            parts.append(Unit(count, True, part.products, part.attentions, part.kept + extra, part.moved, part.messages,
+                              part.input, True))  # fmt: skip
+    unit = joined(parts)
+    both = tokens * (config.text_tower.width + config.image_tower.width)
+    return Unit(unit.count, True, unit.products, unit.attentions, unit.kept, unit.moved, unit.messages, both, True)

@@ -1,0 +1,139 @@
+"""What `megamug plan` prints and writes: a table of the layouts that fit, why the others do not, all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from megamug.parameters import Count
+from megamug.planner import Choice, Plan, Rejected
+from megamug.planner_memory import GIB, Layout, Memory
+from megamug.planner_time import NODE
+from megamug.telemetry.flops import TRAINING
+
+COLUMNS = ("tp", "sp", "pp", "vp", "dp", "micro", "recompute", "optimizer", "fp8")
+
+
+def memory_parts(memory: Memory) -> dict[str, float]:
+    """GiB by part; the optimizer's are main parameters and moments."""
+    return {
+        "weights": memory.weights / GIB, "gradients": memory.gradients / GIB,
+        "optimizer": (memory.main_parameters + memory.moments) / GIB, "activations": memory.activations / GIB,
+        "logits": memory.logits / GIB, "other": (memory.fp8_copies + memory.workspace) / GIB,
+    }  # fmt: skip
+
+
+def described(layout: dict[str, object]) -> str:
+    """A layout, or what of it was decided, in words."""
+    words = [f"{name} {layout[name]}" for name in ("tensor", "pipeline", "data") if name in layout]
+    if layout.get("virtual", 1) != 1:
+        words.append(f"virtual {layout['virtual']}")
+    if "micro_batch" in layout:
+        words.append(f"micro-batch {layout['micro_batch']}")
+        words.append(f"recompute {'full' if layout['recompute'] else 'none'}")
+    if layout.get("distributed_optimizer"):
+        words.append("distributed optimizer")
+    if layout.get("fp8", "none") != "none":
+        words.append(f"fp8 {layout['fp8']}")
+    return ", ".join(words)
+
+
+def text(plan: Plan, top: int) -> str:
+    """The `top` fastest layouts as a table, how to use the first, and why the others do not fit."""
+    return "\n".join([*_head(plan), "", *_table(plan, top), "", *_first(plan), *_others(plan)])
+
+
+def as_json(plan: Plan) -> str:
+    """Everything: sizes in bytes, times in seconds."""
+    tree = {
+        "gpus": plan.gpus,
+        "gpu": vars(plan.gpu),
+        "gpus_per_node": NODE,
+        "model": {"kind": plan.config.model.kind, "preset": plan.config.model.preset, "parameters": parameters(plan),
+                  "vocabulary": plan.vocabulary, "vocabulary_source": plan.vocabulary_source,
+                  "training_flops_per_sample": TRAINING * plan.model.forward_flops},
+        "global_batch_size": plan.config.data.global_batch_size,
+        "layouts": [_as_tree(plan, choice) for choice in plan.choices],
+        "rejected": [{"layout": rejected.layout, "reason": rejected.reason} for rejected in plan.rejected],
+    }  # fmt: skip
+    return json.dumps(tree, indent=1) + "\n"
+
+
+def parameters(plan: Plan) -> int:
+    """Of the whole model, a tied vocabulary once."""
+    count = sum((unit.count for block in plan.model.blocks for unit in block.units), Count()).total
+    return count - (plan.model.tied[0].total if plan.model.tied else 0)
+
+
+def _as_tree(plan: Plan, choice: Choice) -> dict:
+    memory, times = vars(choice.memory), vars(choice.times)
+    return {
+        "layout": vars(choice.layout), "overrides": choice.overrides(plan.config),
+        "memory": {**memory, "total": choice.memory.total}, "step_seconds": {**times, "total": choice.times.total},
+        "samples_per_second": choice.samples_per_second, "mfu": choice.mfu,
+    }  # fmt: skip
+
+
+def _unit(plan: Plan) -> str:
+    return "pair" if plan.config.model.kind == "mug" else "row"
+
+
+def _head(plan: Plan) -> list[str]:
+    config, unit, full = plan.config, _unit(plan), [r for r in plan.rejected if r.memory]
+    tokens = "" if unit == "pair" else f" of {config.data.context_length} tokens"
+    vocabulary = f", vocabulary {plan.vocabulary} ({plan.vocabulary_source})" if plan.vocabulary else ""
+    return [
+        f"model    {config.model.preset}: {parameters(plan) / 1e9:.2f} G parameters{vocabulary}",
+        f"GPUs     {plan.gpus} x {plan.gpu.name} of {plan.gpu.memory:g} GiB, {NODE} a node",
+        f"batch    {config.data.global_batch_size} {unit}s{tokens},"
+        f" {TRAINING * plan.model.forward_flops / 1e12:.2f} model TFLOP a {unit}",
+        f"layouts  {len(plan.choices)} fit, {len(full)} exceed the memory (larger micro-batches were not tried),"
+        f" {len(plan.rejected) - len(full)} are impossible",
+    ]
+
+
+def _layout_cells(layout: Layout) -> list[str]:
+    return [
+        str(layout.tensor), "yes" if layout.sequence else "no", str(layout.pipeline), str(layout.virtual),
+        str(layout.data), str(layout.micro_batch), "full" if layout.recompute else "none",
+        "shared" if layout.distributed_optimizer else "whole", layout.fp8,
+    ]  # fmt: skip
+
+
+def _table(plan: Plan, top: int) -> list[str]:
+    unit = _unit(plan)
+    rows = [["", *COLUMNS, "GiB", "weights", "gradients", "optimizer", "activations", "logits", "other", "step s",
+             "compute", "messages", "bubble", "update", f"{unit}s/s", "MFU"]]  # fmt: skip
+    for number, choice in enumerate(plan.choices[:top], start=1):
+        parts, times = memory_parts(choice.memory), choice.times
+        seconds = (times.total, times.compute, times.communication, times.bubble, times.update)
+        rows.append([
+            str(number), *_layout_cells(choice.layout), f"{choice.memory.total / GIB:.1f}",
+            *(f"{part:.1f}" for part in parts.values()), *(f"{x:.3f}" for x in seconds),
+            f"{choice.samples_per_second:.4g}", f"{choice.mfu:.1%}",
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _first(plan: Plan) -> list[str]:
+    return [
+        "MFU is of the dense bf16 peak (fp32 in an fp32 run), FP8 or not. Predictions: docs/layouts.md says what they"
+        " leave out.",
+        f"the first: {' '.join(plan.choices[0].overrides(plan.config))}",
+    ]
+
+
+def _others(plan: Plan) -> list[str]:
+    """For each tensor- and pipeline-parallel size of which nothing fits, what comes nearest or what forbids it."""
+    fit = {(choice.layout.tensor, choice.layout.pipeline) for choice in plan.choices}
+    groups: dict[tuple, list[Rejected]] = {}
+    for rejected in plan.rejected:
+        key = rejected.layout["tensor"], rejected.layout.get("pipeline")
+        if key not in fit:
+            groups.setdefault(key, []).append(rejected)
+    lines = []
+    for group in groups.values():
+        full = [rejected for rejected in group if rejected.memory]
+        nearest = min(full, key=lambda rejected: rejected.memory.total) if full else group[0]
+        lines.append(f"  {described(nearest.layout)}: {nearest.reason}")
+    return ["", "of these nothing fits or is possible; the nearest of each, and why not:", *lines] if lines else []
