@@ -2,8 +2,9 @@
 
     megamug train CONFIG.yaml [section.key=value ...] [--dry-run [--world-size N]]
     torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
-    megamug evaluate RUN --task reconstruction|captioning
-    megamug generate RUN --images PATH...
+    megamug evaluate RUN --task reconstruction|captioning|perplexity
+    megamug generate RUN --images PATH...                (MUG)
+    megamug generate RUN --prompt TEXT [--image PATH]    (language models)
     megamug plan CONFIG.yaml --gpus N --gpu h100|h200|a100 [section.key=value ...]
     megamug doctor
 
@@ -27,8 +28,13 @@ import megamug
 from megamug import validate
 from megamug.config import load_config, resolve
 from megamug.errors import UserError
+from megamug.evaluate import DECODERS, TASKS, check_kind
 
-TASKS = ("reconstruction", "captioning")
+# Options of `generate` that one family of models has; the others concern both.
+MUG_OPTIONS = ("images", "mask_ratio")
+LM_OPTIONS = (
+    "prompt", "image", "max_images", "max_tokens", "guidance", "contrastive", "contrastive_top_k", "samples", "seed",
+)  # fmt: skip
 EXIT_USER_ERROR = 2
 PATIENCE_SECONDS = 10.0  # how much later than the others a process may come to the same mistake
 
@@ -65,17 +71,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate = commands.add_parser("evaluate", help="measure a trained model on held-out data", allow_abbrev=False)
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
-    evaluate.add_argument("--samples", type=int, metavar="N", help="pairs at most (default: data.validation_samples)")
-    evaluate.add_argument("--data", metavar="PATH", help="shards (default: data.validation of the run)")
+    evaluate.add_argument("--samples", type=int, metavar="N",
+                          help="pairs or documents at most (default: data.validation_samples)")  # fmt: skip
+    evaluate.add_argument(
+        "--data", nargs="+", metavar="PATH",
+        help="shards, or folders of tokenised documents (default: data.validation of the run)",
+    )  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
-    generate = commands.add_parser("generate", help="repaint and caption pictures", allow_abbrev=False)
-    _add_run(generate)
-    generate.add_argument("--images", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders")
-    generate.add_argument("--mask-ratio", type=float, metavar="R", help="share of hidden patches (default: the run's)")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample captions from the top P of probability")
-    generate.add_argument("--temperature", type=float, metavar="T", default=1.0, help="of sampling (default: 1)")
-    generate.set_defaults(run=_generate)
+    _add_generate(commands.add_parser(
+        "generate", help="repaint and caption pictures, or write documents of text and images", allow_abbrev=False
+    ))  # fmt: skip
 
     _add_plan(commands.add_parser("plan", help="the layouts that fit so many GPUs, fastest first", allow_abbrev=False))
 
@@ -93,6 +99,32 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    both = parser.add_argument_group("both kinds of model")
+    both.add_argument("--top-p", type=float, metavar="P", help="draw from the top P of probability (MUG: default is the"
+                      " likeliest token; language models: 0.9)")  # fmt: skip
+    both.add_argument("--temperature", type=float, metavar="T", default=1.0,
+                      help="of drawing (default: 1; language models: 0 is always the likeliest)")  # fmt: skip
+    mug = parser.add_argument_group("MUG")
+    mug.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="files or folders")
+    mug.add_argument("--mask-ratio", type=float, metavar="R", help="share of hidden patches (default: the run's)")
+    lm = parser.add_argument_group("language models")
+    lm.add_argument("--prompt", nargs="+", metavar="TEXT",
+                    help="the document's beginning; several are written side by side; one that ends in <break> is"
+                    " followed by an image at once")  # fmt: skip
+    lm.add_argument("--image", type=Path, metavar="PATH", help="a picture that stands before the prompt")
+    lm.add_argument("--max-images", type=int, metavar="N", help="images to write (default: as many as fit)")
+    lm.add_argument("--max-tokens", type=int, metavar="N", help="tokens to write (default: what the context holds)")
+    lm.add_argument("--guidance", type=float, metavar="ALPHA", help="classifier-free guidance of images by their text")
+    lm.add_argument("--contrastive", type=float, metavar="ALPHA", help="contrastive decoding of images: codes of at"
+                    " least ALPHA times the k-th largest probability")  # fmt: skip
+    lm.add_argument("--contrastive-top-k", type=int, metavar="K", help="the k of --contrastive (default: 1)")
+    lm.add_argument("--samples", type=int, metavar="N", help="documents for each prompt (default: 1)")
+    lm.add_argument("--seed", type=int, metavar="S", help="of the draws (default: the run's)")
+    parser.set_defaults(run=_generate)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -154,21 +186,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.run_dir / "config.yaml")
     if arguments.data is None and config.data.validation is None:
         raise UserError(f"{arguments.run_dir} was trained without data.validation; name held-out shards with --data")
-    weight = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}[arguments.task]
-    if getattr(config.model, weight) == 0:
+    check_kind(arguments.task, config.model.kind, arguments.run_dir)
+    weight = DECODERS.get(arguments.task)
+    if weight is not None and getattr(config.model, weight) == 0:
         raise UserError(f"--task {arguments.task}: {arguments.run_dir} was trained with model.{weight}=0, so it has no"
                         f" such decoder; choose another task")
-    if arguments.data is not None:
-        from megamug.data.sources import resolve_sources
+    data = arguments.data
+    if data is not None and len(data) == 1:
+        data = data[0]
+    if data is not None:
+        from megamug.data.sources import parse_sets, resolve_sources
 
         try:
-            resolve_sources(arguments.data)
+            if arguments.task == "perplexity":
+                from megamug.data.indexed import read_header
+
+                for folder, _ in parse_sets(data):
+                    read_header(Path(folder))
+            else:
+                resolve_sources(data)
         except UserError as error:
             raise UserError(f"--data: {error}") from None
     from megamug import evaluate
 
     figures = evaluate.run_task(
-        arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=arguments.data,
+        arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
         output=arguments.output,
     )
     if _speaks():
@@ -178,25 +220,61 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
-    for path in arguments.images:
-        if not path.exists():
-            raise UserError(f"--images: {path} does not exist")
-    for option, value, allowed, wanted in (
-        ("--mask-ratio", arguments.mask_ratio, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ("--top-p", arguments.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        ("--temperature", arguments.temperature, lambda x: 0 < x < float("inf"), "above 0"),
-    ):
+    kind = load_config(arguments.run_dir / "config.yaml").model.kind
+    foreign = LM_OPTIONS if kind == "mug" else MUG_OPTIONS
+    given = [name for name in foreign if getattr(arguments, name) is not None]
+    if given:
+        raise UserError(f"{_option(given[0])} is not for {arguments.run_dir}, a run of {kind}; its options are"
+                        f" {', '.join(map(_option, MUG_OPTIONS if kind == 'mug' else LM_OPTIONS))}")
+    positive, count = (lambda x: 0 < x < float("inf"), "above 0"), (lambda x: x >= 1, "at least 1")
+    for name, (allowed, wanted) in {
+        "mask_ratio": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        "temperature": positive if kind == "mug" else (lambda x: 0 <= x < float("inf"), "at least 0"),
+        "max_images": (lambda x: x >= 0, "at least 0"),
+        "max_tokens": count, "guidance": positive, "contrastive": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        "contrastive_top_k": count, "samples": count, "seed": (lambda x: 0 <= x < 2**32, "at least 0 and below 2**32"),
+    }.items():  # fmt: skip
+        value = getattr(arguments, name)
         if value is not None and not allowed(value):
-            raise UserError(f"{option} is {value:g}; it must be {wanted}")
-    from megamug import generate
-
-    figures = generate.generate_from_images(
-        arguments.run_dir, arguments.images, mask_ratio=arguments.mask_ratio, top_p=arguments.top_p,
-        temperature=arguments.temperature, output=arguments.output, step=arguments.checkpoint,
-    )
+            raise UserError(f"{_option(name)} is {value:g}; it must be {wanted}")
+    figures = (_generate_from_images if kind == "mug" else _generate_documents)(arguments)
     if _speaks():
         print(json.dumps(figures, indent=2, default=str))
     return 0
+
+
+def _generate_from_images(arguments: argparse.Namespace) -> dict:
+    if arguments.images is None:
+        raise UserError("MUG repaints and captions pictures: name some with --images")
+    for path in arguments.images:
+        if not path.exists():
+            raise UserError(f"--images: {path} does not exist")
+    from megamug import generate
+
+    return generate.generate_from_images(
+        arguments.run_dir, arguments.images, mask_ratio=arguments.mask_ratio, top_p=arguments.top_p,
+        temperature=arguments.temperature, output=arguments.output, step=arguments.checkpoint,
+    )
+
+
+def _generate_documents(arguments: argparse.Namespace) -> dict:
+    if arguments.prompt is None and arguments.image is None:
+        raise UserError("a document is written from its beginning: give it with --prompt, --image or both")
+    if arguments.image is not None and not arguments.image.is_file():
+        raise UserError(f"--image: {arguments.image} is no file")
+    from megamug.generation import command
+
+    return command.generate_documents(
+        arguments.run_dir, arguments.prompt or [""], image=arguments.image, max_images=arguments.max_images,
+        max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p,
+        guidance=arguments.guidance, contrastive=arguments.contrastive, contrastive_top_k=arguments.contrastive_top_k,
+        samples=arguments.samples or 1, seed=arguments.seed, output=arguments.output, step=arguments.checkpoint,
+    )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,6 @@
-"""A trained run, read back for looking at: one process, plain layers, evaluation mode, whatever layout trained it.
+"""A trained run, read back for looking at: plain layers, evaluation mode, whatever layout trained it.
+
+MUG is read by one process; a language model by one, or by several that share its tensors (torchrun).
 
     with load_run("runs/mug") as run:
         latent = encode(run.model, batch)
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from megamug import validate_lm
 from megamug.checkpoint.store import CheckpointStore
 from megamug.config import Config, ParallelConfig, load_config, resolve
 from megamug.distributed import cpu_backend, setup
@@ -27,9 +30,9 @@ logger = logging.getLogger(__name__)
 class LoadedRun:
     """A model with its weights, and what belongs to it."""
 
-    config: Config  # the run's, with the layout of one process
+    config: Config  # the run's, with the layout it is read in
     task: object  # of its kind, see megamug.models.tasks
-    model: torch.nn.Module  # all of it (for MUG a megamug.models.mug.Mug), in evaluation mode
+    model: torch.nn.Module  # all of it, or a tensor-parallel rank's share; in evaluation mode
     world: setup.World
     step: int
     checkpoint: Path
@@ -39,12 +42,10 @@ class LoadedRun:
 def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun]:
     """The newest complete checkpoint of `run_dir`, or that of `step`, verified; leaves the process group at the end.
 
-    Raises `UserError`: more than one process, no run, no complete checkpoint, a damaged one, another tokenizer.
+    Raises `UserError`: more processes than can share the model, no run, no complete checkpoint, a damaged one, another
+    tokenizer.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        size = os.environ["WORLD_SIZE"]
-        raise UserError(f"a trained run is read by one process, but WORLD_SIZE is {size}; start it without torchrun")
-    config = one_process(_read_config(Path(run_dir)))
+    config = reading_layout(_read_config(Path(run_dir)), int(os.environ.get("WORLD_SIZE", 1)))
     found, path = find_checkpoint(Path(run_dir), step)
     cpu_backend.apply()
     from megamug.checkpoint import saver, state
@@ -54,8 +55,14 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     trained, found_now = saver.read_state(path)["identity"], task.identity()
     if trained["data.tokenizer"] not in (None, found_now["data.tokenizer"]):  # None: nobody wrote down which it was
         raise UserError(
-            f"data.tokenizer: {config.data.tokenizer} is not the file that {run_dir} was trained with (SHA-256 "
+            f"data.tokenizer: {config.data.tokenizer} is not what {run_dir} was trained with (SHA-256 "
             f"{found_now['data.tokenizer']}, then {trained['data.tokenizer']}); put the tokenizer of the run back"
+        )
+    rows, tensor = task.plan.padded_vocabulary, config.parallel.tensor
+    if rows % tensor:
+        raise UserError(
+            f"WORLD_SIZE is {tensor}, which does not divide the {rows} rows of the vocabulary; start as many processes"
+            " as divide them"
         )
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     try:
@@ -72,6 +79,23 @@ def one_process(config: Config) -> Config:
     config.parallel = ParallelConfig(timeout_minutes=config.parallel.timeout_minutes)
     config.precision.layers, config.precision.fp8 = "local", "none"
     config.data.global_batch_size = config.data.micro_batch_size
+    return config
+
+
+def reading_layout(config: Config, processes: int) -> Config:
+    """`one_process`, or a language model's tensors shared by `processes`. Raises `UserError` where they cannot be."""
+    config = one_process(config)
+    if processes == 1:
+        return config
+    if config.model.kind == "mug":
+        raise UserError(
+            f"a trained MUG is read by one process, but WORLD_SIZE is {processes}; start it without torchrun"
+        )
+    config.parallel.tensor = processes
+    try:
+        validate_lm.tensor_parallel(config)
+    except UserError as error:
+        raise UserError(f"WORLD_SIZE is {processes}, so many share the model's tensors: {error}") from None
     return config
 
 

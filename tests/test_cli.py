@@ -90,7 +90,7 @@ def shell(*argv: object, **environment: str) -> subprocess.CompletedProcess:
         (["evaluate", "/absent", "--task", "captioning"], "there is no run folder /absent"),
         (["evaluate", "/absent", "--task", "captioning", "--samples", "many"], "invalid int value: 'many'"),
         (["evaluate", "/absent", "--task", "captioning", "a=1"], "unrecognised argument a=1"),
-        (["generate", "/absent"], "required: --images"),
+        (["generate", "/absent"], "there is no run folder /absent"),
         (["doctor", "--jsn"], "unrecognised argument --jsn"),
     ],
 )

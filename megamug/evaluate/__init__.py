@@ -1,6 +1,7 @@
 """Figures of a trained run on held-out data.
 
-    megamug evaluate RUN --task reconstruction|captioning
+    megamug evaluate RUN --task reconstruction|captioning      (MUG)
+    megamug evaluate RUN --task perplexity                     (language models)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megamug.errors import UserError
 
 # the loss weight that the task's decoder is trained with
 DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
+TASKS = (*DECODERS, "perplexity")
 
 
 def run_task(
@@ -24,46 +26,65 @@ def run_task(
     data: object = None,
     output: str | Path | None = None,
 ) -> dict:
-    """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out pairs, each counted once.
+    """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction` or `captioning`.
-        samples: pairs at most (default: data.validation_samples of the run).
-        data: shards instead of the run's data.validation; the same forms.
+        task: `reconstruction` or `captioning` of MUG, `perplexity` of a language model.
+        samples: pairs, or documents, at most (default: data.validation_samples of the run).
+        data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
 
-    Prints a short table on stderr; returns what TASK.json holds. Raises `UserError`: a run that cannot be read, without
-    held-out data or without the task's decoder; what the task itself refuses.
+    Prints a short table on stderr; returns what TASK.json holds. In several processes (language models) the first one
+    writes and prints. Raises `UserError`: a run that cannot be read, of another kind than the task's, without held-out
+    data or without the task's decoder; what the task itself refuses.
     """
     from megamug.data.shards import write_atomically
-    from megamug.evaluate import captioning, reconstruction
+    from megamug.evaluate import captioning, perplexity, reconstruction
     from megamug.inference import load_run
 
-    if task not in DECODERS:
-        raise UserError(f"there is no task {task!r}; the tasks are {' and '.join(DECODERS)}")
+    if task not in TASKS:
+        raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
     with load_run(run_dir, step) as run:
         config = run.config
-        if getattr(config.model, DECODERS[task]) == 0:
+        check_kind(task, config.model.kind, run_dir)
+        if task in DECODERS and getattr(config.model, DECODERS[task]) == 0:
             raise UserError(f"{run_dir} was trained with model.{DECODERS[task]}=0: nothing to measure for task {task}")
         if data is not None:
             config.data.validation = data
         if config.data.validation is None:
             raise UserError(f"{run_dir} was trained without data.validation; name held-out shards")
         folder = Path(output) if output is not None else Path(run_dir) / "evaluate" / f"step-{run.step:08d}"
-        measure = {"reconstruction": reconstruction.measure, "captioning": captioning.measure}[task]
+        most = config.data.validation_samples if samples is None else samples
+        if task == "perplexity":
+            measured = perplexity.measure(run, most)
+        else:
+            measured = {"reconstruction": reconstruction.measure, "captioning": captioning.measure}[task](
+                run, most, folder
+            )
         figures = {
             "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
-            **measure(run, config.data.validation_samples if samples is None else samples, folder),
-        }  # fmt: skip
+            **measured,
+        }
+        if not run.world.is_first:
+            return figures
     path = folder / f"{task}.json"
     write_atomically(path, (json.dumps(figures, indent=1) + "\n").encode())
-    lines = [*table(figures), f"figures: {path}", *(f"picture: {picture}" for picture in figures["pictures"])]
+    lines = [*table(figures), f"figures: {path}", *(f"picture: {picture}" for picture in figures.get("pictures", []))]
     print("\n".join(lines), file=sys.stderr)
     return figures
 
 
+def check_kind(task: str, kind: str, run_dir: str | Path) -> None:
+    """Raises UserError where a model of this kind has no such task."""
+    own = tuple(DECODERS) if kind == "mug" else ("perplexity",)
+    if task not in own:
+        raise UserError(f"--task {task}: {run_dir} is a run of {kind}, whose tasks are: {', '.join(own)}; choose one")
+
+
 def table(figures: dict) -> list[str]:
     """The figures that matter, a line each."""
+    if figures["task"] == "perplexity":
+        return _perplexity_table(figures)
     head = f"{figures['task']} of {figures['samples']} held-out pairs, step {figures['step']}"
     if figures["task"] == "reconstruction":
         return [
@@ -85,3 +106,15 @@ def table(figures: dict) -> list[str]:
     ]
     cells = ("".join(f"{view[key]:>10{style}}" for view in views) for _, key, style in rows)
     return [head, *(f"  {title:<30}{cell}" for (title, _, _), cell in zip(rows, cells, strict=True))]
+
+
+def _perplexity_table(figures: dict) -> list[str]:
+    lines = [
+        f"perplexity of {figures['samples']} held-out documents, step {figures['step']}",
+        f"  {'':<20}{'tokens':>12}{'nat a token':>14}{'perplexity':>14}",
+    ]
+    for name, row in {**figures["modalities"], "all": figures["all"]}.items():
+        if row["tokens"]:
+            title = name.replace("_", " ")
+            lines.append(f"  {title:<20}{row['tokens']:>12,}{row['loss']:>14.4f}{row['perplexity']:>14.3f}")
+    return lines
