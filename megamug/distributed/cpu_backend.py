@@ -14,6 +14,7 @@ instead of computing something else.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -215,6 +216,19 @@ def import_megatron() -> None:
         importlib.import_module("megatron.core")
 
 
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory of freed tensors for the next ones. Returns whether the C library could.
+
+    glibc hands large blocks back to the system at once, so every step would fault each page of its activations in anew.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library: it does as it does
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
+
+
 def apply() -> bool:
     """Makes Megatron-core run on CPU tensors and gloo. Returns whether it did; a machine with CUDA is left alone."""
     global _applied
@@ -227,6 +241,7 @@ def apply() -> bool:
                 warnings.simplefilter("ignore")
                 owner, name = _attribute(module, path)
             setattr(owner, name, replace(getattr(owner, name)))
+        keep_freed_memory()
         _applied = True
     return True
 

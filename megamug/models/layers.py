@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
-from megamug.models import cpu_attention
+from megamug.models import cpu_attention, cpu_linear
 from megamug.models.elementwise import Rotate
 
 
@@ -121,7 +121,7 @@ def document_mask(documents: Tensor) -> Tensor:
 
 
 def _plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
-    return F.linear(input, weight, bias)
+    return cpu_linear.linear(input, weight, bias)
 
 
 class LocalColumnParallelLinear(ColumnParallelLinear):
@@ -146,7 +146,7 @@ class LocalRowParallelLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.alone:
             return super().forward(input_)
-        return F.linear(input_, self.weight, self.bias), None
+        return cpu_linear.linear(input_, self.weight, self.bias), None
 
 
 def context_linear(base: type, context_width: int) -> type:

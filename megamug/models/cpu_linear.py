@@ -1,0 +1,58 @@
+"""Linear layers on a CPU by oneDNN, which torch brings along but uses for float32 only when it compiles a graph.
+
+In float32 its products took 4/5 of the time of those behind torch.mm on the machine of docs/benchmarks/mug-cpu.md, but
+for the gradient of the weight; in bfloat16 it adds the bias without a pass over the result. The choice depends on types
+and shapes alone, so a run that is repeated gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+FEW = 16  # rows, below which a product reads the weight once and nothing is gained
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; anywhere but on a CPU it is torch's."""
+    on_cpu = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype
+    if on_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= FEW * x.shape[-1]:
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [m, k], weight [n, k] of any strides -> [m, n]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if ctx.needs_input_grad[0]:
+            of_x = _product(rows, weight.t()) if rows.dtype == torch.float32 else rows @ weight
+            of_x = of_x.view(x.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0)
+        return of_x, of_weight, of_bias
+
+
+if AVAILABLE:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *_, **__) -> int:
+        """What torch.utils.flop_counter counts, as for torch.mm."""
+        return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
