@@ -176,7 +176,8 @@ def test_text_gives_way_to_masks(folder):
     from megamug.data.vocabulary import Vocabulary
 
     v = Vocabulary.load(folder / "vocabulary")
-    tokens = torch.tensor([v.bos_id, 5, v.text_pieces - 1, v.break_id, v.first_code, v.break_id - 1, v.eos_id, v.pad_id])
+    ids = [v.bos_id, 5, v.text_pieces - 1, v.break_id, v.first_code, v.break_id - 1, v.eos_id, v.pad_id]
+    tokens = torch.tensor(ids)
     masked = without_text(tokens, v)
     assert (masked == v.mask_id).tolist() == [False, True, True] + [False] * 5
     assert torch.equal(masked[3:], tokens[3:])
