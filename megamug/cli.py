@@ -133,7 +133,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
                         help="win over the file; every layout keeps what is set here")  # fmt: skip
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all, eight a node")
     parser.add_argument("--gpu", choices=("h100", "h200", "a100"), required=True, help="their kind")
-    parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU (default: 79.1, 139.8, 79.2)")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU (default: what that kind has)")
     parser.add_argument("--vocabulary-size", type=int, metavar="N", help="default: that of data.tokenizer")
     parser.add_argument("--top", type=int, metavar="N", default=10, help="layouts in the table (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of them, and why the others do not fit")

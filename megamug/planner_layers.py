@@ -128,6 +128,8 @@ def _attention(tokens: int, shape: Shape, causal: bool, trained: bool) -> Unit:
     kept += [Kept(tokens * (h + 2 * kv), TENSOR), Kept(tokens * h, TENSOR), Kept(tokens * shape.heads, TENSOR, 4)]
     if shape.rotary or shape.head_norm_parameters:  # queries and keys once more
         kept.append(Kept(tokens * (h + kv), TENSOR))
+    if shape.groups < shape.heads and (shape.head_norm_parameters or not shape.rotary):
+        kept.append(Kept(tokens * h, TENSOR))  # queries lie apart from one another, so they are copied
     if shape.head_norm_parameters:
         kept.append(Kept(2 * tokens * (shape.heads + shape.groups), TENSOR, 4))
     if trained:

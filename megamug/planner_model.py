@@ -121,7 +121,8 @@ def _mug(config: Config, vocabulary: int) -> Model:
         boundary.append(latent)
         shape = Shape(w, 4 * w, model.decoder_heads, model.decoder_heads)
         rides = latent if model.caption_loss_weight > 0 else 0
-        stack("image", painted, [layer(painted, shape, causal=False)] * model.decoder_layers, (), rides + hidden)
+        layers = [layer(painted, shape, causal=False)] * model.decoder_layers
+        stack("image", painted, layers, (Kept(hidden, WHOLE),), rides + hidden)  # kept where hidden patches are taken
         head = Unit(linear(w, values), products=(Product(masked, w, values, WHOLE, fp8=False),),
                     kept=(Kept(masked * w, WHOLE), Kept(masked * values, WHOLE, logits=True)),
                     moved=((WHOLE, 2 * masked * (w + values), 3 * masked * (w + values)),))  # fmt: skip
