@@ -1,6 +1,4 @@
-"""Writing documents: the grammar, the cache, batches, guidance by hand, and the same under tensor parallelism."""
-
-import json
+"""Writing documents: the grammar, the cache, batches, guidance by hand."""
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from megamug.generate import nucleus_choice
 from megamug.generation.decoding import Row, Sampling, guide, possible, without_text, write_documents
 from megamug.inference import load_run
 from tests.data.language import image
-from tests.distributed.launch import launch
 from tests.generation.language_run import MODELS, make_data, make_run
 
 LIMIT = 60
@@ -181,16 +178,3 @@ def test_text_gives_way_to_masks(folder):
     masked = without_text(tokens, v)
     assert (masked == v.mask_id).tolist() == [False, True, True] + [False] * 5
     assert torch.equal(masked[3:], tokens[3:])
-
-
-def test_two_tensor_parallel_processes_write_the_same(folder, tmp_path):
-    worker = str(__file__).replace("test_decoding.py", "tensor_worker.py")
-    results = launch([worker, str(folder), str(tmp_path)], processes=2)
-    assert [code for code, _ in results] == [0, 0], results
-    for name in MODELS:
-        with load_run(folder / name) as run:
-            for number, sampling in enumerate(SAMPLINGS):
-                expected = write(run, prompts(run.task.vocabulary), sampling)
-                for rank in range(2):
-                    told = json.loads((tmp_path / f"{rank}.json").read_text())
-                    assert told[name][number] == expected, (name, sampling, rank)
