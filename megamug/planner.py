@@ -214,7 +214,8 @@ def _search(config: Config, gpus: int, gpu: Gpu, model: Model, fixed: set[str]) 
                     continue
                 layout = replace(layout, sequence=False)
         rest = gpus // tensor
-        for pipeline in space.values("parallel.pipeline", [n for n in range(1, rest + 1) if rest % n == 0]):
+        stages = [n for n in range(1, min(rest, len(model.blocks)) + 1) if rest % n == 0]
+        for pipeline in space.values("parallel.pipeline", stages):
             yield from _pipelines(space, gpus, model, layout, pipeline)
 
 

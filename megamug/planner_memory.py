@@ -95,6 +95,11 @@ def stages_of(model: Model, stages: int) -> list[range]:
     return memo(model, ("cut", stages), lambda: cut([block.flops for block in model.blocks], stages))
 
 
+def stage_bytes(model: Model, layout: Layout) -> list[float]:
+    """Activations of one sample and micro-batch in each stage until its backward, logits apart."""
+    return [stage.kept for stage in _stages(model, layout)]
+
+
 def kept_bytes(unit: Unit, layout: Layout, logits: bool = False, constant: bool = False) -> float:
     """What backward keeps of a unit for one sample (`constant`: for no sample), recomputation apart."""
     arguments = layout.tensor, layout.sequence, BYTES[layout.dtype], layout.fp8 != "none"
