@@ -57,7 +57,7 @@ TOWERS: dict[str, dict] = {
     "opt_125m": _cm3leon(12, 768, 12) | dict(norm="layernorm", activation="relu", bias=True, max_positions=2048),
     # Small enough to learn on two CPU cores: in seconds, and in minutes (`make demo-jam`).
     "lm_tiny": _cm3leon(2, 64, 4, 0.02),
-    "lm_demo": _cm3leon(6, 192, 6, 0.02),
+    "lm_demo": _cm3leon(4, 128, 4, 0.02),
 }
 
 

@@ -1,0 +1,163 @@
+"""JAM from nothing: an image tokenizer, two parents, three fusions of them, and a document of text and images.
+
+    python examples/jam/demo.py [--folder demo-jam] [--quick]
+
+`make demo-jam` runs it. A parent that has read text alone and one that has read image-caption pairs are fused in three
+ways; each fusion is trained on both kinds of data, and JAM-Cross is taught to answer with text and pictures in turn.
+Everything is written below the folder; started again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"
+PERPLEXITIES = ("text", "caption_given_image", "image_given_caption")
+SETS = {"pairs": "pairs", "text": "documents/text", "instructions": "documents/instructions"}
+PROMPT = "draw this: a large red circle left of a small blue ring. then turn the blue ring green."
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything. The defaults end within 15 minutes on two cores."""
+
+    pairs: int = 8000
+    texts: int = 12000
+    instructions: int = 1500
+    heldout: int = 128
+    tokenizer_steps: int = 900
+    text_steps: int = 150
+    image_steps: int = 300
+    fused_steps: int = 80
+    instruction_steps: int = 60
+
+
+QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2)  # to see that everything runs; it learns nothing
+
+
+def run(*arguments: str | Path) -> None:
+    """One command of the project, shown and run in the demo's folder; its failure ends the demo."""
+    words = [str(a) for a in arguments]
+    shown = [os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words]
+    print("\n$ python " + " ".join(f'"{w}"' if " " in w else w for w in shown), flush=True)
+    figures = subprocess.DEVNULL if "evaluate" in words or "generate" in words else None  # they are in files, too
+    code = subprocess.run([sys.executable, *words], check=False, stdout=figures).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def precision() -> str:
+    """bf16 where this CPU multiplies it faster than fp32 (AVX-512 BF16 or AMX), else fp32."""
+    import torch
+
+    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
+
+
+def train(folder: str, steps: int, *overrides: str) -> None:
+    run("-m", "megamug", "train", CONFIG, f"run_dir={folder}", f"train.steps={steps}",
+        f"precision.dtype={precision()}", f"optimizer.warmup_steps={steps // 10}", *overrides)  # fmt: skip
+
+
+def perplexities(folder: str) -> dict[str, float]:
+    """On the held-out texts and pairs, by the newest checkpoint of a run; measured once."""
+    if not list(Path(folder, "evaluate").glob("step-*/perplexity.json")):
+        run("-m", "megamug", "evaluate", folder, "--task", "perplexity", "--data", "documents/text_heldout",
+            "documents/pairs_heldout")  # fmt: skip
+    newest = max(Path(folder, "evaluate").glob("step-*/perplexity.json"))
+    figures = json.loads(newest.read_text())["modalities"]
+    return {name: figures[name]["perplexity"] for name in PERPLEXITIES}
+
+
+def make_data(amounts: Amounts) -> None:
+    """Shards, text tokenizer, image tokenizer, vocabulary, tokenised documents."""
+    run(TOOLS / "make_demo_data.py", "data/pairs", "--train", str(amounts.pairs), "--heldout", str(amounts.heldout))
+    run(TOOLS / "make_demo_documents.py", "data/documents", "--text", str(amounts.texts), "--instructions",
+        str(amounts.instructions), "--heldout", str(amounts.heldout))  # fmt: skip
+    if not Path("tokenizer.model").exists():
+        shards = [f"data/{name}/train" for name in SETS.values()]
+        run(TOOLS / "train_tokenizer.py", *shards, "--output", "tokenizer.model", "--vocab-size", "384")
+    run(TOOLS / "train_image_tokenizer.py", "data/pairs/train", "--validation", "data/pairs/heldout",
+        "--output", "image_tokenizer", "--steps", str(amounts.tokenizer_steps), "--quantise-from",
+        str(amounts.tokenizer_steps // 5), "--dtype", precision(), *IMAGE_TOKENIZER)  # fmt: skip
+    if not Path("vocabulary").exists():
+        run(TOOLS / "make_vocabulary.py", "--text", "tokenizer.model", "--image-tokenizer", "image_tokenizer",
+            "--sentinels", "32", "--output", "vocabulary")  # fmt: skip
+    for kind, folder in SETS.items():
+        for split in ("train", "heldout"):
+            run(TOOLS / "tokenize_documents.py", f"data/{folder}/{split}", "--vocabulary", "vocabulary", "--output",
+                f"documents/{kind}_{split}")  # fmt: skip
+
+
+IMAGE_TOKENIZER = (
+    "--image-size", "32", "--f", "4", "--codes", "512", "--code-width", "8", "--normalise-codes", "--channels", "32",
+    "--multipliers", "1", "1", "2", "--residual-blocks", "1", "--latent-channels", "32", "--norm-groups", "8",
+    "--no-middle-attention", "--batch-size", "16", "--learning-rate", "2e-3", "--warmup-steps", "30", "--no-flip",
+    "--smallest-crop", "0.9",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo-jam")
+    parser.add_argument("--quick", action="store_true", help="see that everything runs, and learn nothing")
+    options = parser.parse_args()
+    amounts = QUICK if options.quick else Amounts()
+    started, folder = time.monotonic(), options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    make_data(amounts)
+
+    train("parents/text", amounts.text_steps, "data.train=documents/text_train")
+    train("parents/image_text", amounts.image_steps, "data.train=documents/pairs_train")
+    table = {f"parent: {name}": perplexities(f"parents/{name}") for name in ("text", "image_text")}
+
+    both = "data.train=[{path: documents/text_train, weight: 1}, {path: documents/pairs_train, weight: 1}]"
+    for kind in ("uniform", "width", "cross"):
+        start, trained = f"fused/{kind}", f"continued/{kind}"
+        if not Path(start).exists():
+            run(TOOLS / "fuse_towers.py", "parents/text", "parents/image_text", "--kind", kind, "--output", start)
+        table[f"JAM-{kind.title()}, fused"] = perplexities(start)
+        train_fused(start, trained, amounts.fused_steps, both)
+        table[f"JAM-{kind.title()}, trained"] = perplexities(trained)
+
+    mixed = (
+        "data.train=[{path: documents/instructions_train, weight: 2}, {path: documents/pairs_train, weight: 1}, "
+        "{path: documents/text_train, weight: 1}]"
+    )
+    train_fused("continued/cross", "instructed", amounts.instruction_steps, mixed, "data.loss_on=response",
+                "optimizer.learning_rate=5e-4")  # fmt: skip
+    run("-m", "megamug", "generate", "instructed", "--prompt", PROMPT, "--max-images", "2", "--temperature", "0.7",
+        "--top-p", "0.9", "--output", "document")  # fmt: skip
+    report(folder, table, time.monotonic() - started)
+
+
+def train_fused(start: str, folder: str, steps: int, *overrides: str) -> None:
+    """Goes on from the weights of `start`, with its sizes."""
+    run("-m", "megamug", "train", Path(start) / "config.yaml", f"run_dir={folder}", f"model.initial={start}",
+        f"train.steps={steps}", "optimizer.learning_rate=1e-3", f"optimizer.warmup_steps={steps // 10}",
+        *overrides)  # fmt: skip
+
+
+def report(folder: Path, table: dict[str, dict[str, float]], seconds: float) -> None:
+    """Perplexities of parents and fusions, and where the document is."""
+    (folder / "perplexities.json").write_text(json.dumps(table, indent=1) + "\n")
+    print(f"\nDone in {seconds / 60:.1f} minutes. Perplexity a token on held-out documents (lower is better):\n")
+    titles = [name.replace("_", " ") for name in PERPLEXITIES]
+    print(f"  {'':<24}" + "".join(f"{title:>22}" for title in titles))
+    for name, figures in table.items():
+        print(f"  {name:<24}" + "".join(f"{figures[key]:>22.2f}" for key in PERPLEXITIES))
+    print(f"\nRead  {folder / 'document' / 'document.html'}\n      (written by the instructed JAM-Cross, text and "
+          "pictures in turn)")
+
+
+if __name__ == "__main__":
+    main()
