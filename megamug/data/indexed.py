@@ -21,6 +21,7 @@ import numpy as np
 from megamug.data.shards import write_atomically
 from megamug.data.sources import parse_sets
 from megamug.data.vocabulary import Vocabulary
+from megamug.distributed.cpu_backend import import_megatron
 from megamug.durable import fsync_folder
 from megamug.errors import UserError
 
@@ -88,6 +89,7 @@ def token_dtype(vocabulary_size: int) -> type:
 
 def join_parts(paths: list[Path], folder: Path, vocabulary_size: int) -> list[dict]:
     """Write `documents.bin` and `documents.idx` of all parts, aside, fsynced, renamed; returns the parts' reports."""
+    import_megatron()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     aside = [folder / f".{NAME}.{os.getpid()}.{kind}.tmp" for kind in ("bin", "idx")]
@@ -167,6 +169,7 @@ class DocumentSet:
         self._check_images(vocabulary, again)
 
     def _map(self, again: str) -> None:
+        import_megatron()
         from megatron.core.datasets.indexed_dataset import _IndexReader  # the .idx alone; the .bin is mapped below
 
         prefix = self.folder / NAME

@@ -184,8 +184,8 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
         "_p2p_ops": "without batching, messages of a ring of two cannot be mixed up: one group a direction",
     },
     "megatron.core.dist_checkpointing.serialization": {
-        "save": "async_sharded_save=True returns the request and writes nothing; async_strategy (above 0.16) `mcore` is "
-        "Megatron's own writer",
+        "save": "async_sharded_save=True returns the request and writes nothing; async_strategy (above 0.16) `mcore` "
+        "is Megatron's own writer",
     },
     "megatron.core.dist_checkpointing.strategies.torch": {
         "TorchDistSaveShardedStrategy.async_save": "plans on all ranks; finalize_fns gather the results and write "
