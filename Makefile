@@ -1,4 +1,4 @@
-# make demo | test | lint | venv      PYTHON=python3.12: another interpreter, with an environment of its own
+# make demo | demo-jam | test | lint | venv      PYTHON=python3.12: another interpreter, with an environment of its own
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 TESTS ?= tests
 TORCH := torch>=2.10,<2.14
 
-.PHONY: venv demo test lint
+.PHONY: venv demo demo-jam test lint
 
 venv: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ $(VENV)/.installed: pyproject.toml $(wildcard setup.py csrc/* csrc/*/*)
 
 demo: venv
 	$(VENV)/bin/python examples/mug/demo.py
+
+demo-jam: venv
+	$(VENV)/bin/python examples/jam/demo.py
 
 test: venv
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
