@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megamug.data.random import uniform
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from megamug.models.image_tokenizer import AttentionBlock, ImageTokenizer, ImageTokenizerConfig, ResidualBlock
 from megamug.models.image_tokenizer_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
 
 
@@ -32,7 +32,7 @@ class TrainingOptions:
     warmup_steps: int = 50
     weight_decay: float = 0.0
     clip_grad: float = 1.0
-    reconstruction: str = "l1"  # l1 | l2
+    reconstruction: str = "l2"  # l1 | l2
     commitment_weight: float = 0.25
     codebook: str = "ema"  # ema | gradient
     ema_decay: float = 0.99  # per step, of the codebook's averages and of the usage counts
@@ -116,7 +116,7 @@ class ImageTokenizerTrainer:
             raise UserError(f"image tokenizer: {config.image_size} pixels a side are too few for the discriminator")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.model = ImageTokenizer(config).to(self.device)
+            self.model = initialise(ImageTokenizer(config)).to(self.device)
             self.discriminator = PatchDiscriminator().to(self.device) if options.adversarial_weight else None
         self.model.quantize.embedding.weight.requires_grad_(options.codebook == "gradient")
         self.statistics = CodebookStatistics(self.model, options)
@@ -131,7 +131,7 @@ class ImageTokenizerTrainer:
     def _optimizer(self, module: torch.nn.Module) -> torch.optim.AdamW:
         parameters = [p for p in module.parameters() if p.requires_grad]
         decay = self.options.weight_decay
-        return torch.optim.AdamW(parameters, lr=self.options.learning_rate, betas=(0.9, 0.95), weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=self.options.learning_rate, betas=(0.9, 0.99), weight_decay=decay)
 
     def learning_rate(self) -> float:
         """Of the step to come."""
@@ -238,6 +238,24 @@ class ImageTokenizerTrainer:
             optimizer.load_state_dict(state["optimizers"][name])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
+
+
+def initialise(model: ImageTokenizer) -> ImageTokenizer:
+    """Convolutions that keep the scale of what they are given, in residual branches that begin as nothing.
+
+    So the image goes through a new network undistorted (Zhang et al. 2019, "Fixup initialization"; the zeros as in
+    Dhariwal and Nichol 2021's networks). Draws from torch's generator. Returns the model.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            torch.nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            torch.nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, AttentionBlock):
+            torch.nn.init.zeros_(module.proj_out.weight)
+    return model
 
 
 def perplexity(counts: Tensor) -> float:

@@ -88,7 +88,7 @@ def test_it_learns_a_batch(codebook, normalise):
 
 def test_straight_through_gradient():
     """The encoder's gradient of the reconstruction is that at the codes, handed to the latents as it is."""
-    trained = trainer(commitment_weight=0.0)
+    trained = trainer(commitment_weight=0.0, reconstruction="l1")
     trained.step = 1
     images, model = colours(0), trained.model
     torch.nn.init.normal_(model.quantize.embedding.weight)
