@@ -91,6 +91,7 @@ class Trainer:
             flops_per_sample=task.flops_per_sample,
             peak_flops=_peak(config, world),
             resume_step=self.step,
+            unit=task.unit,
         )
 
     def run(self) -> int:

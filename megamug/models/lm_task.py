@@ -128,6 +128,11 @@ class LmTask:
     # ------------------------------------------------------------------------------------------ figures
 
     @property
+    def unit(self) -> tuple[str, int]:
+        """What throughput counts, and how many a sample has."""
+        return "tokens", self.config.data.context_length
+
+    @property
     def flops_per_sample(self) -> float:
         """Model FLOPs of training on one row: forward, and twice that for backward (recomputation is not counted)."""
         return 3 * self.plan.forward_flops

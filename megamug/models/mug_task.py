@@ -128,6 +128,8 @@ class MugTask:
 
     # ------------------------------------------------------------------------------------------ figures
 
+    unit = ("images", 1)  # what throughput counts, and how many a sample has
+
     @property
     def flops_per_sample(self) -> float:
         """Model FLOPs of one training pair: forward, and twice that for backward (recomputation is not counted)."""

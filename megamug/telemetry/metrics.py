@@ -70,6 +70,7 @@ class MetricsLogger:
         flops_per_sample: float,
         peak_flops: float | None = None,
         resume_step: int = 0,
+        unit: tuple[str, int] = ("images", 1),
     ):
         self.run_dir = Path(run_dir)
         self.log_every = log_every
@@ -79,6 +80,7 @@ class MetricsLogger:
         self.samples_per_step = samples_per_step
         self.flops_per_sample = flops_per_sample
         self.peak_flops = peak_flops
+        self.unit = unit
         self._kept: list[tuple[int, dict[str, Any]]] = []
         self._tensorboard = None
         if is_writer:
@@ -120,7 +122,7 @@ class MetricsLogger:
             self._file.write(_json_line(record))
         self._file.flush()
         last = records[-1]
-        logger.info(console_line(last, self.total_steps, self.world_size, seconds))
+        logger.info(console_line(last, self.total_steps, self.world_size, seconds, self.unit))
         if self._tensorboard is not None:
             self._to_tensorboard(records, rates)
         self._since = time.perf_counter()
@@ -199,8 +201,9 @@ class MetricsLogger:
                 if name not in rates and name not in NOT_IN_TENSORBOARD and _is_number(value):
                     self._tensorboard.add_scalar(f"train/{name}", value, record["step"])
         step = records[-1]["step"]
-        per_device = rates["samples_per_second"] / self.world_size
-        self._tensorboard.add_scalar("perf/images_per_second_per_gpu", per_device, step)
+        name, per_sample = self.unit
+        per_device = rates["samples_per_second"] * per_sample / self.world_size
+        self._tensorboard.add_scalar(f"perf/{name}_per_second_per_gpu", per_device, step)
         for name, tag in PERF_TAGS.items():
             if rates[name] is not None:
                 self._tensorboard.add_scalar(f"perf/{tag}", rates[name], step)
@@ -269,8 +272,10 @@ def _is_whole(line: str) -> bool:
         return False
 
 
-def console_line(record: dict, total_steps: int, world_size: int, seconds_per_step: float) -> str:
-    """The line of one step. `record` holds what metrics.jsonl holds."""
+def console_line(
+    record: dict, total_steps: int, world_size: int, seconds_per_step: float, unit: tuple[str, int] = ("images", 1)
+) -> str:
+    """The line of one step. `record` holds what metrics.jsonl holds; `unit`: what is counted, and how many a sample."""
     width = len(str(total_steps))
     parts = [f"step {record['step']:>{width + 1}}/{total_steps}"]
     parts += [text.format(record[key]) for key, text in CONSOLE if record.get(key) is not None]
@@ -278,7 +283,8 @@ def console_line(record: dict, total_steps: int, world_size: int, seconds_per_st
         parts.append(f"lr {_scientific(record['learning_rate'])}")
     per_device = " per device" if world_size > 1 else ""
     mfu = f" (MFU {record['mfu']:.1%})" if record["mfu"] is not None else ""
-    parts.append(f"{record['samples_per_second']:.3g} images/s")
+    rate = record["samples_per_second"] * unit[1]
+    parts.append(f"{rate:,.0f} {unit[0]}/s" if rate >= 1000 else f"{rate:.3g} {unit[0]}/s")
     parts.append(f"{record['tflops_per_device']:.3g} TFLOP/s{per_device}{mfu}")
     parts.append(f"data wait {record['data_wait']:.0%}")
     if record.get("skipped"):

@@ -248,3 +248,9 @@ def test_logging_of_ranks(tmp_path, capsys):
             handler.close()
         logging.getLogger("megamug").setLevel(level)
         logging.captureWarnings(False)
+
+
+def test_throughput_is_told_in_the_model_s_own_unit():
+    record = {"step": 3, "samples_per_second": 8.0, "tflops_per_device": 0.25, "mfu": None, "data_wait": 0.0}
+    assert "| 8 images/s |" in console_line(record, 10, 1, 0.1)
+    assert "| 3,072 tokens/s |" in console_line(record, 10, 1, 0.1, ("tokens", 384))
