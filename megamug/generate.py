@@ -218,7 +218,7 @@ def generate_from_images(
                 f"--mask-ratio is {ratio:g}: of {plan.patches} patches {visible} stay visible; give a ratio from 0 to "
                 f"{1 - 1 / plan.patches:.4g}"
             )
-        folder = Path(output) if output is not None else _new_folder(Path(run_dir) / "generate", f"step-{run.step:08d}")
+        folder = Path(output) if output is not None else new_folder(Path(run_dir) / "generate", f"step-{run.step:08d}")
         folder.mkdir(parents=True, exist_ok=True)
         entries, rows, pictures = [], [], []
 
@@ -298,7 +298,7 @@ def image_sizes(paths: list[Path]) -> tuple[list[int], list[int]]:
     return widths, heights
 
 
-def _new_folder(parent: Path, name: str) -> Path:
+def new_folder(parent: Path, name: str) -> Path:
     """`parent/name`, or with -2, -3, ... behind where that is taken: earlier results stay."""
     candidates = (parent / (name if n == 1 else f"{name}-{n}") for n in range(1, 1_000_000))
     return next(folder for folder in candidates if not folder.exists())

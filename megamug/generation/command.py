@@ -66,7 +66,7 @@ def generate_documents(
     import torch
     import torch.distributed as dist
 
-    from megamug.generate import _new_folder
+    from megamug.generate import new_folder
     from megamug.generation.decoding import Sampling, write_documents
     from megamug.inference import load_run
 
@@ -100,7 +100,7 @@ def generate_documents(
             with torch.inference_mode():
                 pngs = decode_images(pictures, vocabulary, run.world.device)
             name = f"step-{run.step:08d}"
-            folder = Path(output) if output is not None else _new_folder(Path(run_dir) / "generate", name)
+            folder = Path(output) if output is not None else new_folder(Path(run_dir) / "generate", name)
             _write(folder, f"{Path(run_dir).name}, step {run.step}", figures, settings, pngs)
     return figures
 
