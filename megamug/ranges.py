@@ -41,7 +41,7 @@ RANGES = {
     "model.text_unimodal_layers": _FROM_ZERO, "model.text_multimodal_layers": _COUNT, "model.text_width": _COUNT,
     "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE, "model.z_loss_weight": _FROM_ZERO,
     "fusion.cross_every": _COUNT, "fusion.output_width": _COUNT,
-    "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO,
+    "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
     "data.micro_batch_size": _COUNT, "data.crop_scale": Range(0, 1, open_low=True), "data.mean": Range(0, 1),
     "data.std": _POSITIVE, "data.validation_samples": _COUNT, "data.threads": _COUNT, "data.prefetch": _COUNT,
@@ -99,7 +99,8 @@ _KINDS = {"lm": ("decoder_lm",), "text_tower": ("jam_cross",), "image_tower": ("
 _LANGUAGE = ("decoder_lm", "jam_cross")
 _KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug", *_LANGUAGE)) | {"model": ("mug",)}
 _KINDS |= {"model.z_loss_weight": _LANGUAGE}
-_KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "separate_documents", "loss_on")}
+_KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
+                                                  "separate_documents", "loss_on")}  # fmt: skip
 _KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "crop_scale", "flip", "mean", "std",
                                                "threads", "prefetch", "max_failure_rate")}  # fmt: skip
 

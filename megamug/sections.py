@@ -90,6 +90,7 @@ class DataConfig:
     # rows of tokens
     context_length: int = 2048  # tokens of a row
     cm3_spans: float = 1.0  # mean number of masked spans of a document (CM3); 0: plain left to right
+    hidden_text: float = 0.0  # share of documents with images that show <mask> for text: what guidance compares to
     separate_documents: bool = False  # no document reads another of its row
     loss_on: str = "all"  # all | response | text | image: the tokens that carry loss
     # pairs

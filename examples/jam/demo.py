@@ -35,9 +35,9 @@ class Amounts:
     heldout: int = 128
     tokenizer_steps: int = 900
     text_steps: int = 150
-    image_steps: int = 300
-    fused_steps: int = 80
-    instruction_steps: int = 60
+    image_steps: int = 600
+    fused_steps: int = 120
+    instruction_steps: int = 140
 
 
 QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2)  # to see that everything runs; it learns nothing
@@ -136,7 +136,7 @@ def main() -> None:
     train_fused("continued/cross", "instructed", amounts.instruction_steps, mixed, "data.loss_on=response",
                 "optimizer.learning_rate=5e-4")  # fmt: skip
     run("-m", "megamug", "generate", "instructed", "--prompt", PROMPT, "--max-images", "2", "--temperature", "0.7",
-        "--top-p", "0.9", "--output", "document")  # fmt: skip
+        "--top-p", "0.9", "--guidance", "2", "--output", "document")  # fmt: skip
     report(folder, table, time.monotonic() - started)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from megamug.data.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable
 from megamug.data.indexed import IMAGE, RESPONSE, DocumentSet
+from megamug.data.random import uniform
 from megamug.data.text import PAD
 from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
@@ -165,11 +166,16 @@ class RowMaker:
 
     def __init__(
         self, documents: DocumentSet, vocabulary: Vocabulary, *, context_length: int, cm3_spans: float, loss_on: str,
-        seed: int, first_number: int = 0,
+        seed: int, first_number: int = 0, hidden_text: float = 0.0,
     ) -> None:  # fmt: skip
-        """`first_number`: added to a piece's number where randomness is drawn, so that no two sets share theirs."""
+        """`first_number`: added to a piece's number where randomness is drawn, so that no two sets share theirs.
+
+        `hidden_text`: the share of pieces with images that are read with `<mask>` for each text piece, unpredicted and
+        without spans: so a model learns the codes that classifier-free guidance calls unconditional.
+        """
         self.documents, self.vocabulary, self.loss_on = documents, vocabulary, loss_on
         self.columns, self.cm3_spans, self.seed, self.first_number = context_length + 1, cm3_spans, seed, first_number
+        self.hidden_text = hidden_text
         self.packing = pack(documents, context_length, cm3_spans)
 
     def __len__(self) -> int:
@@ -178,6 +184,7 @@ class RowMaker:
     def fingerprint(self) -> str:
         """Of the documents and of how they are packed: other rows are another order."""
         description = [PACKING_VERSION, _WINDOW, self.documents.fingerprint(), self.columns, self.cm3_spans]
+        description += [self.hidden_text] if self.hidden_text else []
         return hashlib.sha256(repr(description).encode()).hexdigest()
 
     def make(self, rows: np.ndarray, epochs: np.ndarray) -> Rows:
@@ -192,9 +199,12 @@ class RowMaker:
         of_row = np.repeat(np.arange(len(rows)), ends - starts)
         counts = draw_counts(self.seed, epochs[of_row], pieces + self.first_number, self.cm3_spans)
         counts = np.minimum(counts, len(self.vocabulary.sentinels))
+        draws = uniform(self.seed, "hidden text", epochs[of_row], pieces + self.first_number, 1)[:, 0]
+        hidden = draws < self.hidden_text
         at = 0
         for i, count in enumerate((ends - starts).tolist()):
-            self._fill(made, i, pieces[at : at + count], counts[at : at + count], int(epochs[i]))
+            here = slice(at, at + count)
+            self._fill(made, i, pieces[here], counts[here], hidden[here], int(epochs[i]))
             at += count
         if int(made.tokens.max()) >= self.vocabulary.size:
             raise UserError(
@@ -205,15 +215,18 @@ class RowMaker:
             made.loss &= self.vocabulary.is_image(made.tokens) == (self.loss_on == "image")
         return made
 
-    def _fill(self, made: Rows, i: int, pieces: np.ndarray, counts: np.ndarray, epoch: int) -> None:
+    def _fill(self, made: Rows, i: int, pieces: np.ndarray, counts: np.ndarray, hidden: np.ndarray, epoch: int) -> None:
         """Write row i; spans come first to the pieces that come first, while the row has room."""
         room = (self.columns - int(self.packing.lengths[pieces].sum())) // GROWTH
         at = 0
-        for number, (piece, count) in enumerate(zip(pieces.tolist(), counts.tolist(), strict=True)):
+        for number, (piece, count, hide) in enumerate(zip(pieces.tolist(), counts.tolist(), hidden, strict=True)):
             start, length = int(self.packing.starts[piece]), int(self.packing.lengths[piece])
             tokens, loss = self.documents.tokens[start : start + length], True
             if self.loss_on == "response":
                 loss = self._responses(piece, start, length)
+            if hide and self.vocabulary.is_image(tokens).any():
+                tokens = self.vocabulary.without_text(tokens)
+                loss, count = loss & (tokens != self.vocabulary.mask_id), 0
             if min(count, room):
                 tokens = tokens.astype(np.int64)
                 stretches = maskable(tokens, self._borders(piece, start, length), self.vocabulary)

@@ -36,7 +36,7 @@ class TokenBatch:
 
 def row_makers(
     documents: list[DocumentSet], vocabulary: Vocabulary, *, context_length: int, cm3_spans: float, loss_on: str,
-    seed: int,
+    seed: int, hidden_text: float = 0.0,
 ) -> list[RowMaker]:  # fmt: skip
     """One for each set. Raises `UserError`, see `document_packing.pack`."""
     if loss_on not in LOSS_ON:
@@ -46,7 +46,7 @@ def row_makers(
         number = sum(len(maker.packing.lengths) for maker in made)
         made.append(RowMaker(
             one, vocabulary, context_length=context_length, cm3_spans=cm3_spans, loss_on=loss_on, seed=seed,
-            first_number=number,
+            first_number=number, hidden_text=hidden_text,
         ))  # fmt: skip
     return made
 
@@ -74,6 +74,7 @@ class TokenLoader:
         micro_batch_size: int,
         seed: int,
         cm3_spans: float = 1.0,
+        hidden_text: float = 0.0,
         separate_documents: bool = False,
         loss_on: str = "all",
         dp_rank: int = 0,
@@ -91,7 +92,8 @@ class TokenLoader:
         assert 0 <= dp_rank < dp_size
         assert train or state is None, "a validation pass always starts at its first row"
         self.makers = row_makers(
-            documents, vocabulary, context_length=context_length, cm3_spans=cm3_spans, loss_on=loss_on, seed=seed
+            documents, vocabulary, context_length=context_length, cm3_spans=cm3_spans, loss_on=loss_on, seed=seed,
+            hidden_text=hidden_text,
         )
         self.order = order_of_rows(self.makers, seed)
         self.context_length, self.separate_documents = context_length, separate_documents

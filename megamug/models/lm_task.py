@@ -75,6 +75,7 @@ class LmTask:
             self.vocabulary,
             context_length=data.context_length,
             cm3_spans=data.cm3_spans,
+            hidden_text=data.hidden_text,
             separate_documents=data.separate_documents,
             loss_on=data.loss_on,
             global_batch_size=data.global_batch_size,
@@ -100,7 +101,7 @@ class LmTask:
         data, seed = self.config.data, self.config.seed
         makers = row_makers(
             self.documents(train=True), self.vocabulary, context_length=data.context_length, cm3_spans=data.cm3_spans,
-            loss_on=data.loss_on, seed=seed,
+            hidden_text=data.hidden_text, loss_on=data.loss_on, seed=seed,
         )  # fmt: skip
         order_of_rows(makers, seed).check(Cursor.from_dict(contents["cursor"]))
 

@@ -65,6 +65,24 @@ def test_every_document_is_whole_in_one_row(documents, vocabulary, spans):
     assert not rows.loss[rows.tokens == vocabulary.pad_id].any()
 
 
+def test_hidden_text_is_masks_that_carry_no_loss_and_codes_that_do(documents, vocabulary):
+    options = dict(context_length=90, cm3_spans=1.0, loss_on="all", seed=3)
+    maker, plain = (RowMaker(documents, vocabulary, **options, hidden_text=share) for share in (0.5, 0.0))
+    assert maker.fingerprint() != plain.fingerprint()
+    wanted = [documents.document(n)[0] for n in range(len(documents))]
+    with_images = [tokens for tokens in wanted if vocabulary.is_image(tokens).any()]
+    hidden = 0
+    rows = maker.make(np.arange(len(maker)), np.full(len(maker), 2))
+    for i in range(len(maker)):
+        for tokens, loss in pieces_of(rows, i):
+            masked = tokens == vocabulary.mask_id
+            if masked.any():
+                hidden += 1
+                assert not loss[masked].any() and loss[1:][~masked[1:]].all()
+                assert any(np.array_equal(vocabulary.without_text(x), tokens) for x in with_images)
+    assert 0.3 * len(with_images) < hidden < 0.7 * len(with_images)
+
+
 def test_positions_restart_and_segments_count(documents, vocabulary):
     maker = RowMaker(documents, vocabulary, context_length=90, cm3_spans=1.0, loss_on="all", seed=3)
     rows = maker.make(np.arange(len(maker)), np.ones(len(maker), np.int64))
