@@ -93,7 +93,7 @@ def test_a_tower_keeps_what_is_set_beside_its_preset():
                  "image_tower.query_groups=2", "text_tower.bias=true"]  # fmt: skip
     config = resolve(load_config(None, overrides))
     assert (config.text_tower.heads, config.text_tower.query_groups, config.text_tower.bias) == (8, 8, True)
-    assert (config.image_tower.heads, config.image_tower.query_groups, config.image_tower.norm) == (6, 2, "rmsnorm")
+    assert (config.image_tower.heads, config.image_tower.query_groups, config.image_tower.norm) == (4, 2, "rmsnorm")
 
 
 def test_resolving_leaves_its_argument_alone():

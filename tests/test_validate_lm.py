@@ -49,7 +49,7 @@ def refusal(inputs: dict[str, str], overrides: str, world_size: int = 1) -> str:
 
 GOOD = [
     (LM, 1), (JAM, 1), (LM + "parallel.tensor=2 parallel.sequence=true parallel.pipeline=2 parallel.virtual=2", 4),
-    (JAM + "parallel.pipeline=2 parallel.virtual=4", 4), (LM + "parallel.pipeline=4", 4),
+    (JAM + "parallel.pipeline=2 parallel.virtual=3", 4), (LM + "parallel.pipeline=4", 4),
     (LM + "lm.positions=rotary data.context_length=8192", 1), (LM + "model.z_loss_weight=1e-4", 1),
     (JAM + "image_tower.width=128 image_tower.heads=4 image_tower.layers=4 fusion.cross_every=4 fusion.freeze=text", 1),
 ]  # fmt: skip
@@ -69,12 +69,13 @@ BAD = [
                                           "set data.context_length=4096"]),
     (JAM + "image_tower.max_positions=32", 1, ["data.context_length(64)", "image_tower.max_positions(32)",
                                                "set data.context_length=32"]),
-    (JAM + "fusion.cross_every=7", 1, ["fusion.cross_every(7)", "layers(6)", "set fusion.cross_every=3"]),
+    (JAM + "fusion.cross_every=7", 1, ["fusion.cross_every(7)", "layers(4)", "set fusion.cross_every=2"]),
     (JAM + "fusion.shared_embedding=true text_tower.width=96", 1,
-     ["text_tower.width(96)", "image_tower.width(192)", "set fusion.shared_embedding=false"]),
+     ["text_tower.width(96)", "image_tower.width(128)", "set fusion.shared_embedding=false"]),
     (LM + "lm.query_groups=1 parallel.tensor=2", 2, ["lm.query_groups(1) is not divisible by parallel.tensor(2)",
                                                      "parallel.tensor to one of 1"]),
-    (JAM + "parallel.tensor=4", 4, ["text_tower.heads(6) is not divisible by parallel.tensor(4)", "one of 1, 2, 3, 6"]),
+    (JAM + "text_tower.width=96 text_tower.heads=6 parallel.tensor=4", 4,
+     ["text_tower.heads(6) is not divisible by parallel.tensor(4)", "one of 1, 2"]),
     (LM + "lm.ffn_width=255 parallel.tensor=2", 2, ["lm.ffn_width(255)", "parallel.tensor(2)", "one of 1"]),
     (LM + "data.context_length=63 parallel.tensor=2 parallel.sequence=true", 2,
      ["data.context_length(63) is not divisible by parallel.tensor(2)", "set data.context_length=62"]),

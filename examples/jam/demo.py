@@ -33,11 +33,11 @@ class Amounts:
     texts: int = 12000
     instructions: int = 1500
     heldout: int = 128
-    tokenizer_steps: int = 900
+    tokenizer_steps: int = 800
     text_steps: int = 150
-    image_steps: int = 600
-    fused_steps: int = 120
-    instruction_steps: int = 140
+    image_steps: int = 500
+    fused_steps: int = 110
+    instruction_steps: int = 110
 
 
 QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2)  # to see that everything runs; it learns nothing
@@ -87,7 +87,7 @@ def make_data(amounts: Amounts) -> None:
         run(TOOLS / "train_tokenizer.py", *shards, "--output", "tokenizer.model", "--vocab-size", "384")
     run(TOOLS / "train_image_tokenizer.py", "data/pairs/train", "--validation", "data/pairs/heldout",
         "--output", "image_tokenizer", "--steps", str(amounts.tokenizer_steps), "--quantise-from",
-        str(amounts.tokenizer_steps // 5), "--dtype", precision(), *IMAGE_TOKENIZER)  # fmt: skip
+        str(amounts.tokenizer_steps // 9), "--dtype", precision(), *IMAGE_TOKENIZER)  # fmt: skip
     if not Path("vocabulary").exists():
         run(TOOLS / "make_vocabulary.py", "--text", "tokenizer.model", "--image-tokenizer", "image_tokenizer",
             "--sentinels", "32", "--output", "vocabulary")  # fmt: skip
@@ -98,10 +98,10 @@ def make_data(amounts: Amounts) -> None:
 
 
 IMAGE_TOKENIZER = (
-    "--image-size", "32", "--f", "4", "--codes", "512", "--code-width", "8", "--normalise-codes", "--channels", "32",
-    "--multipliers", "1", "1", "2", "--residual-blocks", "1", "--latent-channels", "32", "--norm-groups", "8",
-    "--no-middle-attention", "--batch-size", "16", "--learning-rate", "2e-3", "--warmup-steps", "30", "--no-flip",
-    "--smallest-crop", "0.9",
+    "--image-size", "64", "--f", "8", "--codes", "256", "--code-width", "8", "--normalise-codes", "--channels", "16",
+    "--multipliers", "1", "1", "2", "4", "--residual-blocks", "1", "--latent-channels", "32", "--norm-groups", "4",
+    "--no-middle-attention", "--batch-size", "16", "--learning-rate", "2e-3", "--warmup-steps", "20",
+    "--ema-decay", "0.95", "--no-flip", "--smallest-crop", "0.9",
 )  # fmt: skip
 
 

@@ -136,6 +136,7 @@ def without_base(name: str) -> str:
 
 FORMAT = Format(
     "hf_vit", "transformers' ViTModel, names of transformers 4", "mug", ("encoder.",),
-    lambda view: encoder_settings(view, ""), rows, fixed, files, without_base, older,
+    lambda view: encoder_settings(view, ""), rows, fixed, files,
+    canonical=without_base, spelled=older,
 )  # fmt: skip
 FORMAT5 = replace(FORMAT, name="hf_vit5", what="transformers' ViTModel, names of transformers 5", spelled=as_it_is)

@@ -67,7 +67,7 @@ def files(config: Config, _vocabulary: int = 0) -> dict[str, dict]:
 
 FORMAT = Format(
     "hf_vitmae", "transformers' ViTMAEForPreTraining, names of transformers 4", "mug", ("encoder.", "image_decoder."),
-    settings, rows, fixed, files, newer, older,
+    settings, rows, fixed, files, canonical=newer, spelled=older,
 )  # fmt: skip
 FORMAT5 = replace(
     FORMAT, name="hf_vitmae5", what="transformers' ViTMAEForPreTraining, names of transformers 5", spelled=as_it_is
