@@ -1,12 +1,17 @@
-"""Starts real gloo processes for a test: torchrun without torchrun's second of start-up."""
+"""Starts real gloo processes for a test: torchrun without torchrun's second of start-up, and without the five that it
+takes each process to import torch and Megatron. The ranks are forked from a server that has imported them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,21 +39,59 @@ def launch(arguments: list[str], processes: int, timeout: float = 240.0, **more:
     """Runs `python ARGUMENTS` as `processes` ranks; (exit code, output) of each. A rank still alive at the end of
     `timeout` seconds is killed and fails the test."""
     shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    running = []
-    for rank in range(processes):
-        env = environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank), **more)
-        running.append(
-            subprocess.Popen(
-                [sys.executable, *arguments], env=env, cwd=ROOT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-        )
-    results = []
+    server = _server()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(processes)]
+        running = []
+        for rank, output in enumerate(outputs):
+            env = environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank), **more)
+            running.append(server.Process(target=_rank, args=([str(a) for a in arguments], env, str(output))))
+        try:
+            deadline = time.monotonic() + timeout
+            for process in running:
+                process.start()
+            for process in running:
+                process.join(max(0.0, deadline - time.monotonic()))
+            late = [rank for rank, process in enumerate(running) if process.exitcode is None]
+            told = [output.read_text() for output in outputs]
+            assert not late, f"ranks {late} still run after {timeout} s:\n{told[late[0]][-4000:]}"
+            return [(process.exitcode, text) for process, text in zip(running, told, strict=True)]
+        finally:
+            for process in running:
+                if process.is_alive():
+                    process.kill()
+
+
+def _server():
+    """The server of this test process; it starts with the first rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    if not getattr(multiprocessing.forkserver._forkserver, "_forkserver_pid", None):
+        os.environ.update(environment())  # what an interpreter reads as it starts
+    return context
+
+
+def _rank(arguments: list[str], env: dict[str, str], output: str) -> None:
+    """One process of `launch`: as if it were an interpreter of its own, started with ARGUMENTS."""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    code = 0
     try:
-        for process in running:
-            output, _ = process.communicate(timeout=timeout)
-            results.append((process.returncode, output))
-    finally:
-        for process in running:
-            process.kill()
-    return results
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
