@@ -35,8 +35,8 @@ class Amounts:
     heldout: int = 128
     tokenizer_steps: int = 800
     text_steps: int = 150
-    image_steps: int = 500
-    fused_steps: int = 110
+    image_steps: int = 420
+    fused_steps: int = 140
     instruction_steps: int = 110
 
 
