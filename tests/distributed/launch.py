@@ -1,5 +1,4 @@
-"""Starts real gloo processes for a test: torchrun without torchrun's second of start-up, and without the five that it
-takes each process to import torch and Megatron. The ranks are forked from a server that has imported them."""
+"""Starts real gloo processes for a test: torchrun without torchrun's second of start-up."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import os
 import random
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +38,30 @@ def environment(**more: str) -> dict[str, str]:
 def launch(arguments: list[str], processes: int, timeout: float = 240.0, **more: str) -> list[tuple[int, str]]:
     """Runs `python ARGUMENTS` as `processes` ranks; (exit code, output) of each. A rank still alive at the end of
     `timeout` seconds is killed and fails the test."""
+    shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    running = []
+    for rank in range(processes):
+        env = environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank), **more)
+        running.append(
+            subprocess.Popen(
+                [sys.executable, *arguments], env=env, cwd=ROOT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )
+    results = []
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=timeout)
+            results.append((process.returncode, output))
+    finally:
+        for process in running:
+            process.kill()
+    return results
+
+
+def launch_forked(arguments: list[str], processes: int, timeout: float = 240.0, **more: str) -> list[tuple[int, str]]:
+    """As `launch`, for a SCRIPT that needs no interpreter of its own: its ranks are forked from a server that has
+    imported torch and Megatron, which takes an interpreter five seconds."""
     shared = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,21 +96,16 @@ def _server():
 
 
 def _rank(arguments: list[str], env: dict[str, str], output: str) -> None:
-    """One process of `launch`: as if it were an interpreter of its own, started with ARGUMENTS."""
+    """One process of `launch_forked`: runs SCRIPT with its arguments."""
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    code = 0
+    code, sys.argv = 0, arguments
     try:
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
+        runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_forked
 
 WORKER = str(Path(__file__).with_name("layout_worker.py"))
 DISTRIBUTED = {"distributed_optimizer": True}
@@ -23,7 +23,7 @@ CUT_TEXT = {"image_loss_weight": 0.0, "layers": 1, "text_unimodal_layers": 2, "t
 
 
 def run(options: list[dict], processes: int) -> list[dict]:
-    results = launch([WORKER, json.dumps(options)], processes, timeout=200)
+    results = launch_forked([WORKER, json.dumps(options)], processes, timeout=200)
     for rank, (code, output) in enumerate(results):
         assert code == 0, f"rank {rank} of {processes} exits {code}:\n{output[-4000:]}"
     return [json.loads(line[7:]) for line in results[0][1].splitlines() if line.startswith("RESULT ")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch_forked
 
 WORKER = str(Path(__file__).with_name("layout_worker.py"))
 TOLERANCE = 1e-5
@@ -24,7 +24,7 @@ FROZEN = r"^(encoder|text_decoder\.word_embeddings)\."
 
 
 def run(options: list[dict], processes: int) -> list[dict]:
-    results = launch([WORKER, json.dumps(options)], processes, timeout=300)
+    results = launch_forked([WORKER, json.dumps(options)], processes, timeout=300)
     for rank, (code, output) in enumerate(results):
         assert code == 0, f"rank {rank} of {processes} exits {code}:\n{output[-4000:]}"
     per_rank = [[json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")] for _, out in results]
