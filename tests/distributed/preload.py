@@ -1,4 +1,4 @@
-"""What the server of `launch_forked` imports before it forks a rank; nothing of it starts a thread or a process group."""
+"""What the server of `launch_forked` imports before it forks a rank: no thread, no process group starts with it."""
 
 from megamug.distributed import cpu_backend
 
