@@ -132,9 +132,11 @@ class Vocabulary:
         return (tokens >= self.first_code) & (tokens < self.first_code + self.codes)
 
     def without_text(self, tokens: np.ndarray) -> np.ndarray:
-        """`tokens` (int64) with `<mask>` in the place of each text piece; image codes and marks stay."""
-        text = (tokens < self.text_pieces) & ~np.isin(tokens, (self.pad_id, self.bos_id, self.eos_id))
-        return np.where(text, self.mask_id, tokens.astype(np.int64))
+        """`tokens` (array or tensor) with `<mask>` in the place of each text piece, int64; image codes and marks stay."""
+        text = tokens < self.text_pieces
+        for mark in (self.pad_id, self.bos_id, self.eos_id):
+            text = text & (tokens != mark)
+        return tokens * ~text + self.mask_id * text  # what arrays and tensors both have
 
     def name(self, token: int) -> str:
         """How a person reads one id: the text of a piece, `<image 17>`, `<break>`, `<sentinel 0>`, ..."""

@@ -154,7 +154,7 @@ def write_documents(
         place[: row.prompt] = torch.tensor(row.tokens)
     tokens = tokens.to(device)
     if sampling.guided:
-        tokens = torch.cat([tokens, without_text(tokens, vocabulary)])
+        tokens = torch.cat([tokens, vocabulary.without_text(tokens)])
     group = _tensor_group(model)
     first, end = 0, min(row.prompt for row in rows)
     with key_value_cache(model, total) if cache else nullcontext():
@@ -168,20 +168,11 @@ def write_documents(
                     dist.broadcast(chosen, src=dist.get_global_rank(group, 0), group=group)
                 tokens[active, end] = chosen
                 if sampling.guided:
-                    tokens[[b + i for i in active], end] = without_text(chosen, vocabulary)
+                    tokens[[b + i for i in active], end] = vocabulary.without_text(chosen)
                 for i, token in zip(active, chosen.tolist(), strict=True):
                     rows[i].write(token)
             first, end = (end if cache else 0), end + 1
     return rows
-
-
-def without_text(tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """`tokens` with `<mask>` in the place of each text piece; image codes and marks stay."""
-    v = vocabulary
-    text = tokens < v.text_pieces
-    for mark in (v.pad_id, v.bos_id, v.eos_id):
-        text &= tokens != mark
-    return tokens.masked_fill(text, v.mask_id)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:

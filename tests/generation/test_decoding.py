@@ -6,7 +6,7 @@ import torch
 
 from megamug.data.random import uniform
 from megamug.generate import nucleus_choice
-from megamug.generation.decoding import Row, Sampling, guide, possible, without_text, write_documents
+from megamug.generation.decoding import Row, Sampling, guide, possible, write_documents
 from megamug.inference import load_run
 from tests.data.language import image
 from tests.generation.language_run import MODELS, make_data, make_run
@@ -175,6 +175,8 @@ def test_text_gives_way_to_masks(folder):
     v = Vocabulary.load(folder / "vocabulary")
     ids = [v.bos_id, 5, v.text_pieces - 1, v.break_id, v.first_code, v.break_id - 1, v.eos_id, v.pad_id]
     tokens = torch.tensor(ids)
-    masked = without_text(tokens, v)
+    masked = v.without_text(tokens)
     assert (masked == v.mask_id).tolist() == [False, True, True] + [False] * 5
     assert torch.equal(masked[3:], tokens[3:])
+    stored = v.without_text(np.array(ids, np.uint16))  # as tokenised documents are kept
+    assert stored.dtype == np.int64 and np.array_equal(stored, masked.numpy())
