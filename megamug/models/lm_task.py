@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 
 from megamug.config import Config
-from megamug.data.indexed import DocumentSet
+from megamug.data.indexed import DocumentSet, open_documents
 from megamug.data.loader import GlobalBatch
 from megamug.data.order import Cursor
-from megamug.data.sources import parse_sets
 from megamug.data.token_loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
 from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
@@ -64,8 +63,7 @@ class LmTask:
 
     def documents(self, train: bool) -> list[DocumentSet]:
         """The opened sets. Raises UserError: one is missing, damaged, or of another vocabulary."""
-        sets = parse_sets(self.config.data.train if train else self.config.data.validation)
-        return [DocumentSet(folder, self.vocabulary, weight) for folder, weight in sets]
+        return open_documents(self.config.data.train if train else self.config.data.validation, self.vocabulary)
 
     def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> TokenLoader:
         """Rows of tokens; every rank of a data-parallel replica reads the same ones."""
