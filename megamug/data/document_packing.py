@@ -199,8 +199,10 @@ class RowMaker:
         of_row = np.repeat(np.arange(len(rows)), ends - starts)
         counts = draw_counts(self.seed, epochs[of_row], pieces + self.first_number, self.cm3_spans)
         counts = np.minimum(counts, len(self.vocabulary.sentinels))
-        draws = uniform(self.seed, "hidden text", epochs[of_row], pieces + self.first_number, 1)[:, 0]
-        hidden = draws < self.hidden_text
+        hidden = np.zeros(len(pieces), bool)
+        if self.hidden_text:
+            draws = uniform(self.seed, "hidden text", epochs[of_row], pieces + self.first_number, 1)
+            hidden = draws[:, 0] < self.hidden_text
         at = 0
         for i, count in enumerate((ends - starts).tolist()):
             here = slice(at, at + count)

@@ -10,38 +10,47 @@ import torch
 from torch import Tensor
 
 
-class Rotate(torch.autograd.Function):
-    """`Rotate.apply(x, angles)`: x [s, b, n, d] turned by angles [s, 1 or b, 1, d] (radians, float32, both halves
-    alike): numbers i and i + d/2 of a head are one plane. Backward turns the other way and keeps the angles alone."""
-
+class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, angles: Tensor) -> Tensor:
-        ctx.save_for_backward(angles)
-        return _turned(x, angles, 1.0)
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turned(x, table, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (angles,) = ctx.saved_tensors
-        return _turned(gradient, angles, -1.0), None
+        (table,) = ctx.saved_tensors
+        return _turned(gradient, table, -1), None
 
 
-def _turned(x: Tensor, angles: Tensor, sign: float) -> Tensor:
-    half = x.shape[-1] // 2
-    cos, sin = angles[..., :half].cos().to(x.dtype), (sign * angles[..., :half].sin()).to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+def _turned(x: Tensor, table: Tensor, direction: int) -> Tensor:
+    (first, second), (cos, sin) = x.chunk(2, dim=-1), table.chunk(2, dim=-1)
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(first, cos, out=result[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=result[..., half:]).addcmul_(first, sin)
+    of_first, of_second = result.chunk(2, dim=-1)
+    torch.mul(first, cos, out=of_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=of_second).addcmul_(first, sin, value=direction)
     return result
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Heads x [s, b, n, d] turned by a `rotation_table` [s, 1, 1, d] of their type. Numbers i and i + d/2 of a head are
+    one plane. Differentiable in x; backward turns the other way and keeps the table alone."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, table)
+    return _turned(x, table, 1)
+
+
+def rotation_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Angles in radians, float32 [s, d/2], one for each plane of a head -> [s, 1, 1, d]: their cosines, then their
+    sines. Computed once for all layers."""
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)[:, None, None]
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return _swiglu(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -55,6 +64,11 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
 class SwiGLU(torch.nn.Module):
     """silu(gate) * up of [..., 2 f] = [gate; up] -> [..., f] (Shazeer 2020, arXiv 2002.05202). Megatron's MLP builds it
     from the configuration; only its input is kept for backward."""
@@ -64,7 +78,9 @@ class SwiGLU(torch.nn.Module):
         assert config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SwiGLU.apply(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _SwiGLU.apply(x)
+        return _swiglu(x)
 
     def sharded_state_dict(self, *_, **__) -> dict:
         """Nothing; Megatron's MLP asks each of its modules."""

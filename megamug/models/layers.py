@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 
 from megamug.models import cpu_attention, cpu_linear
-from megamug.models.elementwise import Rotate
+from megamug.models.elementwise import rotate
 
 
 class Norm(nn.Module):
@@ -160,18 +160,19 @@ def context_linear(base: type, context_width: int) -> type:
 
 
 class RotarySelfAttention(SelfAttention):
-    """Self-attention that turns queries and keys itself (`elementwise.Rotate`); without angles it is Megatron's."""
+    """Self-attention that turns queries and keys itself, by the table of `TowerPlan.rotary` that it gets under
+    Megatron's name `rotary_pos_emb` (for Megatron's own these would be angles); without one it is Megatron's."""
 
-    angles: Tensor | None = None  # of the forward that runs
+    table: Tensor | None = None  # of the forward that runs
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb=None, **more):
-        self.angles = rotary_pos_emb
+        self.table = rotary_pos_emb
         return super().forward(hidden_states, attention_mask, **more)
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.angles is not None:
-            query, key = Rotate.apply(query, self.angles), Rotate.apply(key, self.angles)
+        if self.table is not None:
+            query, key = rotate(query, self.table), rotate(key, self.table)
         return query, key, value
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megamug.config import Config, TowerConfig
 from megamug.models import specs
+from megamug.models.elementwise import rotation_table
 from megamug.models.layers import LayerRun, document_mask
 from megamug.telemetry.flops import layer_flops, linear_flops
 
@@ -40,6 +41,7 @@ class TowerPlan:
         self.separate_documents = config.data.separate_documents
         self.learned, self.plain_norm = tower.positions == "learned", tower.norm == "layernorm_plain"
         self.tensor_rank, self.tensor_group = 0, None
+        self._rotary_table: Tensor | None = None
 
     def place_tensor(self, rank: int, group) -> None:
         """This process's rank in the tensor-parallel group (None: alone)."""
@@ -107,23 +109,36 @@ class TowerPlan:
 
         Rotary positions run on through a row: attention sees their differences alone, so documents need no restart.
         """
-        rotary = None
-        if not self.learned:
-            rotary = self.rotary(torch.arange(first, first + tokens.shape[1], device=tokens.device))
+        rotary = None if self.learned else self.rotary(first, first + tokens.shape[1], tokens.device)
         # Transformer Engine takes a mask; local attention keeps documents apart by their numbers.
         mask = segments if segments is None or self.spec == "local" else document_mask(segments)
         return {"attention_mask": mask, "rotary_pos_emb": rotary}
 
-    def rotary(self, positions: Tensor) -> Tensor:
-        """Angles in radians, float32: positions [s] -> [s, 1, 1, d], [b, s] -> [s, b, 1, d].
+    def rotary(self, first: int, last: int, device: torch.device) -> Tensor:
+        """What `elementwise.rotate` turns the heads of positions [first, last) by: [last - first, 1, 1, d].
 
-        As Su et al. (arXiv 2104.09864) with LLaMA's halves: numbers i and i + d/2 of a head turn together.
+        A row has the cosines, then the sines of the planes of a head at one position; computed once and kept, for twice
+        the positions asked for where it has to grow. Layers know nothing of how positions become angles: another
+        arrangement, as the rows and columns of a grid, is another `angles`; positions that do not turn have the angle
+        zero. (Rows may also be zeroed in the table, which makes queries and keys zero: LlamaGen's GPT does so before
+        its image.)
+        """
+        table = self._rotary_table
+        if table is None or table.device != device or len(table) < last:
+            # Kept beyond inference_mode(), whose tensors no later backward may use.
+            with torch.inference_mode(False), torch.no_grad():
+                positions = torch.arange(max(self.context_length, 2 * last), device=device)
+                table = self._rotary_table = rotation_table(self.angles(positions), self.dtype)
+        return table[first:last]
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Angles in radians, float32, of each plane of a head: positions int64 [s] -> [s, d/2].
+
+        As Su et al. (arXiv 2104.09864): the plane i of a head turns by position / rotary_base^(2i/d).
         """
         head = self.tower.width // self.tower.heads
         exponents = torch.arange(0, head, 2, dtype=torch.float32, device=positions.device) / head
-        angles = positions.float().unsqueeze(-1) / self.tower.rotary_base**exponents
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
+        return positions.float().unsqueeze(-1) / self.tower.rotary_base**exponents
 
 
 class TowerEmbedding(MegatronModule):

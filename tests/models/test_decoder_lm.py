@@ -149,6 +149,20 @@ def test_z_loss_is_the_mean_squared_log_sum_exp(world):
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_rotary_table_grows_with_the_row_and_serves_training_after_inference(world):
+    chunk, tokens = build(LLAMA), rows()
+    with torch.inference_mode():
+        before = logits(chunk, tokens)
+    after = logits(chunk, tokens)
+    after.sum().backward()
+    assert torch.allclose(before, after, rtol=1e-5, atol=1e-6)
+    tower = chunk.plan.tower
+    near = tower.rotary(3, 9, tokens.device).clone()
+    far = tower.rotary(0, 5 * CONTEXT, tokens.device)
+    assert len(far) == 5 * CONTEXT and torch.equal(near, far[3:9])
+    assert not torch.is_inference(far)
+
+
 @pytest.mark.parametrize("options", [{}, LLAMA, OPT], ids=["cm3leon", "llama", "opt"])
 def test_separate_documents_are_as_if_alone(world, options):
     chunk = build(options)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from megamug.models.elementwise import Rotate, SwiGLU, _SwiGLU
+from megamug.models.elementwise import SwiGLU, rotate, rotation_table
 
 
 def inputs(*shape: int) -> torch.Tensor:
@@ -15,24 +15,25 @@ def inputs(*shape: int) -> torch.Tensor:
 
 def plain(x, angles):
     first, second = x.chunk(2, dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)[:, None, None]
     return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
 def test_rotation_is_that_of_the_halves():
-    x = inputs(5, 2, 3, 8).requires_grad_()
-    for shape in ((5, 1, 1, 4), (5, 2, 1, 4)):
-        half = inputs(*shape) * 3
-        angles = torch.cat([half, half], dim=-1)
-        assert torch.allclose(Rotate.apply(x, angles), plain(x, angles), rtol=1e-12)
-        assert gradcheck(Rotate.apply, (x, angles))
+    x, angles = inputs(5, 2, 3, 8).requires_grad_(), inputs(5, 4) * 3
+    table = rotation_table(angles, torch.float64)
+    assert table.shape == (5, 1, 1, 8)
+    assert torch.allclose(rotate(x, table), plain(x, angles), rtol=1e-12)
+    assert gradcheck(rotate, (x, table))
     strided = inputs(5, 2, 3, 16).requires_grad_()[..., 4:12]  # as it comes out of a fused projection
-    assert torch.allclose(Rotate.apply(strided, angles), plain(strided, angles), rtol=1e-12)
+    assert torch.allclose(rotate(strided, table), plain(strided, angles), rtol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(rotate(x, table), rotate(x.detach(), table)) and not rotate(x, table).requires_grad
 
 
 def test_rotation_in_bfloat16_is_near_the_exact_one():
-    x, half = inputs(64, 2, 3, 16), inputs(64, 1, 1, 8) * 100
-    angles = torch.cat([half, half], dim=-1).float()
-    found = Rotate.apply(x.bfloat16(), angles)
+    x, angles = inputs(64, 2, 3, 16), inputs(64, 8).float() * 100
+    found = rotate(x.bfloat16(), rotation_table(angles, torch.bfloat16))
     assert found.dtype == torch.bfloat16
     assert (found.double() - plain(x, angles.double())).abs().max() < 0.04
 
@@ -41,5 +42,8 @@ def test_swiglu_is_silu_of_the_gate_times_up():
     x = inputs(4, 3, 10).requires_grad_()
     gate, up = x.chunk(2, dim=-1)
     config = type("Config", (), {"gated_linear_unit": True, "activation_func": F.silu})
-    assert torch.allclose(SwiGLU(config)(x), F.silu(gate) * up, rtol=1e-12)
-    assert gradcheck(_SwiGLU.apply, (x,))
+    swiglu = SwiGLU(config)
+    assert torch.allclose(swiglu(x), F.silu(gate) * up, rtol=1e-12)
+    assert gradcheck(swiglu, (x,))
+    with torch.no_grad():
+        assert torch.equal(swiglu(x), swiglu(x.detach())) and not swiglu(x).requires_grad
