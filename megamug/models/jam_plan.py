@@ -16,8 +16,7 @@ from functools import cached_property
 from megatron.core.transformer import TransformerConfig
 
 from megamug.config import Config, TowerConfig
-from megamug.models.mug_plan import VOCABULARY_MULTIPLE
-from megamug.models.stages import Block, Boundary, cut
+from megamug.models.stages import Block, Boundary, Plan
 from megamug.models.tower import TowerPlan
 from megamug.telemetry.flops import attention_flops, linear_flops, mlp_flops
 
@@ -62,13 +61,12 @@ def _ends(layers: int, slots: int) -> list[int]:
     return [s * layers // slots for s in range(slots + 1)]
 
 
-class JamPlan:
-    """Derived sizes of a JamCross under a layout. `config` is resolved: every size is set."""
+class JamPlan(Plan):
+    """Derived sizes of a JamCross under a layout."""
 
     def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
-        """`vocabulary` is the number of ids; the embeddings have `padded_vocabulary` rows."""
-        parallel, self.config, self.fusion = config.parallel, config, config.fusion
-        self.vocabulary, self.padded_vocabulary = vocabulary, padded(vocabulary)
+        super().__init__(config, vocabulary)
+        self.config, self.fusion = config, config.fusion
         self.text, self.image = (
             TowerPlan(tower, config, self.padded_vocabulary, spec) for tower in (config.text_tower, config.image_tower)
         )
@@ -76,17 +74,13 @@ class JamPlan:
         self.output_width = output_width(config)
         self.shared_embedding = config.fusion.shared_embedding
         assert not self.shared_embedding or len({t.tower.width for t in self.towers.values()}) == 1, "see validate"
-        self.tensor, self.sequence_parallel = parallel.tensor, parallel.sequence
-        self.pipeline, self.virtual = parallel.pipeline, parallel.virtual
         self.recompute, self.dtype = self.text.recompute, self.text.dtype
         self.z_loss_weight = config.model.z_loss_weight
         self.loss_weights = {"lm": 1.0} | ({"z": self.z_loss_weight} if self.z_loss_weight > 0 else {})
-        self.tensor_rank, self.tensor_group = 0, None
         self.shapes = parameter_shapes(config, self.padded_vocabulary)
 
     def place_tensor(self, rank: int, group) -> None:
-        """This process's rank in the tensor-parallel group (None: alone)."""
-        self.tensor_rank, self.tensor_group = rank, group
+        super().place_tensor(rank, group)
         for tower in self.towers.values():
             tower.place_tensor(rank, group)
 
@@ -141,16 +135,6 @@ class JamPlan:
         head += linear_flops(tokens, self.output_width, self.padded_vocabulary)
         return [*blocks, Block("jam", "head", 0, head)]
 
-    @property
-    def forward_flops(self) -> float:
-        """Forward FLOPs of one row (matrix products)."""
-        return sum(block.flops for block in self.blocks)
-
-    @cached_property
-    def stages(self) -> list[range]:
-        """Blocks of each stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
-        return cut(self.blocks, self.pipeline * self.virtual)
-
     def part(self, stage: int) -> JamPart:
         """What `stage` holds."""
         own = [self.blocks[i] for i in self.stages[stage]]
@@ -184,10 +168,6 @@ def _joined(slots: list[Slot]) -> list[Slot]:
 # ---------------------------------------------------------------------------------------------- names and shapes
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def padded(vocabulary: int) -> int:
-    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def output_width(config: Config) -> int:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from megamug.losses import masked_patch_loss, vocab_parallel_cross_entropy
 from megamug.models import specs
 from megamug.models.layers import LayerRun, replicated, sincos_positions
-from megamug.models.mug_plan import MugPlan, Part
+from megamug.models.mug_plan import MugPlan
+from megamug.models.stages import Part
 
 PAD = 0  # token id that ends no caption and carries no loss
 

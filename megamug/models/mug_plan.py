@@ -1,11 +1,7 @@
-"""MUG's sizes: token counts, Megatron configurations of its three stacks, blocks with their FLOPs, pipeline stages.
-
-Everything here follows from the configuration and the layout; nothing is allocated.
-"""
+"""MUG's sizes: token counts, Megatron configurations of its three stacks, blocks with their FLOPs, pipeline stages."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,34 +10,18 @@ from torch import Tensor
 
 from megamug.config import Config
 from megamug.models import specs
-from megamug.models.stages import Block, Boundary, cut
+from megamug.models.stages import Block, Boundary, Part, Plan
 from megamug.telemetry.flops import layer_flops, linear_flops
 
-VOCABULARY_MULTIPLE = 128  # the padded vocabulary must not depend on the layout
 
-
-@dataclass(frozen=True)
-class Part:
-    """What a stage holds of one stack: its embedding?, layers [first, last), its head?"""
-
-    embedding: bool
-    first: int
-    last: int
-    head: bool
-
-
-class MugPlan:
-    """Derived sizes of a MUG model under a layout. `config` is resolved: every size is set."""
+class MugPlan(Plan):
+    """Derived sizes of a MUG model under a layout."""
 
     def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
-        model, data, parallel = config.model, config.data, config.parallel
+        super().__init__(config, vocabulary)
+        model, data = config.model, config.data
         self.model, self.spec = model, spec
-        self.vocabulary = vocabulary
-        self.padded_vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        self.tensor, self.pipeline, self.sequence_parallel = parallel.tensor, parallel.pipeline, parallel.sequence
-        self.virtual = parallel.virtual
-        self.tensor_rank, self.tensor_group = 0, None
-        self.recompute, self.fp8 = parallel.recompute == "full", config.precision.fp8
+        self.recompute, self.fp8 = config.parallel.recompute == "full", config.precision.fp8
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
         self.patch_size, self.norm_pix = model.patch_size, model.norm_pix_loss
         self.mean, self.std = list(data.mean), list(data.std)
@@ -55,10 +35,6 @@ class MugPlan:
         self.unimodal_layers, self.multimodal_layers = model.text_unimodal_layers, model.text_multimodal_layers
         self.paints, self.writes = model.image_loss_weight > 0, model.caption_loss_weight > 0
         self.loss_weights = {"image": model.image_loss_weight, "caption": model.caption_loss_weight}
-
-    def place_tensor(self, rank: int, group) -> None:
-        """This process's rank in the tensor-parallel group (None: alone)."""
-        self.tensor_rank, self.tensor_group = rank, group
 
     # ------------------------------------------------------------------------------------------ token counts
 
@@ -143,31 +119,10 @@ class MugPlan:
             blocks.append(Block("text", "head", 0, head))
         return blocks
 
-    @property
-    def forward_flops(self) -> float:
-        """Forward FLOPs of one image-caption pair (matrix products)."""
-        return sum(block.flops for block in self.blocks)
-
-    @cached_property
-    def stages(self) -> list[range]:
-        """Blocks of each pipeline stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
-        return cut(self.blocks, self.pipeline * self.virtual)
-
     def parts(self, stage: int) -> dict[str, Part]:
         """What `stage` holds, by stack, in the order of execution."""
-        parts: dict[str, Part] = {}
-        for name in ("encoder", "image", "text"):
-            own = [self.blocks[i] for i in self.stages[stage] if self.blocks[i].part == name]
-            if not own:
-                continue
-            layers = [block.index for block in own if block.name == "layer"]
-            kinds = {block.name for block in own}
-            # A stage may hold an embedding or a head alone: then its run of layers is empty.
-            total = sum(block.part == name and block.name == "layer" for block in self.blocks)
-            empty = total if "head" in kinds else 0
-            first, last = (layers[0], layers[-1] + 1) if layers else (empty, empty)
-            parts[name] = Part("embedding" in kinds, first, last, "head" in kinds)
-        return parts
+        found = {name: self.stack_part(stage, name) for name in ("encoder", "image", "text")}
+        return {name: part for name, part in found.items() if part is not None}
 
     def boundary(self, stage: int) -> Boundary | None:
         """What arrives at `stage` from the one before (None at both ends of the pipeline)."""

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from megamug.config import Config
+
+VOCABULARY_MULTIPLE = 128  # the padded vocabulary must not depend on the layout
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,63 @@ def cut(blocks: list[Block], stages: int) -> list[range]:
         ranges.append(range(start, end))
         end = start
     return ranges[::-1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a stage holds of one stack: its embedding?, layers [first, last), its head?"""
+
+    embedding: bool
+    first: int
+    last: int
+    head: bool
+
+
+class Plan:
+    """A model's sizes under a layout: what the plans of all models share. Each lists its `blocks`, and says what its
+    stages hold and hand on.
+
+    Everything in a plan follows from the configuration and the layout; nothing is allocated.
+    """
+
+    blocks: list[Block]  # the model in order, with the forward FLOPs of one sample
+
+    def __init__(self, config: Config, vocabulary: int):
+        """`config` is resolved: every size is set. `vocabulary` is the number of ids; tables have
+        `padded_vocabulary` rows."""
+        parallel = config.parallel
+        self.vocabulary = vocabulary
+        self.padded_vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        self.tensor, self.pipeline, self.virtual = parallel.tensor, parallel.pipeline, parallel.virtual
+        self.sequence_parallel = parallel.sequence
+        self.tensor_rank, self.tensor_group = 0, None
+
+    def place_tensor(self, rank: int, group) -> None:
+        """This process's rank in the tensor-parallel group (None: alone)."""
+        self.tensor_rank, self.tensor_group = rank, group
+
+    @property
+    def forward_flops(self) -> float:
+        """Forward FLOPs of one sample (matrix products)."""
+        return sum(block.flops for block in self.blocks)
+
+    @cached_property
+    def stages(self) -> list[range]:
+        """Blocks of each pipeline stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
+        return cut(self.blocks, self.pipeline * self.virtual)
+
+    def stack_part(self, stage: int, name: str) -> Part | None:
+        """What `stage` holds of the stack `name`, None for nothing."""
+        own = [self.blocks[i] for i in self.stages[stage] if self.blocks[i].part == name]
+        if not own:
+            return None
+        layers = [block.index for block in own if block.name == "layer"]
+        kinds = {block.name for block in own}
+        # A stage may hold an embedding or a head alone: then its run of layers is empty.
+        total = sum(block.part == name and block.name == "layer" for block in self.blocks)
+        empty = total if "head" in kinds else 0
+        first, last = (layers[0], layers[-1] + 1) if layers else (empty, empty)
+        return Part("embedding" in kinds, first, last, "head" in kinds)
 
 
 @dataclass(frozen=True)
