@@ -132,7 +132,7 @@ class Vocabulary:
         return (tokens >= self.first_code) & (tokens < self.first_code + self.codes)
 
     def without_text(self, tokens: np.ndarray) -> np.ndarray:
-        """`tokens` (array or tensor) with `<mask>` in the place of each text piece, int64; image codes and marks stay."""
+        """`tokens` (array or tensor), int64, with `<mask>` in the place of each text piece; codes and marks stay."""
         text = tokens < self.text_pieces
         for mark in (self.pad_id, self.bos_id, self.eos_id):
             text = text & (tokens != mark)

@@ -12,19 +12,17 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megamug.losses import linear_cross_entropy, vocab_parallel_cross_entropy
 from megamug.models import specs
+from megamug.models.lm_losses import language_losses
 from megamug.models.lm_plan import LmPlan
 from megamug.models.tower import TowerEmbedding
-
-IGNORED = -100  # label of a token without loss
 
 
 class DecoderLM(MegatronModule):
     """One pipeline stage of a language model (all of it where there is one stage).
 
     Batches have `tokens` and `labels` [b, s] int64, `segments` [b, s] (documents that may not read each other) or None,
-    `positions` [b, s] or None. `labels[t]` is the token to predict at t; `IGNORED` carries no loss.
+    `positions` [b, s] or None. `labels[t]` is the token to predict at t; `IGNORE` carries no loss.
     """
 
     def __init__(self, plan: LmPlan, stage: int = 0):
@@ -82,17 +80,7 @@ class DecoderLM(MegatronModule):
 
     def losses(self, hidden: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": cross-entropy, "z": squared log-sum-exp where it has a weight}, each (sum, count) over the tokens."""
-        tower, targets = self.plan.tower, labels.transpose(0, 1).contiguous()
-        shared = {"vocab_size": self.plan.vocabulary, "group": tower.tensor_group, "ignore_index": IGNORED}
-        if "z" not in self.plan.loss_weights:
-            weight = self.vocabulary_weight()
-            loss = linear_cross_entropy(hidden, weight, targets, sequence_parallel=tower.sequence_parallel, **shared)
-            return {"lm": loss}
-        # Two losses of the same logits, so neither may write its gradient over them.
-        logits = self.logits(hidden)
-        plain, count = vocab_parallel_cross_entropy(logits, targets, inplace_backward=False, **shared)
-        both, _ = vocab_parallel_cross_entropy(logits, targets, inplace_backward=False, z_loss=1.0, **shared)
-        return {"lm": (plain, count), "z": (both - plain, count)}
+        return language_losses(hidden, self.output_layer, self.vocabulary_weight(), labels, self.plan)
 
     def forward(self, batch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
         """Runs this stage: (packed tensors for the next stage or None, {"lm" | "z": (sum, count)})."""

@@ -26,11 +26,10 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megamug.losses import linear_cross_entropy, vocab_parallel_cross_entropy
 from megamug.models import specs
-from megamug.models.decoder_lm import IGNORED
 from megamug.models.jam_plan import TOWERS, JamPart, JamPlan
 from megamug.models.layers import context_linear, replicated
+from megamug.models.lm_losses import language_losses
 from megamug.models.tower import TowerEmbedding, TowerPlan
 
 States = dict[str, Tensor]  # of the text and of the image tower
@@ -250,17 +249,7 @@ class JamCross(MegatronModule):
 
     def losses(self, states: States, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """{"lm": cross-entropy, "z": squared log-sum-exp where it has a weight}, each (sum, count); labels [b, s]."""
-        plan, targets = self.plan, labels.transpose(0, 1).contiguous()
-        shared = {"vocab_size": plan.vocabulary, "group": plan.tensor_group, "ignore_index": IGNORED}
-        if "z" not in plan.loss_weights:
-            hidden, weight = self.mixed(states), self.output_layer.weight
-            loss = linear_cross_entropy(hidden, weight, targets, sequence_parallel=plan.sequence_parallel, **shared)
-            return {"lm": loss}
-        # Two losses of the same logits, so neither may write its gradient over them.
-        logits = self.logits(states)
-        total, count = vocab_parallel_cross_entropy(logits, targets, inplace_backward=False, z_loss=1.0, **shared)
-        plain, _ = vocab_parallel_cross_entropy(logits, targets, inplace_backward=False, **shared)
-        return {"lm": (plain, count), "z": (total - plain, count)}
+        return language_losses(self.mixed(states), self.output_layer, self.output_layer.weight, labels, self.plan)
 
     # ------------------------------------------------------------------------------------------ a stage at work
 
