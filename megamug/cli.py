@@ -22,10 +22,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import megamug
 from megamug import validate
+from megamug.command_line import Parser
 from megamug.config import load_config, resolve
 from megamug.errors import UserError
 from megamug.evaluate import DECODERS, TASKS, check_kind
@@ -49,26 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are sentences, not usage texts, and exit as every other mistake of the user does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser("megamug", description=megamug.__doc__, allow_abbrev=False)
+    parser = Parser("megamug", description=megamug.__doc__)
     parser.add_argument("--version", action="version", version=f"megamug {megamug.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = commands.add_parser("train", help="train, or go on from the newest complete checkpoint", allow_abbrev=False)
+    train = commands.add_parser("train", help="train, or go on from the newest complete checkpoint")
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
     train.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="win over the file")
     train.add_argument("--dry-run", action="store_true", help="check, print layout, parameters, memory, FLOPs")
     train.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as on N processes elsewhere")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="measure a trained model on held-out data", allow_abbrev=False)
+    evaluate = commands.add_parser("evaluate", help="measure a trained model on held-out data")
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
     evaluate.add_argument("--samples", type=int, metavar="N",
@@ -80,12 +73,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate.set_defaults(run=_evaluate)
 
     _add_generate(commands.add_parser(
-        "generate", help="repaint and caption pictures, or write documents of text and images", allow_abbrev=False
+        "generate", help="repaint and caption pictures, or write documents of text and images"
     ))  # fmt: skip
 
-    _add_plan(commands.add_parser("plan", help="the layouts that fit so many GPUs, fastest first", allow_abbrev=False))
+    _add_plan(commands.add_parser("plan", help="the layouts that fit so many GPUs, fastest first"))
 
-    doctor = commands.add_parser("doctor", help="what of this machine and its packages can be used", allow_abbrev=False)
+    doctor = commands.add_parser("doctor", help="what of this machine and its packages can be used")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
 

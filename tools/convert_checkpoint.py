@@ -15,7 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megamug.distributed.cpu_backend import import_megatron  # noqa: E402
+
+import_megatron()  # without its advice
+
 from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
+from megamug.command_line import Parser  # noqa: E402
 from megamug.convert.conversion import (  # noqa: E402
     config_of,
     from_megamug,
@@ -39,11 +44,10 @@ def size(text: str) -> int:
 
 def main(argv: list[str]) -> None:
     formats = "\n".join(f"  {name:<12} {form.what}" for name, form in FORMATS.items())
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoint", description=__doc__.split("\n")[0], allow_abbrev=False,
+    parser = Parser(
+        prog="convert_checkpoint", description=__doc__.split("\n")[0],
         epilog=f"formats:\n  {MEGAMUG:<12} a run folder, or the folder of an image tokenizer\n{formats}\n"
                f"image tokenizers:\n  {' '.join(IMAGE_TOKENIZERS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("source", help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")
     parser.add_argument("output", help="a folder that does not exist yet")

@@ -14,10 +14,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megamug.command_line import COUNT, FROM_ZERO, Parser
 from megamug.data.tooling import Progress, run_tool
+from megamug.distributed.cpu_backend import import_megatron
 from megamug.errors import UserError
-from megamug.models import fuse
 from megamug.sections import FusionConfig
+
+import_megatron()  # without its advice
+
+from megamug.models import fuse  # noqa: E402
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("text_run", metavar="TEXT_RUN", type=Path, help="the parent that knows text")
     parser.add_argument("image_run", metavar="IMAGE_RUN", type=Path, help="the parent that knows text with images")
     parser.add_argument("--kind", choices=("uniform", "width", "cross"), required=True)
@@ -52,13 +57,13 @@ def arguments() -> argparse.Namespace:
     width = parser.add_argument_group("--kind width")
     width.add_argument("--off-diagonal", choices=("copy", "average"), help="blocks between the parents (default copy)")
     cross = parser.add_argument_group("--kind cross")
-    cross.add_argument("--cross-every", type=positive, metavar="K", help="layers of the shallower tower (default 2)")
+    cross.add_argument("--cross-every", type=COUNT, metavar="K", help="layers of the shallower tower (default 2)")
     cross.add_argument("--no-ffn", action="store_true", help="cross blocks of attention alone")
     cross.add_argument("--no-gate", action="store_true", help="cross blocks that act from the first step")
     cross.add_argument("--shared-embedding", action="store_true", help="one table: text rows and image rows")
-    cross.add_argument("--output-width", type=positive, metavar="W", help="of the linear over both states (default: the"
+    cross.add_argument("--output-width", type=COUNT, metavar="W", help="of the linear over both states (default: the"
                        " wider tower's width; the sum of both makes the first step's logits the parents' own)")
-    cross.add_argument("--seed", type=int, default=1234, help="of the cross blocks (default 1234)")
+    cross.add_argument("--seed", type=FROM_ZERO, default=1234, help="of the cross blocks (default 1234)")
     args = parser.parse_args()
     others = {
         "--off-diagonal": args.kind != "width" and args.off_diagonal,
@@ -72,13 +77,6 @@ def arguments() -> argparse.Namespace:
         if given:
             raise UserError(f"{option} means nothing to --kind {args.kind}; leave it out")
     return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":

@@ -7,22 +7,20 @@ beside its shard; where that folder is read-only, under $MEGAMUG_INDEX_DIRECTORY
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
+from megamug.command_line import COUNT, Parser, new_file
 from megamug.data.indexing import index_paths, summary, write_quarantine
 from megamug.data.tooling import run_tool
 from megamug.data.verify import Limits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     limits = Limits()
     parser.add_argument("paths", metavar="PATH", nargs="+", help="a folder of .tar shards, a glob or a shard")
-    parser.add_argument("--processes", type=int, help="shards verified at the same time (default: one per core)")
-    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="write the quarantine list as JSON lines")
-    parser.add_argument("--max-pixels", type=int, default=limits.pixels, help="of an image (default %(default)s)")
-    parser.add_argument("--max-caption-bytes", type=int, default=limits.caption_bytes, help="(default %(default)s)")
+    parser.add_argument("--processes", type=COUNT, help="shards verified at the same time (default: one per core)")
+    parser.add_argument("--quarantine", type=new_file, metavar="FILE", help="write the quarantine list as JSON lines")
+    parser.add_argument("--max-pixels", type=COUNT, default=limits.pixels, help="of an image (default %(default)s)")
+    parser.add_argument("--max-caption-bytes", type=COUNT, default=limits.caption_bytes, help="(default %(default)s)")
     args = parser.parse_args()
     chosen = Limits(pixels=args.max_pixels, caption_bytes=args.max_caption_bytes)
     reports = index_paths(args.paths, limits=chosen, processes=args.processes)

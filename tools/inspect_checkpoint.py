@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,13 +16,14 @@ import torch  # noqa: E402
 
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore  # noqa: E402
 from megamug.checkpoint.tensors import TensorReader  # noqa: E402
+from megamug.command_line import Parser  # noqa: E402
 from megamug.config import load_config  # noqa: E402
 from megamug.convert.source import ForeignTensors  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="inspect_checkpoint", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="inspect_checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("path", help="a run folder, a checkpoint step-XXXXXXXX, a .safetensors or .pth file, a folder")
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--norms", action="store_true", help="their Euclidean norms as well (reads every tensor)")

@@ -6,22 +6,21 @@ captions. The same arguments give the same bytes; an interrupted call is continu
 
 from __future__ import annotations
 
-import argparse
-
+from megamug.command_line import COUNT, FROM_ZERO, Parser
 from megamug.data.demo import DemoParameters, make_demo_data
 from megamug.data.indexing import index_paths, summary
 from megamug.data.tooling import run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     default = DemoParameters()
     parser.add_argument("output", metavar="OUTPUT", help="a new folder")
-    parser.add_argument("--train", type=int, default=default.train, help="scenes to train on (default %(default)s)")
-    parser.add_argument("--heldout", type=int, default=default.heldout, help="held-out scenes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the scenes (default %(default)s)")
-    parser.add_argument("--size", type=int, default=default.size, help="pixels a side (default %(default)s)")
-    parser.add_argument("--processes", type=int, help="processes at work (default: one per core)")
+    parser.add_argument("--train", type=COUNT, default=default.train, help="scenes to train on (default %(default)s)")
+    parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held-out scenes (default %(default)s)")
+    parser.add_argument("--seed", type=FROM_ZERO, default=default.seed, help="of the scenes (default %(default)s)")
+    parser.add_argument("--size", type=COUNT, default=default.size, help="pixels a side (default %(default)s)")
+    parser.add_argument("--processes", type=COUNT, help="processes at work (default: one per core)")
     parser.add_argument("--no-index", action="store_true", help="do not index the shards")
     args = parser.parse_args()
     parameters = DemoParameters(args.train, args.heldout, args.seed, args.size)

@@ -7,22 +7,21 @@ same arguments give the same bytes; an interrupted call is continued by repeatin
 
 from __future__ import annotations
 
-import argparse
-
+from megamug.command_line import COUNT, FROM_ZERO, Parser
 from megamug.data.demo_documents import DemoDocuments, make_demo_documents
 from megamug.data.tooling import run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     default = DemoDocuments()
     parser.add_argument("output", metavar="OUTPUT", help="a new folder")
-    parser.add_argument("--text", type=int, default=default.text, help="texts to train on (default %(default)s)")
-    parser.add_argument("--instructions", type=int, default=default.instructions, help="(default %(default)s)")
-    parser.add_argument("--heldout", type=int, default=default.heldout, help="held out of each (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="(default %(default)s)")
-    parser.add_argument("--size", type=int, default=default.size, help="pixels a side (default %(default)s)")
-    parser.add_argument("--processes", type=int, help="processes at work (default: one per core)")
+    parser.add_argument("--text", type=COUNT, default=default.text, help="texts to train on (default %(default)s)")
+    parser.add_argument("--instructions", type=COUNT, default=default.instructions, help="(default %(default)s)")
+    parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held out of each (default %(default)s)")
+    parser.add_argument("--seed", type=FROM_ZERO, default=default.seed, help="(default %(default)s)")
+    parser.add_argument("--size", type=COUNT, default=default.size, help="pixels a side (default %(default)s)")
+    parser.add_argument("--processes", type=COUNT, help="processes at work (default: one per core)")
     args = parser.parse_args()
     parameters = DemoDocuments(args.text, args.instructions, args.heldout, args.seed, args.size)
     shards = make_demo_documents(args.output, parameters, args.processes)

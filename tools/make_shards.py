@@ -6,19 +6,18 @@ SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the
 
 from __future__ import annotations
 
-import argparse
-
+from megamug.command_line import COUNT, Parser
 from megamug.data.indexing import index_paths, summary
 from megamug.data.packing import make_shards
 from megamug.data.tooling import run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a folder of images and captions, or a .tsv file")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards go")
     parser.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar (default %(default)s)")
-    parser.add_argument("--shard-size", type=int, default=10000, metavar="N", help="pairs each (default %(default)s)")
+    parser.add_argument("--shard-size", type=COUNT, default=10000, metavar="N", help="pairs each (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this prefix in FOLDER")
     parser.add_argument("--no-index", action="store_true", help="do not index the shards")
     args = parser.parse_args()

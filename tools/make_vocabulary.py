@@ -6,18 +6,18 @@ Without --image-tokenizer the vocabulary knows text alone. Models that are to be
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megamug.command_line import COUNT, Parser
 from megamug.data.tooling import run_tool
 from megamug.data.vocabulary import make_vocabulary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
     parser.add_argument("--image-tokenizer", type=Path, metavar="FOLDER", help="of tools/train_image_tokenizer.py")
-    parser.add_argument("--sentinels", type=int, default=512, metavar="N", help="marks of masked spans (default 512)")
+    parser.add_argument("--sentinels", type=COUNT, default=512, metavar="N", help="marks of masked spans (default 512)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the vocabulary to write")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER where it holds another vocabulary")
     args = parser.parse_args()

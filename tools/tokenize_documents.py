@@ -8,23 +8,23 @@ call to go on; what cannot be used is listed in FOLDER/quarantine.jsonl with its
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megamug.command_line import COUNT, FROM_ZERO, Parser, device
 from megamug.data.document_tokenizer import tokenize_documents
 from megamug.data.documents import PAIR_ORDERS
 from megamug.data.tooling import run_tool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a folder of .tar shards, a glob or a shard")
     parser.add_argument("--vocabulary", type=Path, required=True, metavar="FOLDER", help="of tools/make_vocabulary.py")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--pair-order", choices=PAIR_ORDERS, default="random", help="of a pair (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the random order of pairs (default %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes at work (default: one per core)")
-    parser.add_argument("--device", default="cpu", help="of the image tokenizer, cpu or cuda (default %(default)s)")
+    parser.add_argument("--seed", type=FROM_ZERO, default=1, help="of the random order of pairs (default %(default)s)")
+    parser.add_argument("--workers", type=COUNT, help="processes at work (default: one per core)")
+    parser.add_argument("--device", type=device, default="cpu", help="of the image tokenizer (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace other tokenised documents in FOLDER")
     args = parser.parse_args()
     report = tokenize_documents(

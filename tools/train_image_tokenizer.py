@@ -8,15 +8,16 @@ SIGTERM (exit code 3), is continued by the same command. Under torchrun the proc
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from megamug.command_line import COUNT, FROM_ZERO, Parser, number
 from megamug.data.tooling import run_tool
 from megamug.errors import UserError
 from megamug.image_tokenizer_run import RunOptions, train
 from megamug.models.image_tokenizer import ImageTokenizerConfig
 from megamug.models.image_tokenizer_training import TrainingOptions
+from megamug.ranges import Range
 
 MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}  # by f, as in the published models
 
@@ -51,10 +52,11 @@ def main() -> None:
     sys.exit(train(config, options, run))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
     sizes, training = ImageTokenizerConfig(), TrainingOptions()
-    count, share, number = _above(int, 0), _share, _above(float, 0)
+    share, positive = number(float, Range(0, 1, open_low=True)), number(float, Range(0, open_low=True))
+    weight = number(float, Range(0))
 
     def add(where, name: str, type_, default, text: str, **more) -> None:
         where.add_argument(name, type=type_, default=default, help=f"{text} (default %(default)s)", **more)
@@ -63,64 +65,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the tokenizer goes")
     parser.add_argument("--validation", nargs="+", default=[], metavar="DATA", help="held-out shards: error, picture")
     size = parser.add_argument_group("sizes")
-    add(size, "--image-size", count, sizes.image_size, "pixels a side")
+    add(size, "--image-size", COUNT, sizes.image_size, "pixels a side")
     add(size, "--f", int, 16, "pixels per code, along a side", choices=sorted(MULTIPLIERS))
-    add(size, "--codes", count, sizes.codes, "vectors in the codebook")
-    add(size, "--code-width", count, sizes.code_width, "of a vector")
-    add(size, "--channels", count, sizes.channels, "of the convolutions at full resolution")
-    size.add_argument("--multipliers", type=count, nargs="+", help="of the channels, per level (default: by --f)")
-    add(size, "--residual-blocks", count, sizes.residual_blocks, "of a level")
-    size.add_argument("--attention", type=count, nargs="*", default=[], metavar="PIXELS", help="sides with attention")
+    add(size, "--codes", COUNT, sizes.codes, "vectors in the codebook")
+    add(size, "--code-width", COUNT, sizes.code_width, "of a vector")
+    add(size, "--channels", COUNT, sizes.channels, "of the convolutions at full resolution")
+    size.add_argument("--multipliers", type=COUNT, nargs="+", help="of the channels, per level (default: by --f)")
+    add(size, "--residual-blocks", COUNT, sizes.residual_blocks, "of a level")
+    size.add_argument("--attention", type=COUNT, nargs="*", default=[], metavar="PIXELS", help="sides with attention")
     size.add_argument("--no-middle-attention", action="store_true", help="none at the lowest resolution either")
-    add(size, "--latent-channels", count, sizes.latent_channels, "between encoder and codebook")
-    add(size, "--norm-groups", count, sizes.norm_groups, "of GroupNorm")
+    add(size, "--latent-channels", COUNT, sizes.latent_channels, "between encoder and codebook")
+    add(size, "--norm-groups", COUNT, sizes.norm_groups, "of GroupNorm")
     size.add_argument("--normalise-codes", action="store_true", help="codes on the unit sphere, as in LlamaGen")
     loop = parser.add_argument_group("training")
-    add(loop, "--steps", count, training.steps, "optimizer steps")
-    add(loop, "--batch-size", count, 32, "images per step, over all processes")
-    add(loop, "--learning-rate", number, training.learning_rate, "after warm-up; then a cosine to a hundredth of it")
-    add(loop, "--warmup-steps", _above(int, -1), training.warmup_steps, "with a linearly growing rate")
-    add(loop, "--seed", int, training.seed, "of weights, order, crops and revived codes")
+    add(loop, "--steps", COUNT, training.steps, "optimizer steps")
+    add(loop, "--batch-size", COUNT, 32, "images per step, over all processes")
+    add(loop, "--learning-rate", positive, training.learning_rate, "after warm-up; then a cosine to a hundredth of it")
+    add(loop, "--warmup-steps", FROM_ZERO, training.warmup_steps, "with a linearly growing rate")
+    add(loop, "--seed", FROM_ZERO, training.seed, "of weights, order, crops and revived codes")
     add(loop, "--dtype", str, training.dtype, "of the convolutions", choices=["fp32", "bf16"])
     add(loop, "--smallest-crop", share, 0.5, "area share that random crops begin with")
     loop.add_argument("--no-flip", action="store_true", help="do not mirror images")
     add(loop, "--reconstruction", str, training.reconstruction, "pixel error", choices=["l1", "l2"])
-    add(loop, "--commitment-weight", number, training.commitment_weight, "of the pull of latents towards codes")
+    add(loop, "--commitment-weight", positive, training.commitment_weight, "of the pull of latents towards codes")
     add(loop, "--codebook", str, training.codebook, "how codes learn", choices=["ema", "gradient"])
     add(loop, "--ema-decay", share, training.ema_decay, "per step, of code averages and usage counts")
-    add(loop, "--quantise-from", _above(int, -1), training.quantise_from, "step up to which there are no codes yet")
-    add(loop, "--dead-below", _above(float, -1e-9), training.dead_below, "share of the mean use that revives a code")
+    add(loop, "--quantise-from", FROM_ZERO, training.quantise_from, "step up to which there are no codes yet")
+    add(loop, "--dead-below", weight, training.dead_below, "share of the mean use that revives a code")
     loop.add_argument("--perceptual-weights", metavar="FILE", help="torchvision's vgg16-*.pth: adds a perceptual loss")
-    add(loop, "--perceptual-weight", number, training.perceptual_weight, "of that loss")
-    add(loop, "--adversarial-weight", _above(float, -1e-9), training.adversarial_weight, "0: no discriminator")
-    add(loop, "--adversarial-from", _above(int, -1), training.adversarial_from, "step at which it begins to count")
+    add(loop, "--perceptual-weight", positive, training.perceptual_weight, "of that loss")
+    add(loop, "--adversarial-weight", weight, training.adversarial_weight, "0: no discriminator")
+    add(loop, "--adversarial-from", FROM_ZERO, training.adversarial_from, "step at which it begins to count")
     report = parser.add_argument_group("reports and states")
-    add(report, "--validation-samples", count, 512, "held-out images at most")
-    add(report, "--validate-every", _above(int, -1), 0, "steps; 0: after the last")
-    add(report, "--checkpoint-every", _above(int, -1), 200, "steps between saved states; 0: after the last")
-    add(report, "--log-every", count, 50, "steps between lines")
-    add(report, "--threads", count, 2, "that decode, per process")
+    add(report, "--validation-samples", COUNT, 512, "held-out images at most")
+    add(report, "--validate-every", FROM_ZERO, 0, "steps; 0: after the last")
+    add(report, "--checkpoint-every", FROM_ZERO, 200, "steps between saved states; 0: after the last")
+    add(report, "--log-every", COUNT, 50, "steps between lines")
+    add(report, "--threads", COUNT, 2, "that decode, per process")
     return parser
-
-
-def _above(kind: type, limit: float):
-    """A type for argparse: a number above `limit`."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not limit < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} must be {'0 or more' if limit < 0 else 'above 0'}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
 
 
 if __name__ == "__main__":

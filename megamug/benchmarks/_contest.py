@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
+from megamug.command_line import COUNT, new_file
+
 DTYPES = ("fp32", "bf16")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--steps", type=COUNT, default=5)
+    parser.add_argument("--output", type=new_file, metavar="FILE.json")
 
 
 def hardware() -> dict:

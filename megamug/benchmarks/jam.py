@@ -20,17 +20,18 @@ import types
 import torch
 
 from megamug.benchmarks import _contest
+from megamug.command_line import COUNT, FROM_ZERO, Parser
 
 PROMPT = 32  # tokens before those that are written
 
 
 def main(argv: list[str]) -> None:
     as_it_stands = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("benchmark jam", description=__doc__, formatter_class=as_it_stands)
+    parser = Parser("benchmark jam", description=__doc__, formatter_class=as_it_stands)
     sizes = dict(layers=8, width=512, heads=8, ffn_width=1376, vocabulary=32000, tokens=1024, batch=2)
     for name, default in sizes.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"(default {default})")
-    parser.add_argument("--generate", type=int, default=0, metavar="N", help="also write N tokens (default: none)")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=COUNT, default=default, help=f"(default {default})")
+    parser.add_argument("--generate", type=FROM_ZERO, default=0, metavar="N", help="also write N tokens (default 0)")
     _contest.add_options(parser)
     options = parser.parse_args(argv)
     print(_contest.hardware())

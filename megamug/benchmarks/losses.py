@@ -10,7 +10,6 @@ Each line gives GB/s of its floor and the share of the copy rate (bytes read + w
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import platform
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from megamug.command_line import COUNT, Parser, device
 from megamug.errors import UserError
 from megamug.losses import linear_cross_entropy, masked_patch_loss, vocab_parallel_cross_entropy
 from megamug.losses.ops import libraries
@@ -287,23 +287,21 @@ RACES = {"cross-entropy": cross_entropy_race, "masked-patch": masked_patch_race,
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="benchmark.py losses", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = Parser(prog="benchmark.py losses", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--device", type=device, default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=COUNT, default=2, help="CPU threads")
+    parser.add_argument("--repeats", type=COUNT, default=5)
     parser.add_argument("--only", choices=RACES, action="append", help="default: all three")
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=32768)
-    parser.add_argument("--batch", type=int, default=64, help="images of the masked-patch loss")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=65536)
+    parser.add_argument("--rows", type=COUNT, default=4096)
+    parser.add_argument("--columns", type=COUNT, default=32768)
+    parser.add_argument("--batch", type=COUNT, default=64, help="images of the masked-patch loss")
+    parser.add_argument("--tokens", type=COUNT, default=8192)
+    parser.add_argument("--width", type=COUNT, default=1024)
+    parser.add_argument("--vocabulary", type=COUNT, default=65536)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--linear-dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("losses: --device cuda, but torch sees no GPU")
     if not getattr(libraries(), arguments.device):
         raise UserError(f"losses: {libraries().reason}; build them with pip install -e .")
     torch.set_num_threads(arguments.threads)

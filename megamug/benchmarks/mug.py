@@ -17,13 +17,14 @@ import argparse
 import torch
 
 from megamug.benchmarks import _contest
+from megamug.command_line import COUNT, Parser
 
 
 def main(argv: list[str]) -> None:
     as_it_stands = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("benchmark mug", description=__doc__, formatter_class=as_it_stands)
+    parser = Parser("benchmark mug", description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("--preset", default="vit_b16")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=COUNT, default=32)
     _contest.add_options(parser)
     options = parser.parse_args(argv)
     print(f"{_contest.hardware()}\n{options.preset}, batch {options.batch}")

@@ -35,7 +35,7 @@ def test_from_nothing_to_a_tokenizer(tmp_path):
         ("index_shards.py", ["/nowhere"], "/nowhere: no such file or folder"),
         ("train_tokenizer.py", ["/nowhere", "--output", "x", "--vocab-size", "300"], "no such file or folder"),
         ("make_shards.py", ["/nowhere", "--output", "x"], "neither a folder"),
-        ("make_demo_data.py", ["x", "--train", "0"], "need a scene or more"),
+        ("make_demo_data.py", ["x", "--train", "0"], "argument --train: 0 must be at least 1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(name, arguments, message):

@@ -1,0 +1,77 @@
+"""What all command lines share: a parser whose complaints are sentences, and types of values that say what they allow.
+
+    parser = Parser(description=__doc__)
+    parser.add_argument("--workers", type=COUNT)
+    parser.add_argument("--device", type=device, default="cpu")
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from megamug.errors import UserError
+from megamug.ranges import Range
+
+DEFAULTS = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are a `UserError` of one sentence, not a usage text; options are not abbreviated."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **{**DEFAULTS, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def number(kind: type, allowed: Range) -> Callable[[str], float]:
+    """A `type` for argparse: a finite number of `kind` (int or float) in the range `allowed`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{wanted} wanted, found {text!r}") from None
+        if value not in allowed or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+        return value
+
+    return parse
+
+
+COUNT, FROM_ZERO = number(int, Range(1)), number(int, Range(0))
+
+
+def new_file(text: str) -> Path:
+    """A `type` for argparse: a file that can be written when the work is done, in a folder that is there."""
+    path = Path(text)
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is not a file in a folder that exists; name one")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} is not writable by this user; name another file")
+    return path
+
+
+def device(text: str) -> str:
+    """A `type` for argparse: `cpu`, `cuda` or `cuda:N` where torch sees that GPU. Touches none."""
+    if text == "cpu":
+        return text
+    match = re.fullmatch(r"cuda(?::(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; give cpu, cuda or cuda:N")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if int(match[1] or 0) >= gpus:
+        seen = f"{gpus} GPUs" if gpus else "no GPU"
+        raise argparse.ArgumentTypeError(f"{text}: torch sees {seen} on this machine; give cpu, or see megamug doctor")
+    return text

@@ -1,0 +1,90 @@
+"""Wrong values on the command line of every tool: one sentence, exit code 2, before anything is read or written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from megamug.command_line import device
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+def called(tool: str, *words: object) -> tuple[int, str, str]:
+    """tools/TOOL.py in this process: (exit code, stdout, stderr)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [f"{tool}.py", *map(str, words)]),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+    ):  # fmt: skip
+        try:
+            runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(tool: str, *words: object) -> str:
+    """The one sentence that a tool ends with."""
+    code, out, err = called(tool, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+    return err
+
+
+CASES = {
+    "index_shards": ["DATA", "--processes", "0", "0 must be at least 1"],
+    "make_demo_data": ["NEW", "--processes", "-2", "-2 must be at least 1"],
+    "make_demo_documents": ["NEW", "--text", "none", "a whole number wanted, found 'none'"],
+    "make_shards": ["DATA", "--output", "NEW", "--shard-size", "0", "0 must be at least 1"],
+    "make_vocabulary": ["--text", "t", "--output", "NEW", "--sentinels", "-1", "-1 must be at least 1"],
+    "tokenize_documents": ["DATA", "--vocabulary", "v", "--output", "NEW", "--workers", "0", "0 must be at least 1"],
+    "train_tokenizer": ["DATA", "--output", "NEW", "--vocab-size", "0", "0 must be at least 1"],
+    "train_image_tokenizer": ["DATA", "--output", "NEW", "--learning-rate", "inf", "inf must be above 0"],
+    "fuse_towers": ["A", "B", "--kind", "cross", "--output", "NEW", "--cross-every", "0", "0 must be at least 1"],
+}
+
+
+@pytest.mark.parametrize("tool", CASES)
+def test_a_number_out_of_range(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *words, said = CASES[tool]
+    message = refused(tool, *words)
+    assert f"argument {words[-2]}: {said}" in message and f"see `{tool}.py --help`" in message
+    assert not (tmp_path / "NEW").exists()
+
+
+def test_an_unknown_option_and_a_missing_one():
+    assert "unrecognized arguments: --worker 3" in refused(
+        "tokenize_documents", "DATA", "--vocabulary", "v", "--output", "o", "--worker", 3
+    )
+    assert "required: --from, --to" in refused("convert_checkpoint")
+    assert "required: path" in refused("inspect_checkpoint")
+
+
+@pytest.mark.parametrize("words", [("mug", "--steps", 0), ("mug", "--batch", 0), ("jam", "--batch", -1),
+                                   ("losses", "--repeats", 0)])  # fmt: skip
+def test_benchmarks(words):
+    assert f"argument {words[1]}: {words[2]} must be at least 1" in refused("benchmark", *words)
+
+
+def test_where_a_benchmark_writes_is_looked_at_first(tmp_path):
+    assert "is not a file in a folder that exists" in refused("benchmark", "mug", "--output", tmp_path)
+    assert "is not a file in a folder that exists" in refused("benchmark", "jam", "--output", tmp_path / "no" / "x")
+
+
+def test_devices(monkeypatch):
+    words = ["DATA", "--vocabulary", "v", "--output", "o", "--device"]
+    assert "'foo' is no device; give cpu, cuda or cuda:N" in refused("tokenize_documents", *words, "foo")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "cuda: torch sees no GPU on this machine" in refused("tokenize_documents", *words, "cuda")
+    assert "torch sees no GPU" in refused("benchmark", "losses", "--device", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert "cuda:2: torch sees 2 GPUs" in refused("tokenize_documents", *words, "cuda:2")
