@@ -1,4 +1,4 @@
-"""Batches of image-caption pairs, made ahead of the step by one background thread.
+"""Batches of image-caption pairs, made ahead of the step by a background thread, for which another one reads ahead.
 
 The global batch that starts at cursor c is positions c .. c + global_batch_size of the one order; data-parallel rank r
 of D takes the r-th of D contiguous parts and cuts it into micro-batches. So sample j of a global batch is the same
@@ -12,11 +12,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from megamug.data.dali import CropDecoder, load_dali
 from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
@@ -66,6 +68,17 @@ class GlobalBatch:
     samples: int  # the cursor behind this batch: samples of the order consumed, by all ranks together
     wait_seconds: float = 0.0  # how long the caller of `next` was blocked
     failures: int = 0  # samples replaced on this rank since the loader was made
+
+
+@dataclass
+class _Samples:
+    """This rank's samples of one global batch; `indices` change where a sample is replaced."""
+
+    sources: np.ndarray  # int64 [n], as are epochs and indices
+    epochs: np.ndarray
+    indices: np.ndarray
+    valid: np.ndarray  # bool [n]
+    end: int  # the cursor behind the batch
 
 
 def order_of(sources: list[Source], seed: int) -> GlobalOrder:
@@ -202,117 +215,139 @@ class PairLoader:
 
     def _produce_batches(self, start: int, shards: OpenShards) -> None:
         part = self.global_batch_size // self.dp_size
-        decoder = None
+        step, decoder = min(part, MAX_DECODE_BATCH), None
         if self.need_images:
-            decoder = CropDecoder(self.image_size, min(part, MAX_DECODE_BATCH), self.threads, self.device)
-        while not self._stop.is_set():
-            if self.total_samples is not None and start >= self.total_samples:
-                raise StopIteration
-            batch = self._make_batch(start, start + part * self.dp_rank, part, decoder, shards)
-            if not _put(self._queue, self._stop, batch):
-                return
+            decoder = CropDecoder(self.image_size, step, self.threads, self.device)
+        pixels: list[torch.Tensor] = []
+        captions: list[str] = []
+        with ThreadPoolExecutor(1, "megamug-reader") as reader:  # reads the next chunk while this one is decoded
+            for (samples, rows), found in _one_ahead(reader, self._read_chunk, self._chunks(start, part, step), shards):
+                with record_function("loader: wait for bytes"):
+                    read = found.result()
+                for position, outcome in enumerate(read):
+                    if isinstance(outcome, Exception):
+                        read[position] = self._read_another(samples, rows.start + position, outcome, shards)
+                captions.extend(caption for _, caption, _ in read)
+                if decoder is not None:
+                    pixels.append(self._decode(samples, rows, read, captions, decoder, shards))
+                if rows.stop < part:
+                    continue
+                if not _put(self._queue, self._stop, self._make_batch(samples, pixels, captions)):
+                    return
+                pixels, captions = [], []
+        raise StopIteration
+
+    def _chunks(self, start: int, part: int, step: int) -> Iterator[tuple[_Samples, slice]]:
+        """This rank's samples of the global batches from `start` on, `step` at a time, until asked to stop."""
+        while not self._stop.is_set() and (self.total_samples is None or start < self.total_samples):
+            with record_function("loader: order"):
+                samples = self._samples(start, part)
+            for first in range(0, part, step):
+                yield samples, slice(first, min(first + step, part))
             start += self.global_batch_size
 
-    def _make_batch(
-        self, start: int, mine: int, part: int, decoder: CropDecoder | None, shards: OpenShards
-    ) -> GlobalBatch:
-        end = start + self.global_batch_size
+    def _samples(self, start: int, part: int) -> _Samples:
+        end, mine = start + self.global_batch_size, start + part * self.dp_rank
         positions = np.arange(mine, mine + part)
         valid = np.ones(part, bool)
         if self.total_samples is not None:
             end = min(end, self.total_samples)
             valid = positions < end
         if valid.any():
-            sources, epochs, indices = self.order.slice(mine, int(valid.sum()))
+            order = self.order.slice(mine, int(valid.sum()))
         else:  # a rank without a share of the last batch: padding alone
-            sources, epochs, indices = self.order.slice(self.total_samples - 1, 1)
-        fill = np.minimum(np.arange(part), len(indices) - 1)  # padding repeats the last sample
-        sources, epochs, indices = sources[fill], epochs[fill], indices[fill]
-        images, captions = self._read_and_decode(sources, epochs, indices, decoder, shards)
-        tokens = None
-        if captions is not None:
-            tokens = self.tokenizer.encode_batch(captions, self.caption_length).to(self.device)
+            order = self.order.slice(self.total_samples - 1, 1)
+        fill = np.minimum(np.arange(part), len(order[0]) - 1)  # padding repeats the last sample
+        return _Samples(*(column[fill] for column in order), valid, end)
+
+    def _make_batch(self, samples: _Samples, pixels: list[torch.Tensor], captions: list[str]) -> GlobalBatch:
+        part = len(samples.valid)
+        images = tokens = None
+        if self.need_images:
+            images = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+        if self.need_captions:
+            with record_function("loader: tokens"):
+                tokens = self.tokenizer.encode_batch(captions, self.caption_length).to(self.device)
         self._served += part
         micro_batches = []
-        unique = self.order.unique(sources, indices)
+        unique = self.order.unique(samples.sources, samples.indices)
         for i in range(0, part, self.micro_batch_size):
             rows = slice(i, i + self.micro_batch_size)
-            locations = [(self.sources[s], int(n)) for s, n in zip(sources[rows], indices[rows], strict=True)]
+            places = zip(samples.sources[rows], samples.indices[rows], strict=True)
+            locations = [(self.sources[s], int(n)) for s, n in places]
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
-                epochs[rows], unique[rows], valid[rows], locations,
+                samples.epochs[rows], unique[rows], samples.valid[rows], locations,
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return GlobalBatch(micro_batches, end, failures=self._failures)
+        return GlobalBatch(micro_batches, samples.end, failures=self._failures)
 
-    def _read_and_decode(
-        self, sources: np.ndarray, epochs: np.ndarray, indices: np.ndarray, decoder: CropDecoder | None,
-        shards: OpenShards,
-    ) -> tuple[torch.Tensor | None, list[str] | None]:  # fmt: skip
-        """Images uint8 [n, 3, S, S] and captions of n samples. Replaced samples change `indices` in place."""
-        count = len(indices)
-        step = decoder.batch_size if decoder is not None else count
-        parts: list[torch.Tensor] = []
-        captions: list[str] = []
-        for i in range(0, count, step):
-            rows = slice(i, min(i + step, count))
-            read = [self._read(sources, indices, row, shards) for row in range(rows.start, rows.stop)]
-            captions.extend(caption for _, caption, _ in read)
-            if decoder is not None:
-                parts.append(self._decode(sources, epochs, indices, rows, read, captions, decoder, shards))
-        images = (parts[0] if len(parts) == 1 else torch.cat(parts)) if decoder is not None else None
-        return images, captions if self.need_captions else None
+    def _read_chunk(self, chunk: tuple[_Samples, slice], shards: OpenShards) -> list[tuple | Exception]:
+        """(image bytes, caption, (width, height)) of each sample, or why it cannot be read. Changes nothing."""
+        samples, rows = chunk
+        with record_function("loader: bytes (ahead)"):
+            return [self._read(samples, row, shards) for row in range(rows.start, rows.stop)]
 
-    def _read(self, sources: np.ndarray, indices: np.ndarray, row: int, shards: OpenShards):
-        """(image bytes, caption, (width, height)) of sample `row`, or of its replacement."""
-        for _ in range(len(self.sources[sources[row]])):
-            shard, i = self.sources[sources[row]].locate(indices[row])
-            try:
+    def _read(self, samples: _Samples, row: int, shards: OpenShards) -> tuple | Exception:
+        shard, i = self.sources[samples.sources[row]].locate(samples.indices[row])
+        try:
+            with shards.lock:  # or the other thread might close the shard meanwhile
                 shard = shards.use(shard)
                 image = shard.image_bytes(i) if self.need_images else b""
                 caption = shard.caption(i) if self.need_captions else ""
                 record = shard.samples[i]
-                return image, caption, (int(record["width"]), int(record["height"]))
-            except (OSError, ValueError) as error:
-                self._replace(sources, indices, row, f"cannot be read: {error}")
-        raise TooManyFailures(f"no sample of {self.sources[sources[row]].name} can be read")
+            return image, caption, (int(record["width"]), int(record["height"]))
+        except (OSError, ValueError) as error:
+            return error
+
+    def _read_another(self, samples: _Samples, row: int, error: Exception, shards: OpenShards) -> tuple:
+        """What `_read` gives of the first sample behind the one of `row` that can be read."""
+        for _ in range(len(self.sources[samples.sources[row]])):
+            self._replace(samples, row, f"cannot be read: {error}")
+            found = self._read(samples, row, shards)
+            if not isinstance(found, Exception):
+                return found
+            error = found
+        raise TooManyFailures(f"no sample of {self.sources[samples.sources[row]].name} can be read")
 
     def _decode(
-        self, sources: np.ndarray, epochs: np.ndarray, indices: np.ndarray, rows: slice, read: list,
-        captions: list[str], decoder: CropDecoder, shards: OpenShards,
-    ) -> torch.Tensor:  # fmt: skip
-        views = self._views(sources, epochs, indices, rows, read)
-        pixels, failed = decode_or_none(decoder, [r[0] for r in read], *views)
+        self, samples: _Samples, rows: slice, read: list, captions: list[str], decoder: CropDecoder, shards: OpenShards
+    ) -> torch.Tensor:
+        """Images uint8 [n, 3, S, S]. A sample that does not decode is replaced, in `samples`, `read`, `captions`."""
+        views = self._views(samples, rows, read)
+        with record_function("loader: decode and resize"):
+            pixels, failed = decode_or_none(decoder, [r[0] for r in read], *views)
         while failed:
             for position, reason in failed.items():
                 row = rows.start + position
-                self._replace(sources, indices, row, f"does not decode: {reason}")
-                read[position] = self._read(sources, indices, row, shards)
-                captions[row] = read[position][1]
+                self._replace(samples, row, f"does not decode: {reason}")
+                found = self._read(samples, row, shards)
+                if isinstance(found, Exception):
+                    found = self._read_another(samples, row, found, shards)
+                read[position], captions[row] = found, found[1]
             again = sorted(failed)
-            regions, flips = self._views(sources, epochs, indices, rows, read)
+            regions, flips = self._views(samples, rows, read)
             replaced, still = decode_or_none(decoder, [read[p][0] for p in again], regions[again], flips[again])
             pixels[again] = replaced
             failed = {again[p]: reason for p, reason in still.items()}
         return pixels
 
-    def _views(
-        self, sources: np.ndarray, epochs: np.ndarray, indices: np.ndarray, rows: slice, read: list
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _views(self, samples: _Samples, rows: slice, read: list) -> tuple[np.ndarray, np.ndarray]:
         """Regions [b, 4] and flips [b] of some samples."""
         widths, heights = np.array([r[2] for r in read]).T
         if not self.train:
             return centre_squares(widths, heights), np.zeros(len(read), bool)
-        epochs, unique = epochs[rows], self.order.unique(sources[rows], indices[rows])
-        regions = random_resized_crops(self.seed, epochs, unique, widths, heights, self.crop_scale)
-        flips = random_flips(self.seed, epochs, unique) if self.flip else np.zeros(len(read), bool)
+        with record_function("loader: crops"):
+            epochs, unique = samples.epochs[rows], self.order.unique(samples.sources[rows], samples.indices[rows])
+            regions = random_resized_crops(self.seed, epochs, unique, widths, heights, self.crop_scale)
+            flips = random_flips(self.seed, epochs, unique) if self.flip else np.zeros(len(read), bool)
         return regions, flips
 
-    def _replace(self, sources: np.ndarray, indices: np.ndarray, row: int, reason: str) -> None:
-        source = self.sources[sources[row]]
-        shard, i = source.locate(indices[row])
-        indices[row] = (indices[row] + 1) % len(source)
+    def _replace(self, samples: _Samples, row: int, reason: str) -> None:
+        source = self.sources[samples.sources[row]]
+        shard, i = source.locate(samples.indices[row])
+        samples.indices[row] = (samples.indices[row] + 1) % len(source)
         self._failures += 1
         log.warning("%s, sample %d %s; the next sample takes its place", shard.path, i, " ".join(reason.split())[:300])
         if self._failures > self.max_failure_rate * max(self._served, _GRACE):
@@ -321,6 +356,18 @@ class PairLoader:
                 f"{self.max_failure_rate}; the last is sample {i} of {shard.path} ({reason[:300]}); check the "
                 "storage, or index the shards again"
             )
+
+
+def _one_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterator, *arguments) -> Iterator[tuple]:
+    """(item, future of `function(item, *arguments)`) of each item, with the next one under way already."""
+    waiting = None
+    for item in items:
+        coming = item, pool.submit(function, item, *arguments)
+        if waiting is not None:
+            yield waiting
+        waiting = coming
+    if waiting is not None:
+        yield waiting
 
 
 def _put(target: queue.Queue, stop: threading.Event, item: object) -> bool:

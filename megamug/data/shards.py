@@ -151,7 +151,8 @@ class Shard:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY)
             if len(self):
-                self._samples = np.memmap(self.index_file, SAMPLE, "r", self._records_at, (len(self),))
+                records = np.memmap(self.index_file, SAMPLE, "r", self._records_at, (len(self),))
+                self._samples = records.view(np.ndarray)  # the same memory; a memmap is slow to take one record of
             else:
                 self._samples = np.empty(0, SAMPLE)
 
@@ -175,7 +176,8 @@ class Shard:
         return data
 
     def image_bytes(self, i: int) -> bytes:
-        return self._read(int(self.samples["image_offset"][i]), int(self.samples["image_size"][i]))
+        record = self.samples[i]
+        return self._read(int(record["image_offset"]), int(record["image_size"]))
 
     def caption(self, i: int) -> str:
         record = self.samples[i]
@@ -215,15 +217,18 @@ def parse_caption(data: bytes, is_json: bool) -> str:
 
 
 class OpenShards:
-    """Keeps at most `limit` shards open, closing the least recently used."""
+    """Keeps at most `limit` shards open, closing the least recently used.
+
+    Where several threads read, each holds `lock` from `use` until it has read.
+    """
 
     def __init__(self, limit: int = 128) -> None:
         self.limit = limit
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def use(self, shard: Shard) -> Shard:
-        with self._lock:
+        with self.lock:
             self._open[id(shard)] = shard
             self._open.move_to_end(id(shard))
             while len(self._open) > self.limit:
@@ -232,7 +237,7 @@ class OpenShards:
         return shard
 
     def close(self) -> None:
-        with self._lock:
+        with self.lock:
             for shard in self._open.values():
                 shard.close()
             self._open.clear()
