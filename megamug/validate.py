@@ -29,6 +29,16 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     What needs torch (tokenizer, devices, FP8) comes last, so that most mistakes are told before it is imported.
     """
     config = resolve(config)
+    sizes(config, world_size)
+    for check in (files, run_folder, vocabulary) if config.model.kind == "mug" else (validate_lm.files, run_folder):
+        check(config)
+    if here:
+        devices(config)
+    precision(config, here)
+
+
+def sizes(config: Config, world_size: int) -> None:
+    """Values, sizes and layout of a resolved configuration: all that can be told without files and devices."""
     check_values(config)
     check_keys(config)
     is_mug = config.model.kind == "mug"
@@ -40,11 +50,6 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     for check in (tensor_parallel, sequence_parallel):
         check(config)
     pipeline(config, world_size)
-    for check in (files, run_folder, vocabulary) if is_mug else (validate_lm.files, run_folder):
-        check(config)
-    if here:
-        devices(config)
-    precision(config, here)
 
 
 def losses(config: Config) -> None:
