@@ -10,14 +10,12 @@ import torch.distributed as dist
 from megamug.config import Config
 from megamug.data.indexed import DocumentSet, open_documents
 from megamug.data.loader import GlobalBatch
-from megamug.data.order import Cursor
+from megamug.data.order import GlobalOrder
 from megamug.data.token_loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
 from megamug.data.vocabulary import Vocabulary
-from megamug.errors import UserError
-from megamug.models import specs
 from megamug.models.decoder_lm import DecoderLM
-from megamug.models.init import initialise
 from megamug.models.lm_plan import LmPlan
+from megamug.models.task import Task
 
 
 def model_of(kind: str) -> tuple[type, type]:
@@ -31,33 +29,15 @@ def model_of(kind: str) -> tuple[type, type]:
     return JamPlan, JamCross
 
 
-class LmTask:
-    """Built on every rank; holds no parameters."""
+class LmTask(Task):
+    """Of both language models."""
 
     def __init__(self, config: Config):
-        """`config` is resolved and validated. Needs no process group."""
-        self.config = config
+        super().__init__(config)
         self.vocabulary = Vocabulary.load(config.data.tokenizer)
-        self.spec, self.spec_reason = specs.choose(config.precision.layers)
         plan, self.model = model_of(config.model.kind)
         self.plan = plan(config, self.vocabulary.size, self.spec)
         self.loss_names = list(self.plan.loss_weights)
-
-    def join(self, world) -> None:
-        """Learns this process's place in the tensor-parallel group."""
-        self.plan.place_tensor(world.tp_rank, world.tp_group if world.tp_size > 1 else None)
-
-    def build(self, world, initialised: bool = True) -> list[torch.nn.Module]:
-        """This rank's chunks of the model: the stages pp_rank, pp_size + pp_rank, ... of `plan.stages`.
-
-        Initialised alike in every layout; `initialised=False` leaves the parameters to a checkpoint loaded next.
-        """
-        stages = range(world.pp_rank, len(self.plan.stages), world.pp_size)
-        chunks = [self.model(self.plan, stage).to(world.device) for stage in stages]
-        if initialised:
-            for chunk in chunks:
-                initialise(chunk.sharded_state_dict(), self.config.seed, self.plan.init_std)
-        return chunks
 
     # ------------------------------------------------------------------------------------------ data
 
@@ -87,24 +67,15 @@ class LmTask:
             max_samples=max_samples,
         )
 
-    def check_resumable(self, contents: dict) -> None:
-        """Raises UserError where a checkpoint's `state.json` belongs to other data, vocabulary, rows or arithmetic."""
-        before = contents["identity"]
-        for key, value in self.identity().items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value};"
-                    " go back to that one or choose another run_dir"
-                )
+    def order(self) -> GlobalOrder:
         data, seed = self.config.data, self.config.seed
         makers = row_makers(
             self.documents(train=True), self.vocabulary, context_length=data.context_length, cm3_spans=data.cm3_spans,
             hidden_text=data.hidden_text, loss_on=data.loss_on, seed=seed,
         )  # fmt: skip
-        order_of_rows(makers, seed).check(Cursor.from_dict(contents["cursor"]))
+        return order_of_rows(makers, seed)
 
     def identity(self) -> dict:
-        """What a checkpoint cannot be continued without, beside the model's sizes."""
         config = self.config
         return {
             "data.tokenizer": self.vocabulary.fingerprint(),
@@ -130,11 +101,6 @@ class LmTask:
     def unit(self) -> tuple[str, int]:
         """What throughput counts, and how many a sample has."""
         return "tokens", self.config.data.context_length
-
-    @property
-    def flops_per_sample(self) -> float:
-        """Model FLOPs of training on one row: forward, and twice that for backward (recomputation is not counted)."""
-        return 3 * self.plan.forward_flops
 
     def picture(self, stage, world, run_dir: Path, step: int) -> None:
         """No pictures while training: writing a document takes longer than a validation (`megamug generate` does)."""

@@ -14,50 +14,31 @@ import torch.distributed as dist
 
 from megamug.config import Config
 from megamug.data.loader import GlobalBatch, PairBatch, PairLoader, order_of
-from megamug.data.order import Cursor
+from megamug.data.order import GlobalOrder
 from megamug.data.random import random_masks
 from megamug.data.sources import resolve_sources
 from megamug.data.text import Tokenizer
-from megamug.errors import UserError
-from megamug.models import specs
-from megamug.models.init import initialise
 from megamug.models.mug import PAD, Mug, MugBatch
 from megamug.models.mug_plan import MugPlan
+from megamug.models.task import Task
 
 logger = logging.getLogger(__name__)
 
 PICTURE_PAIRS = 8  # held-out pairs shown while training
 
 
-class MugTask:
-    """Built on every rank; holds no parameters."""
+class MugTask(Task):
+    """Of image-caption pairs."""
+
+    model = Mug
 
     def __init__(self, config: Config):
-        """`config` is resolved and validated. Needs no process group."""
-        self.config = config
+        super().__init__(config)
         self.tokenizer = Tokenizer(config.data.tokenizer) if config.model.caption_loss_weight > 0 else None
         self.vocabulary = self.tokenizer.vocab_size if self.tokenizer else 0
-        self.spec, self.spec_reason = specs.choose(config.precision.layers)
         self.plan = MugPlan(config, self.vocabulary, self.spec)
         self.told_of_pictures = False
         self.loss_names = [n for n, used in (("image", self.plan.paints), ("caption", self.plan.writes)) if used]
-
-    def join(self, world) -> None:
-        """Learns this process's place in the tensor-parallel group."""
-        group = world.tp_group if world.tp_size > 1 else None
-        self.plan.place_tensor(world.tp_rank, group)
-
-    def build(self, world, initialised: bool = True) -> list[Mug]:
-        """This rank's chunks of the model: the stages pp_rank, pp_size + pp_rank, ... of `plan.stages`.
-
-        Initialised alike in every layout; `initialised=False` leaves the parameters to a checkpoint loaded next.
-        """
-        stages = range(world.pp_rank, len(self.plan.stages), world.pp_size)
-        chunks = [Mug(self.plan, stage).to(world.device) for stage in stages]
-        if initialised:
-            for chunk in chunks:
-                initialise(chunk.sharded_state_dict(), self.config.seed)
-        return chunks
 
     # ------------------------------------------------------------------------------------------ data
 
@@ -86,19 +67,10 @@ class MugTask:
             max_samples=max_samples,
         )
 
-    def check_resumable(self, contents: dict) -> None:
-        """Raises UserError where a checkpoint's `state.json` belongs to other data, another tokenizer or arithmetic."""
-        before, now = contents["identity"], self.identity()
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{key}: {self.config.run_dir} holds a run with {before.get(key)}, the configuration gives {value};"
-                    " go back to that one or choose another run_dir"
-                )
-        order_of(resolve_sources(self.config.data.train), self.config.seed).check(Cursor.from_dict(contents["cursor"]))
+    def order(self) -> GlobalOrder:
+        return order_of(resolve_sources(self.config.data.train), self.config.seed)
 
     def identity(self) -> dict:
-        """What a checkpoint cannot be continued without, beside the model's sizes."""
         tokenizer = None
         if self.tokenizer is not None:
             tokenizer = hashlib.sha256(Path(self.config.data.tokenizer).read_bytes()).hexdigest()[:16]
@@ -126,14 +98,7 @@ class MugTask:
             dist.all_reduce(counts, group=world.dp_group)
         return dict(zip(("image", "caption"), counts.tolist(), strict=True))
 
-    # ------------------------------------------------------------------------------------------ figures
-
     unit = ("images", 1)  # what throughput counts, and how many a sample has
-
-    @property
-    def flops_per_sample(self) -> float:
-        """Model FLOPs of one training pair: forward, and twice that for backward (recomputation is not counted)."""
-        return 3 * self.plan.forward_flops
 
     # ------------------------------------------------------------------------------------------ pictures
 

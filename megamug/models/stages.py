@@ -92,6 +92,10 @@ class Plan:
         """This process's rank in the tensor-parallel group (None: alone)."""
         self.tensor_rank, self.tensor_group = rank, group
 
+    def init_std(self, name: str) -> float | None:
+        """Standard deviation of the weight `name` (a global name); None: by its shape, see `megamug.models.init`."""
+        return None
+
     @property
     def forward_flops(self) -> float:
         """Forward FLOPs of one sample (matrix products)."""
