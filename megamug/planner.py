@@ -13,6 +13,7 @@ from pathlib import Path
 from megamug import validate, validate_lm
 from megamug.config import Config, resolve
 from megamug.errors import UserError
+from megamug.models.shapes import padded_vocabulary
 from megamug.planner_memory import GIB, Layout, Memory, memory
 from megamug.planner_model import Model, model_of
 from megamug.planner_time import GPUS, NODE, Gpu, Times, peak, step_time
@@ -131,8 +132,7 @@ def _vocabulary(config: Config, given: int | None) -> tuple[int, str]:
         size, source = _read_vocabulary(kind, path), path
     else:
         size, source = DEFAULT_VOCABULARY[kind], "assumed; give --vocabulary-size or data.tokenizer"
-    multiple = validate.VOCABULARY_MULTIPLE
-    return -(-size // multiple) * multiple, source
+    return padded_vocabulary(size), source
 
 
 def _read_vocabulary(kind: str, path: str) -> int:

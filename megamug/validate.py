@@ -15,9 +15,9 @@ from pathlib import Path
 from megamug import validate_lm
 from megamug.config import Config, load_config, resolve
 from megamug.errors import UserError
+from megamug.models.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.ranges import check_keys, check_values
 
-VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to it whatever the layout, so that checkpoints fit every layout
 FP8_ROWS = 8  # Transformer Engine: FP8 products want batch x tokens in multiples of 8 ...
 FP8_COLUMNS = 16  # ... and features in multiples of 16
 
@@ -256,7 +256,7 @@ def vocabulary(config: Config) -> None:
         size = Tokenizer(config.data.tokenizer).vocab_size
     except UserError as error:
         raise UserError(f"data.tokenizer: {error}") from None
-    padded, tensor = _round_up(size, VOCABULARY_MULTIPLE), config.parallel.tensor
+    padded, tensor = padded_vocabulary(size), config.parallel.tensor
     if padded % tensor:
         fits = ", ".join(str(n) for n in range(1, tensor) if padded % n == 0 and config.model.text_heads % n == 0)
         raise UserError(f"the vocabulary of {config.data.tokenizer}, padded to a multiple of {VOCABULARY_MULTIPLE}"

@@ -9,9 +9,9 @@ from types import ModuleType
 from megamug.config import Config, TowerConfig
 from megamug.convert import llama, opt
 from megamug.convert.formats import Format, View
-from megamug.convert.parts import VOCABULARY_MULTIPLE
 from megamug.convert.table import Row
 from megamug.errors import UserError
+from megamug.models.shapes import padded_vocabulary
 from megamug.sections import DataConfig
 
 PARTS = ("embedding.", "stack.", "output_layer.")
@@ -33,7 +33,7 @@ def settings(module: ModuleType, view: View) -> dict[str, object]:
 def rows(module: ModuleType, config: Config, vocabulary: int) -> list[Row]:
     from megamug.models.jam_plan import tower_shapes
 
-    tower, padded = config.lm, -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    tower, padded = config.lm, padded_vocabulary(vocabulary)
     _check(module, tower)
     shapes = tower_shapes(tower, padded)
     if not tower.tie_vocabulary:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megamug.config import TowerConfig
-
-VOCABULARY_MULTIPLE = 128  # rows of our tables, as in `megamug.data.vocabulary`
+from megamug.models.shapes import padded_vocabulary
 
 Read = Callable[[str], Tensor]  # the whole tensor of a name
 Recipe = Callable[[Read], Tensor]  # makes one parameter out of those of the other side
@@ -78,6 +77,6 @@ def vocabulary_rows(name: str, other: str, vocabulary: int | None) -> Piece:
     """A table [vocabulary, h]; ours has zero rows up to the next multiple of 128. None: the padding stays."""
 
     def pad(table: Tensor) -> Tensor:
-        return torch.nn.functional.pad(table, (0, 0, 0, -len(table) % VOCABULARY_MULTIPLE))
+        return torch.nn.functional.pad(table, (0, 0, 0, padded_vocabulary(len(table)) - len(table)))
 
     return Piece(name, [other], pad, lambda table: [table[:vocabulary]])

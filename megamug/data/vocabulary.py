@@ -22,9 +22,9 @@ from megamug.data.shards import write_atomically
 from megamug.data.text import BOS, EOS, PAD, Tokenizer
 from megamug.durable import fsync_folder
 from megamug.errors import UserError
+from megamug.models.shapes import padded_vocabulary
 
 VOCABULARY_VERSION = 1
-MULTIPLE = 128  # the padded size is a multiple of this, whatever the layout
 FILE, TEXT_MODEL, IMAGE_TOKENIZER = "vocabulary.json", "text.model", "image_tokenizer"
 _SPECIALS = 3  # <break>, <eoss>, <mask>
 
@@ -89,7 +89,7 @@ class Vocabulary:
     @property
     def padded_size(self) -> int:
         """Rows of the embedding: the size, rounded up to a multiple of 128."""
-        return -(-self.size // MULTIPLE) * MULTIPLE
+        return padded_vocabulary(self.size)
 
     def fingerprint(self) -> str:
         """SHA-256 over the specification: equal where every id means the same."""

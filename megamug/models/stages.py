@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from megamug.config import Config
-
-VOCABULARY_MULTIPLE = 128  # the padded vocabulary must not depend on the layout
+from megamug.models.shapes import padded_vocabulary
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class Plan:
         """`config` is resolved: every size is set. `vocabulary` is the number of ids; tables have
         `padded_vocabulary` rows."""
         parallel = config.parallel
-        self.vocabulary = vocabulary
-        self.padded_vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        self.vocabulary, self.padded_vocabulary = vocabulary, padded_vocabulary(vocabulary)
         self.tensor, self.pipeline, self.virtual = parallel.tensor, parallel.pipeline, parallel.virtual
         self.sequence_parallel = parallel.sequence
         self.tensor_rank, self.tensor_group = 0, None
