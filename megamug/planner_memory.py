@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from megamug.models.partition import cut
 from megamug.parameters import BYTES, Count, state_memory
 from megamug.planner_layers import SEQUENCE, TENSOR, Unit, shared
-from megamug.planner_model import Model, cut
+from megamug.planner_model import Model
 
 GIB = 1024**3
 RESERVED = 2 * GIB  # CUDA context, cuBLAS and NCCL buffers: an allowance, not a measurement

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: blocks of units (`planner_layers`), what crosses a boundary, the cut into stages.
+"""A model as the planner sees it: blocks of units (`planner_layers`), what crosses a boundary.
 
 Nothing here imports torch or Megatron, whose import takes longer than planning. The sizes are those of
 `megamug.models.{mug,lm,jam}_plan`; tests compare parameters, FLOPs, stages and boundaries with theirs.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from megamug import validate
 from megamug.config import Config, TowerConfig
+from megamug.models.partition import depth_slots
 from megamug.parameters import Count, linear, norm
 from megamug.planner_layers import (
     SEQUENCE,
@@ -58,30 +59,6 @@ class Model:
 def model_of(config: Config, vocabulary: int) -> Model:
     """`config` is resolved; `vocabulary` is padded."""
     return {"mug": _mug, "decoder_lm": _lm, "jam_cross": _jam}[config.model.kind](config, vocabulary)
-
-
-def cut(flops: list[int], stages: int) -> list[range]:
-    """The contiguous stages with the smallest heaviest one; ties go to the earliest cut, as in `models.stages`."""
-    count, before = len(flops), [0]
-    for number in flops:
-        before.append(before[-1] + number)
-    heaviest: list[int | None] = [0] + [None] * count  # of the stages so far, by blocks used
-    starts: list[list[int]] = []
-    for stage in range(1, stages + 1):
-        row: list[int | None] = [None] * (count + 1)
-        start_of = [0] * (count + 1)
-        for end in range(stage, count - (stages - stage) + 1):
-            for start in range(end - 1, stage - 2, -1):
-                so_far, last = heaviest[start], before[end] - before[start]
-                if so_far is not None and (row[end] is None or max(so_far, last) <= row[end]):
-                    row[end], start_of[end] = max(so_far, last), start
-        heaviest = row
-        starts.append(start_of)
-    ranges, end = [], count
-    for start_of in reversed(starts):
-        ranges.append(range(start_of[end], end))
-        end = start_of[end]
-    return ranges[::-1]
 
 
 # ---------------------------------------------------------------------------------------------- MUG
@@ -208,8 +185,10 @@ def _jam(config: Config, vocabulary: int) -> Model:
     depths = {name: t.layers for name, t in towers.items()}
     crossing = _cross_block(config, tokens)
     slots = []
-    for text, image, crosses in _slots(depths["text"], depths["image"], fusion.cross_every):
-        units = [layers["text"]] * text + [layers["image"]] * image + [crossing] * crosses
+    for slot in depth_slots(depths["text"], depths["image"], fusion.cross_every):
+        runs = {name: getattr(slot, name) for name in layers}
+        units = [layers[name] for name, (first, last) in runs.items() for _ in range(first, last)]
+        units += [crossing] * (slot.cross is not None)
         slots.append(Block("jam", "layer", tuple(units)))
     first = tuple(
         _tower_embedding(t, tokens, vocabulary, name == "text" or not fusion.shared_embedding, trained[name])
@@ -223,19 +202,6 @@ def _jam(config: Config, vocabulary: int) -> Model:
     head = Block("jam", "head", (*norms, mix, _output(config, tokens, width, vocabulary)))
     blocks = (Block("jam", "embedding", first), *slots, head)
     return Model(blocks, (0, *[tokens * widths] * (len(blocks) - 1)), None)
-
-
-def _slots(text: int, image: int, cross_every: int) -> list[tuple[int, int, bool]]:
-    """(layers of the text tower, of the image tower, a cross block?) by slot: `models.jam_plan.depth_slots`."""
-    deep, shallow = max(text, image), min(text, image)
-    blocks, found, crossed = shallow // cross_every, [], 0
-    for s in range(deep):
-        runs = [(s + 1) * layers // deep - s * layers // deep for layers in (text, image)]
-        done = (s + 1) * shallow // deep  # layers of the shallower tower that have run
-        due = sum((2 * (m + 1) * shallow + blocks) // (2 * blocks) <= done for m in range(blocks))
-        found.append((*runs, due > crossed))
-        crossed = max(crossed, due)
-    return found
 
 
 def _cross_block(config: Config, tokens: int) -> Unit:

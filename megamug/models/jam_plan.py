@@ -1,10 +1,7 @@
 """JamCross's sizes: where the cross blocks stand, what a pipeline stage holds, names and shapes of all parameters.
 
-Two towers of any depths are matched by relative depth. The deeper one, S layers, gives S slots; layer i of the other, L
-layers, sits in slot ceil((i + 1) S / L) - 1: it runs when as large a part of the deeper tower has run. A cross block
-follows every `cross_every` layers of the shallower tower, spread evenly where L is no multiple of it: block m of
-n = L // cross_every stands at the end of the slot of that tower's layer round((m + 1) L / n). For equal depths that is
-after every `cross_every` layers of both. The pipeline is cut between slots, so it cuts both towers at one depth.
+Two towers of any depths are matched by relative depth (`partition.depth_slots`). The pipeline is cut between slots, so
+it cuts both towers at one depth.
 """
 
 from __future__ import annotations
@@ -16,20 +13,12 @@ from functools import cached_property
 from megatron.core.transformer import TransformerConfig
 
 from megamug.config import Config, TowerConfig
+from megamug.models.partition import Slot, depth_slots
 from megamug.models.stages import Block, Boundary, Plan
 from megamug.models.tower import TowerPlan
 from megamug.telemetry.flops import attention_flops, linear_flops, mlp_flops
 
 TOWERS = ("text", "image")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What runs between two possible stage boundaries: layers [first, last) of each tower, a cross block or none."""
-
-    text: tuple[int, int]
-    image: tuple[int, int]
-    cross: int | None
 
 
 @dataclass(frozen=True)
@@ -39,26 +28,6 @@ class JamPart:
     embedding: bool
     segments: list[Slot]
     head: bool
-
-
-def depth_slots(text_layers: int, image_layers: int, cross_every: int) -> list[Slot]:
-    """The slots of towers of these depths, in order."""
-    deep, shallow = max(text_layers, image_layers), min(text_layers, image_layers)
-    ends = [_ends(layers, deep) for layers in (text_layers, image_layers)]
-    blocks = shallow // cross_every
-    done = _ends(shallow, deep)
-    places = {}
-    for m in range(blocks):
-        layers = (2 * (m + 1) * shallow + blocks) // (2 * blocks)  # round((m + 1) L / n), halves up
-        places[done.index(layers, 1) - 1] = m
-    return [
-        Slot((ends[0][s], ends[0][s + 1]), (ends[1][s], ends[1][s + 1]), places.get(s)) for s in range(deep)
-    ]
-
-
-def _ends(layers: int, slots: int) -> list[int]:
-    """How many of `layers` layers have run before slot 0, 1, ... `slots`."""
-    return [s * layers // slots for s in range(slots + 1)]
 
 
 class JamPlan(Plan):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megamug.config import Config
+from megamug.models.partition import cut
 from megamug.models.shapes import padded_vocabulary
 
 
@@ -28,34 +29,6 @@ class Block:
     name: str  # embedding | layer | head
     index: int
     flops: float
-
-
-def cut(blocks: list[Block], stages: int) -> list[range]:
-    """Splits the blocks into contiguous stages with the smallest possible heaviest stage (dynamic programming).
-
-    Raises ValueError when there are fewer blocks than stages. Ties go to the earliest cut: every rank finds the same.
-    """
-    count = len(blocks)
-    if stages > count:
-        raise ValueError(f"{count} blocks cannot fill {stages} pipeline stages")
-    before = [0.0]
-    for block in blocks:
-        before.append(before[-1] + block.flops)
-    best = {(0, 0): (0.0, 0)}  # (stages used, blocks used) -> (heaviest stage, where the last one starts)
-    for stage in range(1, stages + 1):
-        for end in range(stage, count - (stages - stage) + 1):
-            options = (
-                (max(best[stage - 1, start][0], before[end] - before[start]), start)
-                for start in range(stage - 1, end)
-                if (stage - 1, start) in best
-            )
-            best[stage, end] = min(options)
-    ranges, end = [], count
-    for stage in range(stages, 0, -1):
-        start = best[stage, end][1]
-        ranges.append(range(start, end))
-        end = start
-    return ranges[::-1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +75,7 @@ class Plan:
     @cached_property
     def stages(self) -> list[range]:
         """Blocks of each pipeline stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
-        return cut(self.blocks, self.pipeline * self.virtual)
+        return cut([block.flops for block in self.blocks], self.pipeline * self.virtual)
 
     def stack_part(self, stage: int, name: str) -> Part | None:
         """What `stage` holds of the stack `name`, None for nothing."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megamug.config import Config, resolve
-from megamug.models.jam_plan import JamPlan, count, depth_slots, tower_shapes
+from megamug.models.jam_plan import JamPlan, count, tower_shapes
+from megamug.models.partition import depth_slots
 
 VOCABULARY, TOKENS, ROWS = 200, 16, 2
 LLAMA = dict(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megamug.models.mug_plan import MugPlan
-from megamug.models.stages import Block, Boundary, attach_loss, cut
+from megamug.models.partition import cut
+from megamug.models.stages import Boundary, attach_loss
 from tests.distributed.layout_worker import micro_batches, tiny
 
 LOSSES = {
@@ -18,10 +19,6 @@ LOSSES = {
     "no_pixels": {"image_loss_weight": 0.0},
     "untied": {"tie_vocabulary": False},
 }
-
-
-def blocks_of(flops: list[float]) -> list[Block]:
-    return [Block("encoder", "layer", i, f) for i, f in enumerate(flops)]
 
 
 def heaviest(flops: list[float], bounds: list[int]) -> float:
@@ -34,7 +31,7 @@ def test_cut_is_optimal_against_every_cut():
         count = random.randint(1, 9)
         flops = [float(random.choice([0, 1, 1, 2, 5, random.randint(1, 50)])) for _ in range(count)]
         stages = random.randint(1, count)
-        ranges = cut(blocks_of(flops), stages)
+        ranges = cut(flops, stages)
         assert [i for run in ranges for i in run] == list(range(count))
         assert len(ranges) == stages and all(len(run) > 0 for run in ranges)
         best = min(
@@ -45,12 +42,12 @@ def test_cut_is_optimal_against_every_cut():
 
 def test_cut_is_the_same_every_time():
     flops = [1.0] * 12
-    assert cut(blocks_of(flops), 5) == cut(blocks_of(flops), 5)
+    assert cut(flops, 5) == cut(flops, 5)
 
 
 def test_more_stages_than_blocks_is_refused():
     with pytest.raises(ValueError, match="2 blocks cannot fill 3"):
-        cut(blocks_of([1.0, 1.0]), 3)
+        cut([1.0, 1.0], 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
