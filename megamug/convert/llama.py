@@ -5,8 +5,6 @@ Both turn the halves of a head (numbers i and i + d/2 together), so query and ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from megamug.config import TowerConfig
 from megamug.convert import parts
 from megamug.errors import UserError
@@ -43,18 +41,8 @@ def tower_config(hf_config: dict) -> TowerConfig:
     )  # fmt: skip
 
 
-def to_megamug(tower: TowerConfig) -> Iterator[tuple[str, parts.Recipe]]:
-    """(DecoderLM's name, how it is made of transformers' tensors), one parameter at a time."""
-    return parts.to_megamug(pieces(tower, None))
-
-
-def from_megamug(tower: TowerConfig, vocabulary: int) -> Iterator[tuple[str, parts.Recipe]]:
-    """(transformers' name, how it is made of DecoderLM's tensors); `vocabulary` rows of the tables exist."""
-    return parts.from_megamug(pieces(tower, vocabulary))
-
-
-def pieces(tower: TowerConfig, vocabulary: int | None) -> list[parts.Piece]:
-    """The table, which both directions follow from."""
+def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:
+    """The table, which both directions follow from; `vocabulary` rows of the tables exist."""
     Piece = parts.Piece
     found = [
         parts.vocabulary_rows("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocabulary),

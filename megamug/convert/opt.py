@@ -5,8 +5,6 @@ OPT's position table has two rows more, for position -1 and one of no use: they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from megamug.config import TowerConfig
@@ -44,18 +42,8 @@ def tower_config(hf_config: dict) -> TowerConfig:
     )  # fmt: skip
 
 
-def to_megamug(tower: TowerConfig) -> Iterator[tuple[str, parts.Recipe]]:
-    """(DecoderLM's name, how it is made of transformers' tensors), one parameter at a time."""
-    return parts.to_megamug(pieces(tower, None))
-
-
-def from_megamug(tower: TowerConfig, vocabulary: int) -> Iterator[tuple[str, parts.Recipe]]:
-    """(transformers' name, how it is made of DecoderLM's tensors); `vocabulary` rows of the tables exist."""
-    return parts.from_megamug(pieces(tower, vocabulary))
-
-
-def pieces(tower: TowerConfig, vocabulary: int | None) -> list[parts.Piece]:
-    """The table, which both directions follow from."""
+def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:
+    """The table, which both directions follow from; `vocabulary` rows of the tables exist."""
     Piece, decoder = parts.Piece, "model.decoder"
     found = [
         parts.vocabulary_rows("embedding.word_embeddings.weight", f"{decoder}.embed_tokens.weight", vocabulary),

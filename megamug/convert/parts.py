@@ -8,7 +8,7 @@ Axes: n heads, g query groups, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from megamug.config import TowerConfig
 from megamug.models.shapes import padded_vocabulary
-
-Read = Callable[[str], Tensor]  # the whole tensor of a name
-Recipe = Callable[[Read], Tensor]  # makes one parameter out of those of the other side
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -37,19 +34,6 @@ class Piece:
     others: list[str]
     join: Callable[..., Tensor] = _same
     split: Callable[[Tensor], list[Tensor]] = _alone
-
-
-def to_megamug(pieces: list[Piece]) -> Iterator[tuple[str, Recipe]]:
-    """(our name, how it is made of theirs), one parameter at a time."""
-    for piece in pieces:
-        yield piece.name, lambda read, piece=piece: piece.join(*(read(name) for name in piece.others))
-
-
-def from_megamug(pieces: list[Piece]) -> Iterator[tuple[str, Recipe]]:
-    """(their name, how it is made of ours), one parameter at a time."""
-    for piece in pieces:
-        for i, name in enumerate(piece.others):
-            yield name, lambda read, piece=piece, i=i: piece.split(read(piece.name))[i].clone()
 
 
 def fused_qkv(name: str, others: list[str], tower: TowerConfig) -> Piece:
@@ -73,8 +57,8 @@ def stacked(name: str, others: list[str]) -> Piece:
     return Piece(name, others, lambda *parts: torch.cat(parts), lambda whole: list(whole.chunk(len(others))))
 
 
-def vocabulary_rows(name: str, other: str, vocabulary: int | None) -> Piece:
-    """A table [vocabulary, h]; ours has zero rows up to the next multiple of 128. None: the padding stays."""
+def vocabulary_rows(name: str, other: str, vocabulary: int) -> Piece:
+    """A table [vocabulary, h]; ours has zero rows behind, see `padded_vocabulary`."""
 
     def pad(table: Tensor) -> Tensor:
         return torch.nn.functional.pad(table, (0, 0, 0, padded_vocabulary(len(table)) - len(table)))

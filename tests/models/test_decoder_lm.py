@@ -92,19 +92,21 @@ def test_logits_equal_transformers_with_the_same_weights(world, name):
     tower = family.tower_config(model.config.to_dict())
     chunk = build(tower)
     ours = tensors_of(chunk)
-    made = dict(family.to_megamug(tower))
-    assert set(made) == set(ours)
-    for target, recipe in made.items():
-        tensor = recipe(state.__getitem__)
-        assert tensor.shape == ours[target].shape, target
-        ours[target].copy_(tensor)
+    pieces = family.pieces(tower, VOCABULARY)
+    assert {piece.name for piece in pieces} == set(ours)
+    for piece in pieces:
+        tensor = piece.join(*(state[name] for name in piece.others))
+        assert tensor.shape == ours[piece.name].shape, piece.name
+        ours[piece.name].copy_(tensor)
     tokens = rows()
     expected = model(tokens).logits
     found = logits(chunk, tokens)
     assert expected.std() > 0.1
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5
     # and back: the same tensors under the same names
-    back = {n: recipe(ours.__getitem__) for n, recipe in family.from_megamug(tower, VOCABULARY)}
+    back = {
+        n: tensor for piece in pieces for n, tensor in zip(piece.others, piece.split(ours[piece.name]), strict=True)
+    }
     assert set(back) == set(state)
     for n, tensor in back.items():
         assert tensor.shape == state[n].shape, n
