@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from demonstration import ROOT, precision, run  # noqa: E402
+
 TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"
 PERPLEXITIES = ("text", "caption_given_image", "image_given_caption")
 SETS = {"pairs": "pairs", "text": "documents/text", "instructions": "documents/instructions"}
@@ -43,25 +44,6 @@ class Amounts:
 QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2)  # to see that everything runs; it learns nothing
 
 
-def run(*arguments: str | Path) -> None:
-    """One command of the project, shown and run in the demo's folder; its failure ends the demo."""
-    words = [str(a) for a in arguments]
-    shown = [os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words]
-    print("\n$ python " + " ".join(f'"{w}"' if " " in w else w for w in shown), flush=True)
-    figures = subprocess.DEVNULL if "evaluate" in words or "generate" in words else None  # they are in files, too
-    code = subprocess.run([sys.executable, *words], check=False, stdout=figures).returncode
-    if code:
-        raise SystemExit(code)
-
-
-def precision() -> str:
-    """bf16 where this CPU multiplies it faster than fp32 (AVX-512 BF16 or AMX), else fp32."""
-    import torch
-
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
-
-
 def train(folder: str, steps: int, *overrides: str) -> None:
     run("-m", "megamug", "train", CONFIG, f"run_dir={folder}", f"train.steps={steps}",
         f"precision.dtype={precision()}", f"optimizer.warmup_steps={steps // 10}", *overrides)  # fmt: skip
@@ -71,7 +53,7 @@ def perplexities(folder: str) -> dict[str, float]:
     """On the held-out texts and pairs, by the newest checkpoint of a run; measured once."""
     if not list(Path(folder, "evaluate").glob("step-*/perplexity.json")):
         run("-m", "megamug", "evaluate", folder, "--task", "perplexity", "--data", "documents/text_heldout",
-            "documents/pairs_heldout")  # fmt: skip
+            "documents/pairs_heldout", quiet=True)  # fmt: skip
     newest = max(Path(folder, "evaluate").glob("step-*/perplexity.json"))
     figures = json.loads(newest.read_text())["modalities"]
     return {name: figures[name]["perplexity"] for name in PERPLEXITIES}
@@ -136,7 +118,7 @@ def main() -> None:
     train_fused("continued/cross", "instructed", amounts.instruction_steps, mixed, "data.loss_on=response",
                 "optimizer.learning_rate=5e-4")  # fmt: skip
     run("-m", "megamug", "generate", "instructed", "--prompt", PROMPT, "--max-images", "2", "--temperature", "0.7",
-        "--top-p", "0.9", "--guidance", "2", "--output", "document")  # fmt: skip
+        "--top-p", "0.9", "--guidance", "2", "--output", "document", quiet=True)  # fmt: skip
     report(folder, table, time.monotonic() - started)
 
 

@@ -10,31 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str | Path) -> None:
-    """One command of the project, shown and run in the demo's folder; its failure ends the demo."""
-    words = [str(a) for a in arguments]
-    shown = [os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words]
-    print("\n$ python " + " ".join(shown), flush=True)
-    code = subprocess.run([sys.executable, *words], check=False).returncode
-    if code:
-        raise SystemExit(code)
-
-
-def precision() -> str:
-    """bf16 where this CPU multiplies it faster than fp32 (AVX-512 BF16 or AMX), else fp32; says which and why."""
-    import torch
-
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    print("\nbf16: this machine has products for it" if fast else "\nfp32: this CPU has no bf16 products", flush=True)
-    return "bf16" if fast else "fp32"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from demonstration import ROOT, precision, run  # noqa: E402
 
 
 def figures(folder: Path, task: str) -> dict:
@@ -56,7 +37,10 @@ def main() -> None:
     run(tools / "make_demo_data.py", "data", "--train", str(options.train), "--heldout", str(options.heldout))
     if not Path("tokenizer.model").exists():
         run(tools / "train_tokenizer.py", "data/train", "--output", "tokenizer.model", "--vocab-size", "384")
-    run("-m", "megamug", "train", config, f"precision.dtype={precision()}", *options.overrides)
+    dtype = precision()
+    print("\nbf16: this machine has products for it" if dtype == "bf16" else "\nfp32: this CPU has no bf16 products",
+          flush=True)  # fmt: skip
+    run("-m", "megamug", "train", config, f"precision.dtype={dtype}", *options.overrides)
     for task in ("reconstruction", "captioning"):
         run("-m", "megamug", "evaluate", "run", "--task", task)
     report(folder, time.monotonic() - started)
