@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import types
-from unittest import mock
+import functools
 
 import torch
 
 from megamug.config import Config, resolve
-from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA, Batch
+from megamug.data.token_loader import IGNORE
+from tests.distributed import lm_case
+from tests.distributed.lm_case import TOKENS, VOCABULARY
+from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA
 
-VOCABULARY, TOKENS, IGNORED = 200, 16, -100
 PAIRS = {"equal": (CM3LEON, CM3LEON), "unlike": (LLAMA, GPT)}
 # A gate's gradient is one number, the sum over all tokens and units of terms of both signs. With these seeds it is
 # above 0.003 for each gate; where it is nearly zero, its last digits are those of the order of the additions.
@@ -50,9 +51,7 @@ def make_task(config: Config):
                         entry.data.fill_(0.3 if ".text." in entry.key else -0.4)
             return chunks
 
-    vocabulary = types.SimpleNamespace(load=lambda folder: types.SimpleNamespace(size=VOCABULARY))
-    with mock.patch.object(lm_task, "Vocabulary", vocabulary):
-        return OpenGates(config)
+    return lm_case.make_task(config, OpenGates)
 
 
 def row(index: int) -> tuple[torch.Tensor, ...]:
@@ -60,22 +59,10 @@ def row(index: int) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(1000 + index)
     tokens = torch.randint(0, VOCABULARY, (TOKENS,), generator=g)
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=g)
-    labels[torch.rand(TOKENS, generator=g) < 0.3] = IGNORED
+    labels[torch.rand(TOKENS, generator=g) < 0.3] = IGNORE
     first = int(torch.randint(1, TOKENS, (), generator=g))
     segments = (torch.arange(TOKENS) >= first).int()
     return tokens, labels, segments, torch.cat([torch.arange(first), torch.arange(TOKENS - first)])
 
 
-def micro_batches(step: int, plan, config: Config, world):
-    """(this replica's micro-batches of a step, totals of the whole global batch by loss name)."""
-    total, size = config.data.global_batch_size, config.data.micro_batch_size
-    rows = [row(step * total + i) for i in range(total)]
-    counted = float(sum((labels != IGNORED).sum() for _, labels, _, _ in rows))
-    mine = rows[world.dp_rank * total // world.dp_size : (world.dp_rank + 1) * total // world.dp_size]
-    batches = []
-    for start in range(0, len(mine), size):
-        tokens, labels, segments, positions = (torch.stack(x) for x in zip(*mine[start : start + size], strict=True))
-        if not config.data.separate_documents:
-            segments = positions = None
-        batches.append(Batch(tokens, labels, segments, positions))
-    return batches, dict.fromkeys(plan.loss_weights, counted)
+micro_batches = functools.partial(lm_case.micro_batches, row=row)

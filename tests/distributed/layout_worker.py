@@ -35,8 +35,10 @@ def gather_gradients(chunks: list, optimizer, world) -> dict[str, torch.Tensor]:
     """Global name -> whole gradient, put together from all ranks' parts."""
     from megamug.checkpoint.state import entries_of
 
-    assert world.dp_size == 1 or not optimizer.distributed, "under the distributed optimizer a rank has a part of each"
     gradients = {p.data_ptr(): p.main_grad for chunk in chunks for p in chunk.parameters() if p.requires_grad}
+    if optimizer.distributed:
+        spans = {state.parameter.data_ptr(): state.span for state in optimizer.main_states()}
+        gradients = {where: own_part(whole, spans.get(where, (0, 0))) for where, whole in gradients.items()}
     mine = []
     for entry in entries_of(chunks):
         gradient = gradients.get(entry.data.data_ptr())
@@ -53,8 +55,18 @@ def gather_gradients(chunks: list, optimizer, world) -> dict[str, torch.Tensor]:
     whole: dict[str, torch.Tensor] = {}
     for key, shape, offset, part in (item for items in everyone for item in items):
         target = whole.setdefault(key, torch.full(shape, torch.nan))
-        target[tuple(slice(o, o + s) for o, s in zip(offset, part.shape, strict=True))] = part
+        target = target[tuple(slice(o, o + s) for o, s in zip(offset, part.shape, strict=True))]
+        target.copy_(torch.where(part.isnan(), target, part))
     return whole
+
+
+def own_part(gradient: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
+    """NaN outside of `span` of the flattened gradient: the distributed optimizer scatters the sums over the
+    data-parallel ranks, so a rank's buffer holds them in its own shard, and what it computed by itself in the others'.
+    """
+    own = torch.full_like(gradient, torch.nan)
+    own.view(-1)[slice(*span)] = gradient.view(-1)[slice(*span)]
+    return own
 
 
 def copies_equal(chunks: list, world) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -41,13 +42,13 @@ def tiny(options: dict) -> Config:
     return resolve(config)
 
 
-def make_task(config: Config):
-    """The task of `config`, without a vocabulary's files."""
+def make_task(config: Config, kind: type | None = None):
+    """The task of `config` (of class `kind`, None: the trainer's), without a vocabulary's files."""
     from megamug.models import lm_task, tasks
 
     vocabulary = types.SimpleNamespace(load=lambda folder: types.SimpleNamespace(size=VOCABULARY))
     with mock.patch.object(lm_task, "Vocabulary", vocabulary):
-        return tasks.make_task(config)
+        return (kind or tasks.make_task)(config)
 
 
 def row(index: int) -> tuple[torch.Tensor, ...]:
@@ -61,7 +62,7 @@ def row(index: int) -> tuple[torch.Tensor, ...]:
     return tokens[:-1], labels, segments, torch.cat([torch.arange(first), torch.arange(TOKENS - first)])
 
 
-def micro_batches(step: int, plan, config: Config, world):
+def micro_batches(step: int, plan, config: Config, world, row: Callable = row):
     """(this replica's micro-batches of a step, totals of the whole global batch by loss name)."""
     total, size = config.data.global_batch_size, config.data.micro_batch_size
     rows = [row(step * total + i) for i in range(total)]

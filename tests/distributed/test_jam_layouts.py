@@ -7,11 +7,9 @@ Layouts of the same number of processes share one launch.
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.distributed.test_layouts import run, worst
+from tests.distributed.layouts import TOLERANCE, references, run, worst, worst_gradient
 
-TOLERANCE = 1e-5
 STEPS, CUT = 5, 3
 PAIRS = ("equal", "unlike")
 
@@ -38,29 +36,7 @@ def job(pair: str, **more) -> dict:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> dict[str, dict]:
     """One process: curves and gradients to compare with, and checkpoints after CUT steps."""
-    folder = tmp_path_factory.mktemp("reference")
-    jobs = []
-    for pair in PAIRS:
-        jobs.append(job(pair, gradients=str(folder / f"{pair}.pt")))
-        jobs.append(job(pair, steps=CUT, save=str(folder / pair)))
-    results = run(jobs, 1)
-    return {
-        pair: {
-            "records": results[2 * i]["records"],
-            "early": results[2 * i + 1]["records"],
-            "gradients": torch.load(folder / f"{pair}.pt"),
-            "checkpoint": str(folder / pair),
-        }
-        for i, pair in enumerate(PAIRS)
-    }
-
-
-def worst_gradient(found: dict, expected: dict) -> tuple[float, str]:
-    """The largest error of any parameter, relative to the largest number of its gradient, and that parameter."""
-    assert set(found) == set(expected)
-    errors = {name: float((found[name] - g).abs().max() / g.abs().max()) for name, g in expected.items()}
-    assert not any(error != error for error in errors.values()), "a gradient is incomplete"
-    return max((error, name) for name, error in errors.items())
+    return references({pair: job(pair) for pair in PAIRS}, CUT, tmp_path_factory.mktemp("reference"))
 
 
 def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
@@ -81,9 +57,8 @@ def test_every_layout_gives_the_one_process_curve_and_gradients(reference, proce
     jobs, checks = [], []
     for name, parallel in LAYOUTS[processes].items():
         for pair in PAIRS:
-            # The distributed optimizer leaves a rank with a part of each gradient: its curve has to tell.
-            file = None if parallel.get("distributed_optimizer") else tmp_path / f"{len(jobs)}.pt"
-            jobs.append(job(pair, parallel=parallel, **({"gradients": str(file)} if file else {})))
+            file = tmp_path / f"{len(jobs)}.pt"
+            jobs.append(job(pair, parallel=parallel, gradients=str(file)))
             checks.append((f"{name}, {pair}", pair, 0, file))
     # The checkpoint of one process goes on in this number of them.
     resumed = {"first": CUT, "load": reference["unlike"]["checkpoint"]}
@@ -93,6 +68,6 @@ def test_every_layout_gives_the_one_process_curve_and_gradients(reference, proce
     for (label, pair, first, file), result in zip(checks, run(jobs, processes), strict=True):
         curves[label] = worst(result["records"], reference[pair]["records"][first:])
         if file is not None:
-            gradients[label] = worst_gradient(torch.load(file), reference[pair]["gradients"])
+            gradients[label] = worst_gradient(file, reference[pair]["gradients"])
     assert max(curves.values()) <= TOLERANCE, curves
     assert max(error for error, _ in gradients.values()) <= TOLERANCE, gradients

@@ -8,12 +8,9 @@ through those that split tensors or stages; how gradients are averaged does not 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.distributed.test_jam_layouts import worst_gradient
-from tests.distributed.test_layouts import run, worst
+from tests.distributed.layouts import TOLERANCE, references, run, worst, worst_gradient
 
-TOLERANCE = 1e-5
 STEPS, CUT = 10, 5
 FAMILIES = ("cm3leon", "llama")
 
@@ -44,21 +41,7 @@ def job(family: str, **more) -> dict:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> dict[str, dict]:
     """One process: curves and gradients to compare with, and checkpoints after CUT steps."""
-    folder = tmp_path_factory.mktemp("reference")
-    jobs = []
-    for family in FAMILIES:
-        jobs.append(job(family, gradients=str(folder / f"{family}.pt")))
-        jobs.append(job(family, steps=CUT, save=str(folder / family)))
-    results = run(jobs, 1)
-    return {
-        family: {
-            "records": results[2 * i]["records"],
-            "early": results[2 * i + 1]["records"],
-            "gradients": torch.load(folder / f"{family}.pt"),
-            "checkpoint": str(folder / family),
-        }
-        for i, family in enumerate(FAMILIES)
-    }
+    return references({family: job(family) for family in FAMILIES}, CUT, tmp_path_factory.mktemp("reference"))
 
 
 def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
@@ -75,9 +58,8 @@ def test_every_layout_gives_the_one_process_curve_and_gradients(reference, proce
     jobs, checks = [], []
     for name, parallel in LAYOUTS[processes].items():
         for family in FAMILIES if {"tensor", "pipeline"} & set(parallel) else FAMILIES[:1]:
-            # The distributed optimizer leaves a rank with a part of each gradient: its curve has to tell.
-            file = None if parallel.get("distributed_optimizer") else tmp_path / f"{len(jobs)}.pt"
-            jobs.append(job(family, parallel=parallel, **({"gradients": str(file)} if file else {})))
+            file = tmp_path / f"{len(jobs)}.pt"
+            jobs.append(job(family, parallel=parallel, gradients=str(file)))
             checks.append((f"{name}, {family}", family, 0, file))
     for family in FAMILIES[1:]:
         jobs.append(job(family, parallel=RESUMED[processes], first=CUT, load=reference[family]["checkpoint"]))
@@ -86,7 +68,7 @@ def test_every_layout_gives_the_one_process_curve_and_gradients(reference, proce
     for (label, family, first, file), result in zip(checks, run(jobs, processes), strict=True):
         curves[label] = worst(result["records"], reference[family]["records"][first:])
         if file is not None:
-            gradients[label] = worst_gradient(torch.load(file), reference[family]["gradients"])
+            gradients[label] = worst_gradient(file, reference[family]["gradients"])
         if label == "PP2, 2 virtual stages, cm3leon":
             assert result["vocabulary"] == [0, 3], "the tied vocabulary weight should stand in two chunks"
     assert max(curves.values()) <= TOLERANCE, curves

@@ -5,38 +5,19 @@ A rank holds several chunks; Megatron's interleaved schedule sends one shape ove
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.launch import launch_forked
+from tests.distributed.layouts import TOLERANCE, run, worst
 
-WORKER = str(Path(__file__).with_name("layout_worker.py"))
-TOLERANCE = 1e-5
 STEPS, CUT = 4, 2
 VIRTUAL = {"pipeline": 2, "virtual": 2}
 # Six stages: the tied vocabulary weight stands in the fourth and the last, both on the second of two ranks.
 SAME_RANK = {"image_loss_weight": 0.0, "layers": 3, "text_unimodal_layers": 1, "text_multimodal_layers": 1}
 FROZEN = r"^(encoder|text_decoder\.word_embeddings)\."
-
-
-def run(options: list[dict], processes: int) -> list[dict]:
-    results = launch_forked([WORKER, json.dumps(options)], processes, timeout=300)
-    for rank, (code, output) in enumerate(results):
-        assert code == 0, f"rank {rank} of {processes} exits {code}:\n{output[-4000:]}"
-    per_rank = [[json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")] for _, out in results]
-    assert all(others == per_rank[0] for others in per_rank) and len(per_rank[0]) == len(options)
-    return per_rank[0]
-
-
-def worst(records: list, reference: list) -> float:
-    """The largest relative difference of a loss or a gradient norm."""
-    assert len(records) == len(reference) > 0
-    pairs = [(a, b) for x, y in zip(records, reference, strict=True) for a, b in zip(x, y, strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def assert_same_gradients(file: Path, expected: Path) -> None:
