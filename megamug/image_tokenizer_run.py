@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megamug.data.loader import PairLoader
 from megamug.data.sources import Source, resolve_sources
-from megamug.durable import fsync_folder, replace_text
+from megamug.durable import replace_text, replacing
 from megamug.errors import UserError
 from megamug.models.image_tokenizer import CONFIG_FILE, ImageTokenizerConfig, from_bytes, read_config, to_bytes
 from megamug.models.image_tokenizer_training import ImageTokenizerTrainer, TrainingOptions, round_trip_error
@@ -201,17 +201,12 @@ class _Run:
             loader.close()
 
     def _save(self, cursor: dict) -> None:
-        """training/state.pt: beside it, fsync, rename. On rank 0; all hold the same."""
+        """training/state.pt. On rank 0; all hold the same."""
         if self.rank:
             return
         state = {"description": json.dumps(self.description), "cursor": cursor, "trainer": self.trainer.state_dict()}
-        aside = self.folder / ".state.pt.partial"
-        with open(aside, "wb") as file:
+        with replacing(self.folder / "state.pt") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.folder / "state.pt")
-        fsync_folder(self.folder)
 
     def _resume(self) -> dict | None:
         """The cursor of the saved state, which is loaded; None where there is none."""

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from megamug.data.random import uniform
-from megamug.data.shards import write_atomically
 from megamug.data.tar_writer import write_shard
 from megamug.data.tooling import Progress, default_processes, parallel_map
+from megamug.durable import write_atomically
 from megamug.errors import UserError
 
 DEMO_VERSION = 2

@@ -40,11 +40,11 @@ from megamug.data.indexed import (
     read_header,
     write_header,
 )
-from megamug.data.shards import write_atomically
 from megamug.data.sources import find_shards
 from megamug.data.tar_members import problem
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.data.vocabulary import Vocabulary
+from megamug.durable import write_atomically
 from megamug.errors import UserError
 
 CHUNK = 1024  # samples; what an interruption loses at most, per process

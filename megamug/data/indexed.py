@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.data.shards import write_atomically
 from megamug.data.sources import parse_sets
 from megamug.data.vocabulary import Vocabulary
 from megamug.distributed.cpu_backend import import_megatron
-from megamug.durable import fsync_folder
+from megamug.durable import fsync_folder, write_atomically
 from megamug.errors import UserError
 
 DOCUMENTS_VERSION = 1

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.durable import fsync_folder
+from megamug.durable import write_atomically
 from megamug.errors import UserError
 
 MAGIC = b"megamug-index-01"
@@ -78,22 +78,6 @@ def find_index(shard: Path) -> Path | None:
     """The newest index of `shard`, or None: one beside a shard that became read-only may be older than the other."""
     found = [path for path in index_candidates(shard) if path.is_file()]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-
-
-def write_atomically(path: Path, *parts: bytes) -> None:
-    """Write aside, fsync, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
 
 
 def write_index(path: Path, header: IndexHeader, samples: np.ndarray, keys: bytes) -> None:

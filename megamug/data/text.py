@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megamug.data.shards import write_atomically
 from megamug.data.sources import Source
+from megamug.durable import write_atomically
 from megamug.errors import UserError
 
 PAD, BOS, EOS, UNKNOWN = range(4)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.data.shards import write_atomically
 from megamug.data.text import BOS, EOS, PAD, Tokenizer
-from megamug.durable import fsync_folder
+from megamug.durable import fsync_folder, write_atomically
 from megamug.errors import UserError
 from megamug.models.shapes import padded_vocabulary
 

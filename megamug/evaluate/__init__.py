@@ -38,7 +38,7 @@ def run_task(
     writes and prints. Raises `UserError`: a run that cannot be read, of another kind than the task's, without held-out
     data or without the task's decoder; what the task itself refuses.
     """
-    from megamug.data.shards import write_atomically
+    from megamug.durable import write_atomically
     from megamug.evaluate import captioning, perplexity, reconstruction
     from megamug.inference import load_run
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from megamug.config import Config, load_config, resolve, towers
 from megamug.data.documents import Picture
-from megamug.data.shards import write_atomically
 from megamug.data.verify import DEFAULT_LIMITS, Rejected, check_header
 from megamug.data.vocabulary import Vocabulary
+from megamug.durable import write_atomically
 from megamug.errors import UserError
 
 BREAK = "<break>"

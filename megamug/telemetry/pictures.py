@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megamug.data.shards import write_atomically
+from megamug.durable import write_atomically
 
 MARGIN = 8  # pixels around images and text
 TEXT_SIZE = 16
