@@ -18,16 +18,6 @@ VOCABULARY = 200  # padded to 256
 NOWHERE = Path("nowhere")  # nothing is read
 
 
-@pytest.fixture(scope="module")
-def one_process():
-    from megamug.distributed import cpu_backend, setup
-
-    cpu_backend.apply()
-    setup.start(Config().parallel, seed=1)
-    yield
-    setup.stop()
-
-
 def plan_of(pipeline: int = 1, **model) -> MugPlan:
     config = tiny_config(NOWHERE, NOWHERE, register_tokens=3, decoder_register_tokens=2, **model)
     config.parallel.pipeline = pipeline
@@ -39,7 +29,7 @@ def plan_of(pipeline: int = 1, **model) -> MugPlan:
     [(1, {}), (2, {}), (5, {}), (9, {}), (3, {"tie_vocabulary": False}), (2, {"image_loss_weight": 0.0}),
      (3, {"caption_loss_weight": 0.0})],
 )  # fmt: skip
-def test_parameters_are_those_of_the_built_stages(one_process, pipeline, model):
+def test_parameters_are_those_of_the_built_stages(world, pipeline, model):
     plan = plan_of(pipeline, **model)
     built = [Mug(plan, stage) for stage in range(pipeline)]
     counted = [parameters.mug_stage(plan, stage) for stage in range(pipeline)]
@@ -81,7 +71,7 @@ UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
         ("jam_cross", 2, 2, {"fusion": {"shared_embedding": True, "freeze": "both"}, "image_tower": LLAMA}),
     ],
 )
-def test_parameters_of_language_models_are_those_of_the_built_stages(one_process, kind, pipeline, virtual, sections):
+def test_parameters_of_language_models_are_those_of_the_built_stages(world, kind, pipeline, virtual, sections):
     plan, model = language_plan(kind, pipeline, virtual, **sections)
     for stage in range(pipeline * virtual):
         built = model(plan, stage)
@@ -106,7 +96,7 @@ def test_vit_l_has_its_published_size():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [False, True])
-def test_memory_is_what_training_allocates(one_process, dtype, distributed):
+def test_memory_is_what_training_allocates(world, dtype, distributed):
     """Weights, gradient buffer, main parameters and moments of a real optimizer, in bytes (one process)."""
     from megamug.optim import Optimizer, wrap_chunks
 

@@ -42,16 +42,6 @@ SMALL = {"layers": 4, "width": 64, "heads": 4, "ffn_width": 256}
 UNEQUAL = {"layers": 3, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, "norm": "layernorm"}
 
 
-@pytest.fixture(scope="module")
-def one_process():
-    from megamug.distributed import cpu_backend, setup
-
-    cpu_backend.apply()
-    setup.start(Config().parallel, seed=1)
-    yield
-    setup.stop()
-
-
 def configuration(kind: str, dtype: str = "fp32", recompute: str = "none", **sections) -> Config:
     """A small model; `sections` as {section: {key: value}}."""
     config = Config()
@@ -178,7 +168,7 @@ def bytes_kept(model, batch) -> int:
     [model for model in MODELS if model[1].get("lm") is not LLAMA and model[1].get("image_tower") is not LLAMA]
     + [("decoder_lm", {"lm": {**LLAMA, "norm": "layernorm"}}), ("decoder_lm", {"model": {"z_loss_weight": 1e-3}})],
 )
-def test_activations_are_what_autograd_keeps(one_process, monkeypatch, kind, sections, dtype, recompute):
+def test_activations_are_what_autograd_keeps(world, monkeypatch, kind, sections, dtype, recompute):
     """Linears are torch's, as on a GPU: those for CPUs keep the input of a frozen weight, too.
 
     RMSNorm is left out here: torch's for CPUs is composed of steps that keep more than the one kernel on a GPU."""
@@ -198,7 +188,7 @@ def test_activations_are_what_autograd_keeps(one_process, monkeypatch, kind, sec
 
 
 @pytest.mark.parametrize("kind", ["mug", "decoder_lm", "jam_cross"])
-def test_a_stage_keeps_what_it_is_sent(one_process, kind):
+def test_a_stage_keeps_what_it_is_sent(world, kind):
     """The activations of each of three pipeline stages, logits apart."""
     config = configuration(kind, "bf16")
     config.parallel.pipeline = 3
@@ -216,7 +206,7 @@ def test_a_stage_keeps_what_it_is_sent(one_process, kind):
 
 
 @pytest.mark.parametrize(("kind", "sections"), MODELS)
-def test_flops_are_those_that_torch_counts(one_process, kind, sections):
+def test_flops_are_those_that_torch_counts(world, kind, sections):
     """Exact. Attention's backward is left out: its kernels compute the scores once more, which model FLOPs do not
     count. Frozen linears have no weight gradient. Pixels need no gradient, so the patch embedding has two products for
     the three that model FLOPs count."""

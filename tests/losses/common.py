@@ -52,6 +52,16 @@ def reference_masked_patch(images, predictions, ids, p: int, norm_pix: bool, mea
     return total
 
 
+def check_under_compile(loss: Callable, x: Tensor) -> None:
+    """`loss(x)`, compiled kernels in one graph of torch.compile, against `loss(x, "torch")`: values and gradients."""
+    expected = loss(x, "torch")
+    (expected_gradient,) = torch.autograd.grad(expected, x)
+    seen = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    (gradient,) = torch.autograd.grad(seen, x)
+    torch.testing.assert_close(seen, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
 def on_ranks(function: Callable, ranks: int, *arguments) -> None:
     """Run `function(rank, ranks, *arguments)` on gloo ranks; a failing rank fails the test."""
     with tempfile.TemporaryDirectory() as folder:
