@@ -1,10 +1,16 @@
-"""python tools/benchmark.py NAME [options]: run `megamug.benchmarks.NAME`. Without a name it lists them."""
+"""python tools/benchmark.py NAME [options]: run `megamug.benchmarks.NAME`. Without a name it lists them.
+
+All take --json PATH, --compare PATH.json (a stored run) and --profile FOLDER; `NAME --help` tells the rest. mug, jam
+and checkpoint also run under torchrun.
+"""
 
 import importlib
+import os
 import pkgutil
 import sys
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces its beginning and its end
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megamug import benchmarks

@@ -1,4 +1,4 @@
-"""python tools/benchmark.py jam [--layers 8 --width 512 ...] [--dtypes fp32 bf16] [--steps 5] [--output FILE.json]
+"""python tools/benchmark.py jam [section.key=value ...] [--layers 8 --width 512 ...] [--dtypes fp32 bf16 fp8] ...
 
 Tokens/s of a whole training step (forward, backward, AdamW) of DecoderLM with LLaMA's block, against transformers'
 LlamaForCausalLM of the same sizes, and of JAM-Cross with two such towers. With --generate also tokens/s of greedy
@@ -8,6 +8,9 @@ step when it is told to, in turns, so that a busy machine slows all; medians are
 The peer runs as its users run it: eager, SDPA attention, its own loss, torch's fused AdamW; in bf16 under autocast with
 fp32 weights. Ours in bf16 holds bf16 weights with fp32 main weights and gradients.
 
+`section.key=value` changes ours, and under torchrun ours alone runs, in the layout that is asked for, one type and
+one model a run (--model jam_cross for two towers); see `benchmark.py mug --help`.
+
 Floor: the step's matrix products (3 x forward, attention counted as a full square) at the rate of one large product
 (2048^3) measured in the same run. JAM-Cross should reach the rate of its towers: its cost is then that of its FLOPs.
 """
@@ -15,57 +18,61 @@ Floor: the step's matrix products (3 x forward, attention counted as a full squa
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import types
 
 import torch
 
-from megamug.benchmarks import _contest
-from megamug.command_line import COUNT, FROM_ZERO, Parser
+from megamug.benchmarks import _contest, _report, _steps
+from megamug.command_line import COUNT, FROM_ZERO
 
+KINDS = ("decoder_lm", "jam_cross")
 PROMPT = 32  # tokens before those that are written
 
 
-def main(argv: list[str]) -> None:
-    as_it_stands = argparse.RawTextHelpFormatter
-    parser = Parser("benchmark jam", description=__doc__, formatter_class=as_it_stands)
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = _report.parser("jam", __doc__)
     sizes = dict(layers=8, width=512, heads=8, ffn_width=1376, vocabulary=32000, tokens=1024, batch=2)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=COUNT, default=default, help=f"(default {default})")
+    parser.add_argument("--model", choices=KINDS, default=KINDS[0], help="under torchrun")
     parser.add_argument("--generate", type=FROM_ZERO, default=0, metavar="N", help="also write N tokens (default 0)")
     _contest.add_options(parser)
-    options = parser.parse_args(argv)
-    print(_contest.hardware())
-    print(", ".join(f"{name} {getattr(options, name)}" for name in sizes))
-    results, contestants = [], ("megamug", "transformers", "jam_cross")
+    return _steps.parse(parser, argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    units = options.batch * options.tokens
+    if _steps.world_size() > 1:
+        config = settings(options, options.dtypes[0], options.model)
+        build = functools.partial(_build, kind=options.model)
+        _contest.in_layout("jam", options, config, build, "tokens", units)
+        return
+    config = [settings(options, dtype, kind) for dtype in options.dtypes for kind in KINDS][0]
+    report = _report.Report("jam", options, _steps.layout(config))
     for dtype in options.dtypes:
-        units = options.batch * options.tokens
-        figures = _contest.compare(__name__, contestants, options, dtype, "tokens", units)
-        share = figures["jam_cross"]["flops_per_second"] / figures["megamug"]["flops_per_second"]
-        print(f"  JAM-Cross works at {share:.2f} of the rate of one tower")
-        results.append(figures)
+        figures = _contest.race(report, __name__, ("megamug", "transformers", "jam_cross"), dtype, "tokens", units)
+        share = figures["jam_cross"]["tflops_per_device"] / figures["megamug"]["tflops_per_device"]
+        report.say(f"  JAM-Cross works at {share:.2f} of the rate of one tower")
     if options.generate:
-        print(f"\nwriting {options.generate} tokens behind {PROMPT}, one at a time:")
-        writers = ("writer", "transformers_writer")
-        results.append(_contest.compare(__name__, writers, options, "fp32", "tokens", options.generate))
-    _contest.write(options, results)
+        report.say(f"\nwriting {options.generate} tokens behind {PROMPT}, one at a time:")
+        _contest.race(report, __name__, ("writer", "transformers_writer"), "fp32", "tokens", options.generate)
+    report.finish()
 
 
 def settings(options: argparse.Namespace, dtype: str, kind: str):
-    from megamug.config import Config, resolve
-
-    config = Config()
-    config.model.kind, config.precision.dtype = kind, dtype
-    config.model.preset = {"decoder_lm": "llama_7b", "jam_cross": "jam_demo"}[kind]
     tower = dict(
         layers=options.layers, width=options.width, heads=options.heads, query_groups=options.heads,
         ffn_width=options.ffn_width, norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False, positions="rotary",
         rotary_base=10000.0, tie_vocabulary=False, init_std=0.02,
     )  # fmt: skip
+    preset = {"decoder_lm": "llama_7b", "jam_cross": "jam_demo"}[kind]
+    own = [f"model.kind={kind}", f"model.preset={preset}", f"data.context_length={options.tokens}"]
     for section in ("lm",) if kind == "decoder_lm" else ("text_tower", "image_tower"):
-        getattr(config, section).__dict__.update(tower)
-    config.data.context_length = options.tokens
-    config.data.global_batch_size = config.data.micro_batch_size = options.batch
-    return resolve(config)
+        own += [f"{section}.{key}={json.dumps(value)}" for key, value in tower.items()]
+    return _steps.settings(own, options.batch, dtype, options.overrides)
 
 
 def build_megamug(options: argparse.Namespace, dtype: str):
@@ -96,28 +103,34 @@ def _model(config, options: argparse.Namespace):
 
 
 def _build(options: argparse.Namespace, dtype: str, kind: str):
-    config = settings(options, dtype, kind)
-    model, world = _model(config, options)
+    from megamug.distributed import cpu_backend
+
+    cpu_backend.apply()
     from megamug.data.token_loader import TokenBatch
-    from megamug.optim import Optimizer, wrap_chunks
-    from megamug.pipeline import reduce_losses, run_batch
+    from megamug.models.lm_task import LmTask, model_of
+    from megamug.models.task import Task
 
-    models = wrap_chunks([model], config)
-    optimizer, names = Optimizer(config, models), list(model.plan.loss_weights)
-    tokens = torch.randint(0, options.vocabulary, (options.batch, options.tokens + 1), device=world.device)
-    batch, done = TokenBatch(tokens[:, :-1], tokens[:, 1:].contiguous(), None, None), 0
-    totals = dict.fromkeys(names, float(options.batch * options.tokens))
+    class TaskWithoutFiles(Task):
+        """Of a vocabulary that has only a size."""
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        optimizer.zero_grad()
-        sums = run_batch(models, [batch], totals, backward=True)
-        reduce_losses(sums, names, world)["lm"].item()
-        norm, _ = optimizer.prepare(done)
-        optimizer.apply(norm)
+        def __init__(self):
+            super().__init__(config)
+            plan, self.model = model_of(kind)
+            self.plan = plan(config, options.vocabulary, self.spec)
+            self.loss_names = list(self.plan.loss_weights)
 
-    return step, options.batch * 3 * model.plan.forward_flops
+    config = settings(options, dtype, kind)
+    task = LmTask(config) if config.data.train is not None else TaskWithoutFiles()
+
+    def made(world):
+        torch.manual_seed(world.dp_rank)  # the same batches on all ranks of a replica
+        b, batches = config.data.micro_batch_size, []
+        for _ in range(options.batch // world.dp_size // b):
+            tokens = torch.randint(0, options.vocabulary, (b, options.tokens + 1), device=world.device)
+            batches.append(TokenBatch(tokens[:, :-1], tokens[:, 1:].contiguous(), None, None))
+        return batches, dict.fromkeys(task.loss_names, float(options.batch * options.tokens))
+
+    return _steps.training_step(task, config, made)
 
 
 def _llama(options: argparse.Namespace):
@@ -142,7 +155,7 @@ def build_transformers(options: argparse.Namespace, dtype: str):
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype != "fp32"):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,7 +180,7 @@ def build_writer(options: argparse.Namespace, dtype: str):
 
     vocabulary = types.SimpleNamespace(
         text_pieces=options.vocabulary, codes=0, first_code=options.vocabulary, image_tokens=0, pad_id=0, bos_id=1,
-        eos_id=2, break_id=-1, mask_id=-1, is_image=lambda ids: ids < 0,
+        eos_id=2, break_id=-1, mask_id=-1,
     )  # fmt: skip
     prompt, limit = [1, *range(3, PROMPT + 2)], PROMPT + options.generate
     model.eval()

@@ -1,4 +1,4 @@
-"""python tools/benchmark.py losses [--device cpu|cuda] [--only cross-entropy|masked-patch|linear] ...
+"""python tools/benchmark.py losses [--device cpu|cuda] [--only cross-entropy|masked-patch|linear] [--json PATH] ...
 
 Forward and gradient of each loss, against eager torch, torch.compile and (on CUDA, where importable) the kernels of
 others. The contestants take turns in every repetition, so that a busy machine slows all of them; medians are printed.
@@ -10,9 +10,9 @@ Each line gives GB/s of its floor and the share of the copy rate (bytes read + w
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megamug.command_line import COUNT, Parser, device
+from megamug.benchmarks import _profile, _report
+from megamug.benchmarks._report import Report
+from megamug.command_line import COUNT, device
 from megamug.errors import UserError
 from megamug.losses import linear_cross_entropy, masked_patch_loss, vocab_parallel_cross_entropy
 from megamug.losses.ops import libraries
@@ -48,8 +50,8 @@ class Contestant:
 class Machine:
     """Time and memory on the device of the run."""
 
-    def __init__(self, device: str, repeats: int):
-        self.device, self.repeats = torch.device(device), repeats
+    def __init__(self, device: str, repeats: int, log: Report):
+        self.device, self.repeats, self.log = torch.device(device), repeats, log
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -151,9 +153,13 @@ def cross_entropy_race(machine: Machine, arguments) -> None:
         if arguments.compile:
             contestants.append(Contestant("torch.compile", run(torch.compile(eager, dynamic=False))))
         contestants += [Contestant(name, run(loss)) for name, loss in _other_kernels(machine)]
-        machine.race(contestants, lambda logits=logits, master=master: logits.copy_(master))
+
+        def restore(logits=logits, master=master):
+            logits.copy_(master)
+
+        machine.race(contestants, restore)
         floor = rows * columns * 3 * logits.element_size()
-        report(f"cross-entropy {rows} x {columns} {_short(dtype)}", contestants, floor, machine)
+        report(f"cross-entropy {rows} x {columns} {_short(dtype)}", contestants, floor, machine, restore)
 
 
 def _other_kernels(machine: Machine) -> list[tuple[str, Callable]]:
@@ -216,8 +222,8 @@ def masked_patch_race(machine: Machine, arguments) -> None:
         machine.race(contestants, lambda: None)
         e = dtype.itemsize
         floor = batch * values * (masked * 2 * e + patches * e)
-        report(f"masked-patch {batch} x {size}/{p} {_short(dtype)}", contestants, floor, machine)
-        print(f"#   the gradient alone: {predictions.nbytes / 2**20:.0f} MiB")
+        report(f"masked-patch {batch} x {size}/{p} {_short(dtype)}", contestants, floor, machine, lambda: None)
+        machine.log.say(f"#   the gradient alone: {predictions.nbytes / 2**20:.0f} MiB")
 
 
 def linear_race(machine: Machine, arguments) -> None:
@@ -258,36 +264,53 @@ def linear_race(machine: Machine, arguments) -> None:
             for c in contestants:
                 restore()
                 c.extra_bytes = max(c.extra_bytes, peak_resident_bytes(c.step))
-        report(f"linear + cross-entropy {tokens} x {width} x {columns} {_short(dtype)}", contestants, None, machine)
-        print(f"#   the gradients alone: {(hidden.nbytes + weight.nbytes) / 2**20:.0f} MiB")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        title = f"linear + cross-entropy {tokens} x {width} x {columns} {_short(dtype)}"
+        report(title, contestants, None, machine, restore)
+        machine.log.say(f"#   the gradients alone: {(hidden.nbytes + weight.nbytes) / 2**20:.0f} MiB")
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def report(title: str, contestants: list[Contestant], floor: int | None, machine: Machine) -> None:
-    ours = contestants[0]
+def report(
+    title: str, contestants: list[Contestant], floor: int | None, machine: Machine, restore: Callable[[], None]
+) -> None:
+    """Prints the figures of a race and adds them to the report; profiles megamug's step where that is asked for."""
+    ours, log = contestants[0], machine.log
     copy = machine.copy_rate()
-    print(f"\n{title}" + (f"   floor {floor / 1e6:,.1f} MB, copy {copy / 1e9:.1f} GB/s" if floor else ""))
-    print(f"{'':34}{'ms':>10}{'vs megamug':>12}{'GB/s':>8}{'of copy':>9}{'extra MiB':>11}")
+    log.say(f"\n{title}" + (f"   floor {floor / 1e6:,.1f} MB, copy {copy / 1e9:.1f} GB/s" if floor else ""))
+    log.say(f"{'':34}{'ms':>10}{'spread':>8}{'vs megamug':>12}{'GB/s':>8}{'of copy':>9}{'extra MiB':>11}")
+    found = None
+    if log.options.profile:
+        restore()
+
+        def step() -> None:
+            restore()
+            ours.step()
+
+        found = _profile.profile(step, log.options.profile, title.replace("/", "-"), machine.synchronize)
     for c in contestants:
         # the median of the ratios within a repetition: both ran side by side, whatever else the machine did
         ratio = statistics.median(theirs / mine for theirs, mine in zip(c.seconds, ours.seconds, strict=True))
-        rate = f"{floor / c.median / 1e9:8.1f}{floor / c.median / copy:9.0%}" if floor else " " * 17
-        print(f"  {c.name:32}{c.median * 1e3:10.1f}{ratio:11.2f}x{rate}{c.extra_bytes / 2**20:11.1f}", flush=True)
+        moved = floor / c.median if floor else None
+        spread = (max(c.seconds) - min(c.seconds)) / c.median
+        rate = f"{moved / 1e9:8.1f}{moved / copy:9.0%}" if moved else " " * 17
+        log.say(f"  {c.name:32}{c.median * 1e3:10.1f}{spread:8.0%}{ratio:11.2f}x{rate}{c.extra_bytes / 2**20:11.1f}")
+        log.add(
+            f"{title}: {c.name}", milliseconds=c.median * 1e3, spread=spread, times_megamug=ratio,
+            gb_per_second=moved / 1e9 if moved else None, share_of_copy=moved / copy if moved else None,
+            extra_mib=c.extra_bytes / 2**20, profile=found if c is ours else None,
+        )  # fmt: skip
+    if found:
+        log.say(_profile.table(found))
 
 
 RACES = {"cross-entropy": cross_entropy_race, "masked-patch": masked_patch_race, "linear": linear_race}
 
 
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="benchmark.py losses", description=__doc__.split("\n\n")[1])
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = _report.parser("losses", __doc__)
     parser.add_argument("--device", type=device, default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=COUNT, default=2, help="CPU threads")
     parser.add_argument("--repeats", type=COUNT, default=5)
@@ -301,12 +324,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--linear-dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
     if not getattr(libraries(), arguments.device):
         raise UserError(f"losses: {libraries().reason}; build them with pip install -e .")
     torch.set_num_threads(arguments.threads)
-    cuda = arguments.device == "cuda"
-    name = torch.cuda.get_device_name() if cuda else f"{_processor()}, {arguments.threads} threads"
-    print(f"# torch {torch.__version__}, {name}, {libraries().reason}")
+    log = Report("losses", arguments)
+    log.say(f"# {libraries().reason}")
     for race in arguments.only or RACES:
-        RACES[race](Machine(arguments.device, arguments.repeats), arguments)
+        RACES[race](Machine(arguments.device, arguments.repeats, log), arguments)
+    log.finish()

@@ -1,13 +1,20 @@
-"""python tools/benchmark.py mug [--preset vit_b16] [--batch 32] [--dtypes fp32 bf16] [--steps 5] [--output FILE.json]
+"""python tools/benchmark.py mug [section.key=value ...] [--preset vit_b16] [--batch 32] [--dtypes fp32 bf16 fp8] ...
 
 Images/s of a whole training step (forward, backward, AdamW) of MUG without captions, which is MAE, against the public
 ViTMAE of `transformers` with the same sizes, on this device. Each contestant is a process of its own and does one step
 when it is told to, in turns, so that a busy machine slows both; medians are printed. Peak memory is the process's.
 
-The peer runs as its users run it: eager, SDPA attention, torch's fused AdamW; in bf16 under autocast with fp32 weights.
-Ours in bf16 holds bf16 weights with fp32 main weights and gradients.
+The peer runs as its users run it: eager, SDPA attention, torch's fused AdamW; in bf16 (and where ours is in FP8) under
+autocast with fp32 weights. Ours in bf16 holds bf16 weights with fp32 main weights and gradients.
 
-Floor: the step's matrix products (3 x forward) at the rate of one large product (2048^3) measured in the same run.
+`section.key=value` changes ours: parallel.*, precision.*, data.micro_batch_size, ... With data.train=SHARDS its images
+come from there by the loader, and the share of the step that waits for them is told. Under torchrun ours alone runs,
+in the layout that is asked for, one type a run:
+
+    torchrun --nproc-per-node 8 tools/benchmark.py mug --preset vit_l16 --batch 1024 --dtypes bf16 parallel.tensor=2
+
+Floor: the step's matrix products (3 x forward) at the rate of one large product (2048^3) measured in the same run; MFU
+is against the device's peak where that is known.
 """
 
 from __future__ import annotations
@@ -16,67 +23,64 @@ import argparse
 
 import torch
 
-from megamug.benchmarks import _contest
-from megamug.command_line import COUNT, Parser
+from megamug.benchmarks import _contest, _report, _steps
+from megamug.command_line import COUNT
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = _report.parser("mug", __doc__)
+    parser.add_argument("--preset", default="vit_b16")
+    parser.add_argument("--batch", type=COUNT, default=32, help="images of a step, over all processes (default 32)")
+    _contest.add_options(parser)
+    return _steps.parse(parser, argv)
 
 
 def main(argv: list[str]) -> None:
-    as_it_stands = argparse.RawTextHelpFormatter
-    parser = Parser("benchmark mug", description=__doc__, formatter_class=as_it_stands)
-    parser.add_argument("--preset", default="vit_b16")
-    parser.add_argument("--batch", type=COUNT, default=32)
-    _contest.add_options(parser)
-    options = parser.parse_args(argv)
-    print(f"{_contest.hardware()}\n{options.preset}, batch {options.batch}")
-    contestants = ("megamug", "transformers")
-    results = [
-        _contest.compare(__name__, contestants, options, dtype, "images", options.batch) for dtype in options.dtypes
-    ]
-    _contest.write(options, results)
+    options = parse(argv)
+    configs = [settings(options, dtype) for dtype in options.dtypes]
+    if _steps.world_size() > 1:
+        _contest.in_layout("mug", options, configs[0], build_megamug, "images", options.batch)
+        return
+    report = _report.Report("mug", options, _steps.layout(configs[0]))
+    for dtype in options.dtypes:
+        _contest.race(report, __name__, ("megamug", "transformers"), dtype, "images", options.batch)
+    report.finish()
 
 
-def settings(preset: str, batch: int, dtype: str):
-    from megamug.config import Config, resolve
-
-    config = Config()
-    config.model.preset, config.model.caption_loss_weight, config.precision.dtype = preset, 0.0, dtype
-    config.data.global_batch_size = config.data.micro_batch_size = batch
-    return resolve(config)
+def settings(options: argparse.Namespace, dtype: str):
+    own = [f"model.preset={options.preset}", "model.caption_loss_weight=0"]
+    return _steps.settings(own, options.batch, dtype, options.overrides)
 
 
 def build_megamug(options: argparse.Namespace, dtype: str):
-    """(step, its FLOPs): the trainer's own step on pixels that are there already."""
-    from megamug.distributed import cpu_backend, setup
+    """(step, its FLOPs): the trainer's own step, on pixels that are there already unless `data.train` is set."""
+    from megamug.distributed import cpu_backend
 
     cpu_backend.apply()
     from megamug.models.mug import MugBatch
     from megamug.models.tasks import make_task
-    from megamug.optim import Optimizer, wrap_chunks
-    from megamug.pipeline import reduce_losses, run_batch
 
-    batch = options.batch
-    config = settings(options.preset, batch, dtype)
+    config = settings(options, dtype)
     task = make_task(config)
-    world = setup.start(config.parallel, config.seed)
-    task.join(world)
-    models = wrap_chunks(task.build(world), config)
-    optimizer = Optimizer(config, models)
-    plan, size = task.plan, config.data.image_size
-    order = torch.rand(batch, plan.patches, device=world.device).argsort(dim=1)
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=world.device)
-    visible, masked = order[:, : plan.visible].sort()[0], order[:, plan.visible :].sort()[0]
-    micro_batch, done = MugBatch(visible, masked, images), 0
+    plan, data = task.plan, config.data
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        optimizer.zero_grad()
-        sums = run_batch(models, [micro_batch], {"image": float(batch * plan.masked), "caption": 0.0}, backward=True)
-        reduce_losses(sums, task.loss_names, world)["image"].item()
-        norm, _ = optimizer.prepare(done)
-        optimizer.apply(norm)
+    def made(world):
+        torch.manual_seed(world.dp_rank)  # the same batches on all ranks of a replica
+        batches = []
+        for _ in range(data.global_batch_size // world.dp_size // data.micro_batch_size):
+            b = data.micro_batch_size
+            order = torch.rand(b, plan.patches, device=world.device).argsort(dim=1)
+            shape = (b, 3, data.image_size, data.image_size)
+            images = torch.randint(0, 256, shape, dtype=torch.uint8, device=world.device)
+            tokens = None
+            if plan.writes:
+                tokens = torch.randint(4, task.vocabulary, (b, data.caption_length + 1), device=world.device)
+            visible, masked = order[:, : plan.visible].sort()[0], order[:, plan.visible :].sort()[0]
+            batches.append(MugBatch(visible, masked, images, tokens))
+        whole = float(data.global_batch_size)
+        return batches, {"image": whole * plan.masked, "caption": whole * data.caption_length}
 
-    return step, batch * task.flops_per_sample
+    return _steps.training_step(task, config, made)
 
 
 def build_transformers(options: argparse.Namespace, dtype: str):
@@ -85,8 +89,7 @@ def build_transformers(options: argparse.Namespace, dtype: str):
 
     from megamug.models.mug_plan import MugPlan
 
-    batch = options.batch
-    config = settings(options.preset, batch, dtype)
+    config = settings(options, dtype)
     m, device = config.model, "cuda" if torch.cuda.is_available() else "cpu"
     model = ViTMAEForPreTraining(
         ViTMAEConfig(
@@ -98,14 +101,14 @@ def build_transformers(options: argparse.Namespace, dtype: str):
         )
     ).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    pixels = torch.randn(batch, 3, config.data.image_size, config.data.image_size, device=device)
+    pixels = torch.randn(options.batch, 3, config.data.image_size, config.data.image_size, device=device)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype != "fp32"):
             loss = model(pixels).loss
         loss.backward()
         optimizer.step()
         loss.item()
 
-    return step, batch * 3 * MugPlan(config, 0).forward_flops
+    return step, options.batch * 3 * MugPlan(config, 0).forward_flops

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from megamug.checkpoint import state
 from megamug.checkpoint.store import CheckpointStore
@@ -39,13 +40,17 @@ class Saver:
         """Starts (and, unless asynchronous, ends) the checkpoint of `step`. `contents` becomes `state.json`."""
         self.wait()
         on_first(self.world, lambda: self._begin(step, contents))
-        tensors = state.sharded_state(chunks, optimizer, self.world)
+        with record_function("checkpoint: gather"):
+            tensors = state.sharded_state(chunks, optimizer, self.world)
         folder = self.store.partial_path(step) / "model"
         if not self.asynchronous:
-            state.save_tensors(tensors, folder)
+            with record_function("checkpoint: write"):
+                state.save_tensors(tensors, folder)
             self._commit(step)
             return
-        self.pending = _Pending(step, state.TensorWrite(_copied(tensors), folder))
+        with record_function("checkpoint: copy to the host"):
+            tensors = _copied(tensors)
+        self.pending = _Pending(step, state.TensorWrite(tensors, folder))
         self.pending.thread.start()
 
     def _begin(self, step: int, contents: dict) -> None:
@@ -53,7 +58,8 @@ class Saver:
 
     def _commit(self, step: int) -> None:
         dist.barrier()  # all have written
-        path = on_first(self.world, lambda: str(self.store.commit(step)))
+        with record_function("checkpoint: hash, fsync, rename"):
+            path = on_first(self.world, lambda: str(self.store.commit(step)))
         logger.info("checkpoint saved: %s", path)
 
     def poll(self) -> None:

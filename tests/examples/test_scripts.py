@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,3 +102,43 @@ def test_the_manifest_is_a_pytorchjob_that_starts_what_torchrun_takes(tmp_path):
     )
     assert words[:2] == ["megamug", "train"] and "--node-rank=1" in told and "--master-addr=m" in told
     assert (ROOT / "examples" / "mug" / Path(words[2]).name).exists()
+
+
+@pytest.mark.parametrize("name, processes", [("one_gpu.sh", 1), ("eight_gpus.sh", 8)])
+def test_benchmarks_can_be_asked_for_what_the_scripts_ask(name, processes, tmp_path, monkeypatch):
+    """The words reach the benchmarks' own parsers, and the sizes fit the layout. Nothing is measured."""
+    from torch.distributed.run import get_args_parser
+
+    from megamug import validate
+    from megamug.benchmarks import checkpoint, jam, loader, losses, mug
+
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%q " "$@"\necho\n')
+    (tmp_path / "python").chmod(0o755)
+    script = str(ROOT / "examples" / "benchmark" / name)
+    result = run(script, str(tmp_path / "figures"), PYTHON=str(tmp_path / "python"), DATA="/data")
+    assert result.returncode == 0, result.stderr
+    calls = [shlex.split(line) for line in result.stdout.splitlines()]
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for check in ("devices", "precision"):  # those of a machine with GPUs
+        monkeypatch.setattr(validate, check, lambda config: None)
+    monkeypatch.setattr(losses, "device", str)
+    asked = []
+    for words in calls:
+        if processes > 1:
+            assert words[:2] == ["-m", "torch.distributed.run"]
+            torchrun = get_args_parser().parse_args(words[2:])
+            assert torchrun.nproc_per_node == str(processes)
+            words = [torchrun.training_script, *torchrun.training_script_args]
+        program, benchmark, *words = words
+        assert program == str(ROOT / "tools" / "benchmark.py")
+        module = {"checkpoint": checkpoint, "jam": jam, "loader": loader, "losses": losses, "mug": mug}[benchmark]
+        options = module.parse(words)
+        if benchmark == "mug":
+            mug.settings(options, options.dtypes[0])
+        elif benchmark == "jam":
+            jam.settings(options, options.dtypes[0], options.model)
+        asked.append((benchmark, getattr(options, "dtypes", None)))
+    assert {("mug", ("bf16",)), ("mug", ("fp8",)), ("jam", ("bf16",)), ("jam", ("fp8",))} <= {
+        (benchmark, tuple(dtypes or ())) for benchmark, dtypes in asked
+    }
+    assert {benchmark for benchmark, _ in asked} >= {"checkpoint"} | ({"losses", "loader"} if processes == 1 else set())

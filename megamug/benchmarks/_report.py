@@ -1,0 +1,182 @@
+"""What all benchmarks share: options, figures with what they have to be read with, JSON, and comparison of two runs.
+
+A benchmark's JSON:
+
+    benchmark, command, date (UTC)
+    hardware   processor, cpus, memory_gib, devices (GPUs by name), threads
+    versions   python, megamug, and the packages that figures depend on
+    settings   the options
+    layout     processes, tensor, pipeline, virtual, data (1 each where nothing is distributed)
+    results    a list of {"name": ..., figure: number, ...}; the names of figures say their units
+    compared   with --compare: the stored run, what differs, ratios of figures by the results' names
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import megamug
+from megamug.command_line import Parser, new_file
+from megamug.durable import replace_text
+from megamug.errors import UserError
+
+PACKAGES = (
+    "torch", "megatron-core", "nvidia-dali-cuda130", "numpy", "transformers", "transformer-engine", "pillow",
+    "webdataset", "sentencepiece",
+)  # fmt: skip
+PLACES = ("json", "compare", "profile")  # options that say where something lies: no settings
+UNCERTAINTY = ("spread", "megamug_times_low", "megamug_times_high")  # of figures: not compared themselves
+ONE_PROCESS = {"processes": 1, "tensor": 1, "pipeline": 1, "virtual": 1, "data": 1}
+
+
+def parser(name: str, description: str) -> Parser:
+    """A parser with the options of every benchmark."""
+    made = Parser(f"benchmark.py {name}", description=description)
+    made.add_argument("--json", type=new_file, metavar="PATH", help="write figures, hardware and versions")
+    made.add_argument("--compare", type=_run_of(name), metavar="PATH.json", help="print ratios to that run's figures")
+    made.add_argument("--profile", type=_folder, metavar="FOLDER",
+                      help="write a trace of megamug's part, and print what it is made of")  # fmt: skip
+    return made
+
+
+def _run_of(name: str):
+    """A `type` for argparse: the JSON of a run of this benchmark, read."""
+
+    def stored_run(text: str) -> dict:
+        try:
+            run = json.loads(Path(text).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{text} cannot be read: {error}") from None
+        if not isinstance(run, dict) or run.get("benchmark") != name or not isinstance(run.get("results"), list):
+            raise argparse.ArgumentTypeError(f"{text} was not written by `benchmark.py {name} --json`")
+        return {**run, "path": text}
+
+    return stored_run
+
+
+def _folder(text: str) -> Path:
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: no folder can be made there: {error.strerror}") from None
+    return Path(text)
+
+
+def hardware() -> dict:
+    """Processor, CPUs that this process may use, memory, GPUs."""
+    return {
+        "processor": processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of Python, megamug and those of `PACKAGES` that are installed."""
+    found = {"python": platform.python_version(), "megamug": megamug.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+class Report:
+    """The figures of one run, on the process that reports (rank 0); on the others nothing is printed or written."""
+
+    def __init__(self, benchmark: str, options: argparse.Namespace, layout: dict | None = None, speaks: bool = True):
+        self.options, self.speaks = options, speaks
+        settings = {key: value for key, value in vars(options).items() if key not in PLACES}
+        self.content = {
+            "benchmark": benchmark,
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "hardware": hardware(),
+            "versions": versions(),
+            "settings": json.loads(json.dumps(settings, default=str)),
+            "layout": layout or ONE_PROCESS,
+            "results": [],
+        }
+        told = self.content["hardware"]
+        where = ", ".join(told["devices"]) or f"{told['processor']}, {told['threads']} threads"
+        self.say(f"# {where}; {', '.join(f'{name} {version}' for name, version in self.content['versions'].items())}")
+        self.say("# " + ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, [])))
+
+    def say(self, line: str) -> None:
+        if self.speaks:
+            print(line, flush=True)
+
+    def add(self, name: str, **figures: object) -> None:
+        """Keeps the figures of `name`; those that are None were not measured and are left out."""
+        self.content["results"].append({"name": name, **{k: v for k, v in figures.items() if v is not None}})
+
+    def finish(self) -> None:
+        """Compares with the stored run, if one is named, and writes the JSON, if a place is named."""
+        if not self.speaks:
+            return
+        if self.options.compare:
+            self.content["compared"] = compared(self.options.compare, self.content)
+            self.say(told(self.content["compared"]))
+        if self.options.json:
+            replace_text(self.options.json, json.dumps(self.content, indent=1) + "\n")
+
+
+def compared(then: dict, now: dict) -> dict:
+    """Ratios now / then of all figures that both runs have, and what else differs between the two."""
+    differences = []
+    for part in ("hardware", "versions", "settings", "layout"):
+        old, new = then.get(part, {}), now[part]
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                differences.append(f"{part}.{key}: {old.get(key)} -> {new.get(key)}")
+    before, ratios = {result["name"]: result for result in then["results"]}, {}
+    for result in now["results"]:
+        old = before.get(result["name"], {})
+        ratios[result["name"]] = {
+            key: value / old[key]
+            for key, value in result.items()
+            if key not in UNCERTAINTY and _is_number(value) and _is_number(old.get(key)) and old[key]
+        }
+    missing = sorted({*before} ^ {*ratios})
+    if not {*before} & {*ratios}:
+        raise UserError(f"--compare {then['path']}: no result of this run is in there; it has {', '.join(before)}")
+    return {
+        "with": then["path"], "date": then.get("date"), "differences": differences, "only_in_one": missing,
+        "ratios": {name: found for name, found in ratios.items() if found},
+    }  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def told(comparison: dict) -> str:
+    """A comparison in lines for people."""
+    lines = [f"\nthis run / {comparison['with']} ({comparison['date']})"]
+    lines += [f"  differs: {difference}" for difference in comparison["differences"]]
+    lines += [f"  only in one of them: {name}" for name in comparison["only_in_one"]]
+    for name, ratios in comparison["ratios"].items():
+        lines.append(f"  {name}: " + ", ".join(f"{key} {ratio:.2f}x" for key, ratio in ratios.items()))
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Every benchmark runs, tiny, and writes its figures; what is asked wrongly is told in a sentence."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megamug.benchmarks import checkpoint, jam, loader, losses, mug
+from megamug.errors import UserError
+from megamug.losses.ops import libraries
+from tests.data.conftest import good_members, write_tar
+from tests.distributed.launch import ROOT, environment, launch_forked
+
+PROGRAM = str(ROOT / "tools" / "benchmark.py")
+TINY = (
+    "--preset demo model.layers=2 model.width=32 model.heads=2 model.ffn_width=64 model.decoder_layers=1 "
+    "model.decoder_width=32 model.decoder_heads=2 model.patch_size=8 data.image_size=32"
+).split()
+TINY_LM = "--layers 2 --width 32 --heads 2 --ffn-width 64 --vocabulary 128 --tokens 16".split()
+MODULES = {"mug": mug, "jam": jam, "losses": losses, "loader": loader, "checkpoint": checkpoint}
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch, tmp_path):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MEGAMUG_INDEX_DIRECTORY", str(tmp_path / "indexes"))
+
+
+def ranks(tmp_path, processes: int, *words: str) -> dict:
+    """Runs the program as so many ranks and returns its JSON."""
+    results = launch_forked([PROGRAM, *words, "--json", str(tmp_path / "figures.json")], processes)
+    assert [code for code, _ in results] == [0] * processes, results
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_mug_under_tensor_parallelism(tmp_path):
+    words = ["--batch", "4", "--steps", "2", "--dtypes", "bf16", "data.micro_batch_size=2", "parallel.tensor=2"]
+    content = ranks(tmp_path, 2, "mug", *TINY, *words, "--profile", str(tmp_path / "p"))
+    assert content["layout"].items() >= {"processes": 2, "tensor": 2, "data": 1, "micro_batch_size": 2}.items()
+    (result,) = content["results"]
+    assert result["name"] == "bf16 megamug" and result["images_per_second"] > 0
+    assert 0 < result["mfu"] < 1 and result["peak_gib"] > 0 and "data_wait" not in result
+    assert {"matrix products", "communication", "optimizer", "norms"} <= {p["part"] for p in result["profile"]["parts"]}
+    assert (tmp_path / "p" / "mug-bf16.trace.json").stat().st_size > 1000
+
+
+def test_jam_in_two_stages(tmp_path):
+    words = ["--model", "jam_cross", "--batch", "4", "--steps", "1", "--dtypes", "fp32", "parallel.pipeline=2"]
+    content = ranks(tmp_path, 2, "jam", *TINY_LM, *words, "data.micro_batch_size=2")
+    assert content["layout"]["pipeline"] == 2 and content["results"][0]["tokens_per_second"] > 0
+
+
+def test_checkpoint(tmp_path):
+    words = ["--folder", str(tmp_path), "--repeats", "1", "--profile", str(tmp_path / "p")]
+    content = ranks(tmp_path, 1, "checkpoint", *TINY, *words)
+    found = {result["name"]: result for result in content["results"]}
+    assert {*found} == {
+        "disk, write", "disk, read", "save", "stall", "save behind", "verify", "load", "torch.save", "torch.load"
+    }  # fmt: skip
+    assert all(result["gb_per_second"] > 0 and result["gigabytes"] > 1e-5 for result in found.values())
+    assert found["stall"]["seconds"] < found["save behind"]["seconds"]
+    assert {"write", "hash, fsync, rename"} <= {part["part"] for part in found["save"]["profile"]["parts"]}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("megamug")] == []
+
+
+def test_loader(tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "a.tar", good_members(12))
+    words = ["--data", str(tmp_path / "shards"), "--batch", "4", "--batches", "2", "--repeats", "1", "--workers", "1"]
+    words += ["--image-size", "32", "--caption-length", "8", "--json", str(tmp_path / "figures.json")]
+    loader.main([*words, "--profile", str(tmp_path / "p")])
+    results = {result["name"]: result for result in json.loads((tmp_path / "figures.json").read_text())["results"]}
+    assert {"megamug", "pillow"} <= {*results}
+    if importlib.util.find_spec("webdataset"):
+        assert results["webdataset"]["megamug_times"] > 0
+    else:
+        assert "webdataset is not installed" in capsys.readouterr().out
+    assert all(result["images_per_second"] > 0 and result["peak_gib"] > 0 for result in results.values())
+    assert {"decode and resize", "bytes (ahead)"} <= {p["part"] for p in results["megamug"]["profile"]["parts"]}
+    assert not (tmp_path / "shards" / "a.tar.index").exists()
+
+
+@pytest.mark.skipif(not libraries().cpu, reason="the compiled losses are not built")
+def test_losses(tmp_path):
+    threads = torch.get_num_threads()
+    words = ["--no-compile", "--threads", "1", "--rows", "8", "--columns", "64", "--batch", "1", "--tokens", "16"]
+    words += ["--width", "16", "--vocabulary", "64", "--repeats", "2", "--json", str(tmp_path / "figures.json")]
+    losses.main([*words, "--profile", str(tmp_path / "p")])
+    torch.set_num_threads(threads)
+    results = {result["name"]: result for result in json.loads((tmp_path / "figures.json").read_text())["results"]}
+    ours = results["cross-entropy 8 x 64 bfloat16: megamug"]
+    assert ours["gb_per_second"] > 0 and ours["profile"]["parts"][0]["share"] > 0
+    assert results["masked-patch 1 x 224/16 float32: eager"]["times_megamug"] > 0
+    assert "linear + cross-entropy 16 x 16 x 64 bfloat16: product + eager cross-entropy" in results
+
+
+def test_the_peers_of_training_steps_step():
+    pytest.importorskip("transformers")
+    step, flops = mug.build_transformers(mug.parse([*TINY, "--batch", "2"]), "bf16")
+    assert step() is None and flops > 0
+    step, flops = jam.build_transformers(jam.parse([*TINY_LM, "--batch", "1"]), "fp32")
+    assert step() is None and flops > 0
+
+
+@pytest.mark.parametrize(
+    "name, words, message",
+    [
+        ("mug", ["parallel.tensor=2"], "WORLD_SIZE is 1"),
+        ("mug", ["--batch", "0"], "0 must be"),
+        ("mug", ["--steps", "x"], "a whole number wanted"),
+        ("mug", ["--dtypes", "fp8"], "needs (a GPU|Transformer Engine)"),
+        ("mug", ["data.global_batch_size=8"], "give the size of a step by --batch"),
+        ("jam", ["model.nothing=1"], "unknown key model.nothing"),
+        ("jam", ["--compare", "nowhere.json"], "nowhere.json cannot be read"),
+        ("jam", ["--width", "30", "--heads", "4"], "not divisible"),
+        ("loader", ["--data", "/nowhere"], "there is nothing at /nowhere"),
+        ("loader", ["--repeats", "-1"], "-1 must be"),
+        ("losses", ["--json", "/nowhere/x.json"], "not a file in a folder that exists"),
+        ("checkpoint", ["--folder", "/nowhere"], "not a folder that this user can write to"),
+        ("checkpoint", ["--profile", "/proc/x"], "no folder can be made there"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told(name, words, message):
+    with pytest.raises(UserError, match=message):
+        MODULES[name].main(words)
+
+
+def test_the_program_exits_with_two():
+    run = subprocess.run(
+        [sys.executable, PROGRAM, "loading"], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == (
+        "benchmark: there is no benchmark 'loading'; available: checkpoint, jam, loader, losses, mug\n"
+    )
