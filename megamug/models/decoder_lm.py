@@ -7,28 +7,26 @@ stage holds a contiguous run of the model's blocks (`stages.py`).
 
 from __future__ import annotations
 
-from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megamug.models import specs
 from megamug.models.lm_losses import language_losses
 from megamug.models.lm_plan import LmPlan
+from megamug.models.stages import Stage, tensors_alone
 from megamug.models.tower import TowerEmbedding
 
 
-class DecoderLM(MegatronModule):
-    """One pipeline stage of a language model (all of it where there is one stage).
+class DecoderLM(Stage):
+    """One pipeline stage of a language model.
 
     Batches have `tokens` and `labels` [b, s] int64, `segments` [b, s] (documents that may not read each other) or None,
     `positions` [b, s] or None. `labels[t]` is the token to predict at t; `IGNORE` carries no loss.
     """
 
     def __init__(self, plan: LmPlan, stage: int = 0):
-        super().__init__(config=plan.schedule_config)
-        self.plan, self.stage, self.tied = plan, stage, plan.tie_vocabulary
-        tower, part = plan.tower, plan.part(stage)
+        super().__init__(plan, stage)
+        self.tied, tower, part = plan.tie_vocabulary, plan.tower, plan.part(stage)
         self.embedding = TowerEmbedding(tower) if part.embedding else None
         self.stack = tower.layers(part.first, part.last)
         self.output_layer = None
@@ -42,12 +40,6 @@ class DecoderLM(MegatronModule):
         if self.apart:
             self.vocabulary_weight().shared_embedding = True
             self.vocabulary_weight().shared = not part.embedding  # counted once in the gradient norm
-        self.incoming, self.outgoing = plan.boundary(stage), plan.boundary(stage + 1)
-        self.received: Tensor | None = None
-        # What Megatron's schedules and gradient reductions ask of a model.
-        self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = stage == 0
-        self.share_embeddings_and_output_weights = False  # `megamug.pipeline` sums the gradients of both copies
         for name, parameter in self.named_parameters():
             parameter.no_weight_decay = parameter.dim() == 1 or name == "embedding.positions"
 
@@ -57,12 +49,7 @@ class DecoderLM(MegatronModule):
         return self.output_layer.weight if own else self.embedding.word_embeddings.weight
 
     def tied_weight(self) -> Tensor | None:
-        """The vocabulary matrix, where another stage holds a copy of it."""
         return self.vocabulary_weight() if self.apart else None
-
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Megatron's schedules hand over here what the previous stage sent."""
-        self.received = tensors[0]
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -99,5 +86,4 @@ class DecoderLM(MegatronModule):
         if weight is not None and self.tied:  # the second copy: same name, written by the stage of the embedding
             weight.key = f"{prefix}embedding.word_embeddings.weight"
             weight.replica_id = (1, *weight.replica_id[1:])
-        # Transformer Engine's pickled FP8 histories stay out, see `Mug.sharded_state_dict`.
-        return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+        return tensors_alone(state)

@@ -16,7 +16,6 @@ import copy
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.enums import ModelType
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -30,6 +29,7 @@ from megamug.models import specs
 from megamug.models.jam_plan import TOWERS, JamPart, JamPlan
 from megamug.models.layers import context_linear, replicated
 from megamug.models.lm_losses import language_losses
+from megamug.models.stages import Stage, tensors_alone
 from megamug.models.tower import TowerEmbedding, TowerPlan
 
 States = dict[str, Tensor]  # of the text and of the image tower
@@ -163,12 +163,12 @@ class Tower(MegatronModule):
         return state
 
 
-class JamCross(MegatronModule):
-    """One pipeline stage of JamCross (all of it where there is one stage). With virtual stages a rank holds several."""
+class JamCross(Stage):
+    """One pipeline stage of JamCross. The output has a vocabulary matrix of its own, so none is tied."""
 
     def __init__(self, plan: JamPlan, stage: int = 0):
-        super().__init__(config=plan.schedule_config)
-        self.plan, self.stage, self.part = plan, stage, plan.part(stage)
+        super().__init__(plan, stage)
+        self.part = plan.part(stage)
         part, self.segments = self.part, self.part.segments
         self.text_tower = Tower("text", plan.text, part, own_words=True)
         self.image_tower = Tower("image", plan.image, part, own_words=not plan.shared_embedding)
@@ -185,23 +185,9 @@ class JamCross(MegatronModule):
                 plan.output_width, plan.padded_vocabulary, config=plan.text.config, bias=False, gather_output=False,
                 init_method=specs.leave_uninitialised,
             )  # fmt: skip
-        self.incoming, self.outgoing = plan.boundary(stage), plan.boundary(stage + 1)
-        self.received: Tensor | None = None
-        # What Megatron's schedules and gradient reductions ask of a model.
-        self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = stage == 0
-        self.share_embeddings_and_output_weights = False
         for name, parameter in self.named_parameters():
             parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(".positions")
             parameter.requires_grad_(not plan.frozen(name))
-
-    def tied_weight(self) -> None:
-        """The vocabulary matrix that another stage holds a copy of: none, the output has its own."""
-        return None
-
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Megatron's schedules hand over here what the previous stage sent."""
-        self.received = tensors[0]
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -271,5 +257,4 @@ class JamCross(MegatronModule):
         group, state = tensor_parallel.layers.get_tensor_model_parallel_group_if_none(None), {}
         for name, module in modules.items():
             state.update(sharded_state_dict_default(module, f"{prefix}{name}.", (), metadata, tp_group=group))
-        # Transformer Engine's pickled FP8 histories stay out, as in MUG.
-        return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+        return tensors_alone(state)

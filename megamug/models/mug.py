@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
@@ -27,7 +26,7 @@ from megamug.losses import masked_patch_loss, vocab_parallel_cross_entropy
 from megamug.models import specs
 from megamug.models.layers import LayerRun, replicated, sincos_positions
 from megamug.models.mug_plan import MugPlan
-from megamug.models.stages import Part
+from megamug.models.stages import Part, Stage, tensors_alone
 
 PAD = 0  # token id that ends no caption and carries no loss
 
@@ -218,34 +217,22 @@ class TextDecoder(MegatronModule):
         return state
 
 
-class Mug(MegatronModule):
-    """One pipeline stage of MUG (all of it where there is one stage). With virtual stages a rank holds several."""
+class Mug(Stage):
+    """One pipeline stage of MUG."""
 
     def __init__(self, plan: MugPlan, stage: int = 0):
-        super().__init__(config=plan.schedule_config)
-        self.plan, self.stage = plan, stage
+        super().__init__(plan, stage)
         parts = plan.parts(stage)
         self.encoder = Encoder(plan, parts["encoder"]) if "encoder" in parts else None
         self.image_decoder = ImageDecoder(plan, parts["image"]) if "image" in parts else None
         self.text_decoder = TextDecoder(plan, parts["text"]) if "text" in parts else None
         self.heads = [name for name, part in parts.items() if part.head and name != "encoder"]
-        self.incoming, self.outgoing = plan.boundary(stage), plan.boundary(stage + 1)
-        self.received: Tensor | None = None
-        # What Megatron's schedules and gradient reductions ask of a model.
-        self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = stage == 0
-        self.share_embeddings_and_output_weights = False  # `megamug.pipeline` sums the gradients of both copies
         for name, parameter in self.named_parameters():
             parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(("_token", "_tokens", "_positions"))
 
     def tied_weight(self) -> Tensor | None:
-        """The vocabulary matrix, where another stage holds a copy of it."""
         apart = self.text_decoder is not None and self.text_decoder.apart
         return self.text_decoder.shared_weight() if apart else None
-
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Megatron's schedules hand over here what the previous stage sent."""
-        self.received = tensors[0]
 
     def forward(self, batch: MugBatch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor | int]]]:
         """Runs this stage: (packed tensors for the next stage or None, {"image" | "caption": (sum, count)})."""
@@ -271,6 +258,4 @@ class Mug(MegatronModule):
             part = getattr(self, name)
             if part is not None:
                 state.update(part.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
-        # Transformer Engine's pickled FP8 histories stay out: checkpoints hold tensors alone, and `local` has no such
-        # state. Delayed scaling refills its history in the first steps after a resume.
-        return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+        return tensors_alone(state)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megamug.config import Config
@@ -49,6 +52,7 @@ class Plan:
     """
 
     blocks: list[Block]  # the model in order, with the forward FLOPs of one sample
+    schedule_config: TransformerConfig  # what Megatron's schedules and gradient buffers read
 
     def __init__(self, config: Config, vocabulary: int):
         """`config` is resolved: every size is set. `vocabulary` is the number of ids; tables have
@@ -76,6 +80,10 @@ class Plan:
     def stages(self) -> list[range]:
         """Blocks of each pipeline stage, virtual ones counted: rank r of P holds the stages r, P + r, 2 P + r, ..."""
         return cut([block.flops for block in self.blocks], self.pipeline * self.virtual)
+
+    def boundary(self, stage: int) -> Boundary | None:
+        """What arrives at `stage` from the one before (None at both ends of the pipeline)."""
+        raise NotImplementedError
 
     def stack_part(self, stage: int, name: str) -> Part | None:
         """What `stage` holds of the stack `name`, None for nothing."""
@@ -119,6 +127,37 @@ class Boundary:
             carry[name] = flat[start : start + size].view(shape)
             start += size
         return carry
+
+
+class Stage(MegatronModule):
+    """One pipeline stage of a model (all of it where there is one stage): what Megatron's schedules and gradient
+    reductions ask of it. With virtual stages a rank holds several."""
+
+    def __init__(self, plan: Plan, stage: int):
+        super().__init__(config=plan.schedule_config)
+        self.plan, self.stage = plan, stage
+        self.incoming, self.outgoing = plan.boundary(stage), plan.boundary(stage + 1)
+        self.received: Tensor | None = None
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = stage == 0
+        self.share_embeddings_and_output_weights = False  # `megamug.pipeline` sums the gradients of both copies
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Megatron's schedules hand over here what the previous stage sent."""
+        self.received = tensors[0]
+
+    def tied_weight(self) -> Tensor | None:
+        """The vocabulary matrix, where another stage holds a copy of it."""
+        return None
+
+
+def tensors_alone(state: dict) -> dict:
+    """A sharded state dict without Transformer Engine's pickled FP8 histories.
+
+    Checkpoints hold tensors alone, and `local` has no such state. Delayed scaling refills its history in the first
+    steps after a resume.
+    """
+    return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
 
 
 class _AttachLoss(torch.autograd.Function):
