@@ -36,8 +36,8 @@ DTYPES = ("fp32", "bf16", "fp8")
 WARM_UP = 2  # steps
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+def add_options(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
+    parser.add_argument("--dtypes", nargs=nargs, choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--steps", type=COUNT, default=5, help="that are measured, after two of warm-up (default 5)")
 
 
@@ -288,8 +288,8 @@ def in_layout(benchmark: str, options: argparse.Namespace, config, build: Callab
     `build(options, dtype)` has joined the process group when it returns. A step's time is that of rank 0 between two
     barriers, the product rate that of all processes computing at once (mean), the memory that of the fullest process.
     """
-    if len(options.dtypes) > 1:
-        raise UserError(f"under torchrun one type a run: --dtypes {options.dtypes[0]}")
+    if len(options.dtypes) != 1:
+        raise UserError("under torchrun one type a run, such as --dtypes bf16")
     (dtype,) = options.dtypes
     report = Report(benchmark, options, _steps.layout(config), speaks=os.environ.get("RANK", "0") == "0")
     step, flops = build(options, dtype)

@@ -71,8 +71,8 @@ def profile(
     """
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # The loader works in a thread of its own; without this only the caller's thread is seen.
-    all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    # Ranges may be those of other threads, such as the loader's; a step is what its own thread does.
+    all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=ranges is not None)
     with torch.profiler.profile(activities=activities, experimental_config=all_threads):
         step()
         synchronize()

@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", type=COUNT, default=default, help=f"(default {default})")
     parser.add_argument("--model", choices=KINDS, default=KINDS[0], help="under torchrun")
     parser.add_argument("--generate", type=FROM_ZERO, default=0, metavar="N", help="also write N tokens (default 0)")
-    _contest.add_options(parser)
+    _contest.add_options(parser, nargs="*")  # none: only writing
     return _steps.parse(parser, argv)
 
 
@@ -46,11 +46,11 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     units = options.batch * options.tokens
     if _steps.world_size() > 1:
-        config = settings(options, options.dtypes[0], options.model)
+        config = settings(options, (options.dtypes or ["fp32"])[0], options.model)
         build = functools.partial(_build, kind=options.model)
         _contest.in_layout("jam", options, config, build, "tokens", units)
         return
-    config = [settings(options, dtype, kind) for dtype in options.dtypes for kind in KINDS][0]
+    config = [settings(options, dtype, kind) for dtype in options.dtypes or ["fp32"] for kind in KINDS][0]
     report = _report.Report("jam", options, _steps.layout(config))
     for dtype in options.dtypes:
         figures = _contest.race(report, __name__, ("megamug", "transformers", "jam_cross"), dtype, "tokens", units)
