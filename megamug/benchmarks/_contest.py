@@ -61,7 +61,8 @@ def race(report: Report, module: str, names: tuple[str, ...], dtype: str, unit: 
         turns = take_turns(workers, options.steps, between=lambda: rates.append(product_rate(dtype)))
         found = None
         if options.profile:
-            found = workers[names[0]].profile(options.profile, f"{report.content['benchmark']} {dtype}")
+            of = "" if names[0] == "megamug" else f" {names[0]}"
+            found = workers[names[0]].profile(options.profile, f"{report.content['benchmark']} {dtype}{of}")
         memory = {name: worker.close() for name, worker in workers.items()}
     rate = statistics.median(rates)
     report.say(f"\n{dtype}; 2048^3 product: {rate / 1e9:.0f} GFLOP/s")
