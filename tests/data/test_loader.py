@@ -74,6 +74,16 @@ def test_layout_changes_nothing(make):
         assert {batch.samples for batch in batches[-dp_size:]} == {24}
 
 
+def test_threads_and_chunks_change_nothing(make, monkeypatch):
+    loader = make()
+    want = flat([loader.next() for _ in range(3)])
+    threads = make(threads=3)
+    assert same(flat([threads.next() for _ in range(3)]), want)
+    monkeypatch.setattr("megamug.data.loader.MAX_DECODE_BATCH", 3)  # a batch of 8 is read and decoded in three parts
+    parts = make()
+    assert same(flat([parts.next() for _ in range(3)]), want)
+
+
 def test_resume_continues_with_the_next_sample(make):
     straight = make()
     want = flat([straight.next() for _ in range(7)][4:])
@@ -148,6 +158,14 @@ def test_a_sample_that_fails_is_replaced_by_the_next(make, damaged, tokenizer, c
     assert [tokenizer.decode(row) for row in flat(batches)[1]] == captions  # its caption was replaced with it
     split = [make(damaged, dp_rank=r, dp_size=4, micro_batch_size=1, global_batch_size=4) for r in range(4)]
     assert same(flat([rank.next() for _ in range(3) for rank in split]), flat(batches))
+
+
+def test_a_failure_in_a_later_chunk_is_replaced_alike(make, damaged, monkeypatch):
+    want = make(damaged, micro_batch_size=4, global_batch_size=4)
+    want = flat([want.next() for _ in range(3)])
+    monkeypatch.setattr("megamug.data.loader.MAX_DECODE_BATCH", 3)
+    parts = make(damaged, micro_batch_size=4, global_batch_size=4)
+    assert same(flat([parts.next() for _ in range(3)]), want)
 
 
 def test_too_many_failures_end_the_run(make, damaged):
