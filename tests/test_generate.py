@@ -71,8 +71,8 @@ def test_the_cache_saves_the_work_it_stands_for(run, latent, monkeypatch):
     decoder = run.model.text_decoder
     cross = [m for m in decoder.modules() if isinstance(m, LatentCrossAttention)]
     hooks = [m.linear_kv.register_forward_hook(lambda m, a, _: contexts.append(len(a[0]))) for m in cross]
-    hooks.append(decoder.stack.layers[0].register_forward_pre_hook(lambda m, a, k: lengths.append(len(k.get(
-        "hidden_states", a[0] if a else None))), with_kwargs=True))  # fmt: skip
+    first = decoder.stack.layers[0].self_attention.linear_qkv
+    hooks.append(first.register_forward_hook(lambda m, a, _: lengths.append(len(a[0]))))
     try:
         written = generate_tokens(run.model, latent)
     finally:

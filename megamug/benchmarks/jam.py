@@ -54,12 +54,18 @@ def main(argv: list[str]) -> None:
     report = _report.Report("jam", options, _steps.layout(config))
     for dtype in options.dtypes:
         figures = _contest.race(report, __name__, ("megamug", "transformers", "jam_cross"), dtype, "tokens", units)
-        share = figures["jam_cross"]["tflops_per_device"] / figures["megamug"]["tflops_per_device"]
-        report.say(f"  JAM-Cross works at {share:.2f} of the rate of one tower")
+        _say_share(report, figures, "jam_cross", "megamug")
     if options.generate:
         report.say(f"\nwriting {options.generate} tokens behind {PROMPT}, one at a time:")
-        _contest.race(report, __name__, ("writer", "transformers_writer"), "fp32", "tokens", options.generate)
+        writers = ("writer", "transformers_writer", "jam_writer")
+        figures = _contest.race(report, __name__, writers, "fp32", "tokens", options.generate)
+        _say_share(report, figures, "jam_writer", "writer")
     report.finish()
+
+
+def _say_share(report: _report.Report, figures: dict[str, dict], two: str, one: str) -> None:
+    share = figures[two]["tflops_per_device"] / figures[one]["tflops_per_device"]
+    report.say(f"  JAM-Cross works at {share:.2f} of the rate of one tower")
 
 
 def settings(options: argparse.Namespace, dtype: str, kind: str):
@@ -165,17 +171,24 @@ def build_transformers(options: argparse.Namespace, dtype: str):
     return step, flops
 
 
-def _writing_flops(options: argparse.Namespace) -> float:
+def _writing_flops(plan, options: argparse.Namespace) -> float:
     """Of writing with a cache: each token passes every weight once."""
-    from megamug.models.lm_plan import LmPlan
-
-    plan = LmPlan(settings(options, "fp32", "decoder_lm"), options.vocabulary)
     return options.generate * plan.forward_flops / options.tokens
 
 
 def build_writer(options: argparse.Namespace, dtype: str):
-    """(writing of `generate` tokens, its FLOPs) by `megamug generate`'s own loop, in a vocabulary of text alone."""
-    model, _ = _model(settings(options, dtype, "decoder_lm"), options)
+    """(writing of `generate` tokens, its FLOPs) by DecoderLM."""
+    return _build_writer(options, dtype, "decoder_lm")
+
+
+def build_jam_writer(options: argparse.Namespace, dtype: str):
+    """(writing of `generate` tokens, its FLOPs) by two towers that read each other every two layers."""
+    return _build_writer(options, dtype, "jam_cross")
+
+
+def _build_writer(options: argparse.Namespace, dtype: str, kind: str):
+    """By `megamug generate`'s own loop, in a vocabulary of text alone."""
+    model, _ = _model(settings(options, dtype, kind), options)
     from megamug.generation.decoding import Sampling, write_documents
 
     vocabulary = types.SimpleNamespace(
@@ -189,11 +202,14 @@ def build_writer(options: argparse.Namespace, dtype: str):
         row = write_documents(model, vocabulary, [prompt], Sampling(temperature=0), limits=[limit])[0]
         assert len(row.tokens) == limit, "an untrained model ended its text; take another seed"
 
-    return step, _writing_flops(options)
+    return step, _writing_flops(model.plan, options)
 
 
 def build_transformers_writer(options: argparse.Namespace, dtype: str):
     """(writing of `generate` tokens, its FLOPs) by transformers' `generate`, greedy."""
+    from megamug.models.lm_plan import LmPlan
+
+    plan = LmPlan(settings(options, dtype, "decoder_lm"), options.vocabulary)
     model = _llama(options).eval()
     prompt = torch.tensor([[1, *range(3, PROMPT + 2)]], device=model.device)
 
@@ -204,4 +220,4 @@ def build_transformers_writer(options: argparse.Namespace, dtype: str):
                 pad_token_id=0,
             )
 
-    return step, _writing_flops(options)
+    return step, _writing_flops(plan, options)

@@ -138,8 +138,7 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
         "CheckpointFunction": "keeps random states through the functions that are replaced; recomputes as computed",
     },
     "megatron.core.tensor_parallel.layers": {
-        "ColumnParallelLinear.forward": "calls self._forward_impl with input, weight, bias as keywords; returns "
-        "(output, bias to add)",
+        "ColumnParallelLinear.forward": "with skip_bias_add=False adds the bias; returns (output, bias to add)",
         "RowParallelLinear.forward": "with skip_bias_add=False adds the bias after the reduction; returns no bias",
     },
     "megatron.core.transformer.transformer_block": {

@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; anywhere but on a CPU it is torch's."""
     on_cpu = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype
     if on_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel() >= FEW * x.shape[-1]:
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _forward(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -29,12 +29,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight needs no input
         ctx.shape = x.shape
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return _forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:

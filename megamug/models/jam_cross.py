@@ -25,7 +25,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megamug.models import specs
+from megamug.models import forward_only, specs
 from megamug.models.jam_plan import TOWERS, JamPart, JamPlan
 from megamug.models.layers import context_linear, replicated
 from megamug.models.lm_losses import language_losses
@@ -59,6 +59,7 @@ class Reading(Gate):
 
     def __init__(self, plan: TowerPlan, context_width: int, gated: bool):
         super().__init__(plan, gated)
+        self.local = plan.spec == "local"
         m = specs.modules(plan.spec, plan.plain_norm)
         config = copy.copy(plan.config)
         config.num_query_groups, config.qk_layernorm = config.num_attention_heads, False
@@ -77,8 +78,10 @@ class Reading(Gate):
 
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """hidden [s, b, h], context [s, b, h'], mask as in `TowerPlan.layer_inputs` -> [s, b, h]."""
-        update, bias = self.attention(self.norm(hidden), mask, key_value_states=self.context_norm(context))
-        return self.add(hidden, update, bias)
+        hidden_normed, context = self.norm(hidden), self.context_norm(context)
+        if self.local and forward_only.applies(self):
+            return self.add(hidden, forward_only.cross_attention(self.attention, hidden_normed, mask, context), None)
+        return self.add(hidden, *self.attention(hidden_normed, mask, key_value_states=context))
 
 
 class FeedForward(Gate):
@@ -86,12 +89,15 @@ class FeedForward(Gate):
 
     def __init__(self, plan: TowerPlan, gated: bool):
         super().__init__(plan, gated)
+        self.local = plan.spec == "local"
         m, config = specs.modules(plan.spec, plan.plain_norm), plan.config
         self.norm = _norm(m.norm, config, config.hidden_size)
         linears = specs.feed_forward(config, m.column_linear, m.row_linear)
         self.mlp = MLP(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.local and forward_only.applies(self):
+            return self.add(hidden, forward_only.feed_forward(self.mlp, self.norm(hidden)), None)
         return self.add(hidden, *self.mlp(self.norm(hidden)))
 
 

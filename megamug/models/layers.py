@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
-from megamug.models import cpu_attention, cpu_linear
+from megamug.models import cpu_attention, cpu_linear, forward_only
 from megamug.models.elementwise import rotate
 
 
@@ -100,17 +100,25 @@ class LocalAttention(nn.Module):
             return cpu_attention.attention(query, key, value, causal or documents is not None, documents)
         if documents is not None:
             attention_mask = document_mask(documents)
-        if key.shape[2] != query.shape[2]:
-            key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
         if attention_mask is not None:
             return self._attend(query, key, value, attn_mask=attention_mask.logical_not())
         return self._attend(query, key, value, is_causal=causal)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        s, b, n, d = query.shape
+        if s == 1 and not mask.get("is_causal") and "attn_mask" not in mask:
+            # The queries that share a key stand in the place of the tokens: no key is copied for each of them.
+            query = query.reshape(b, key.shape[2], -1, d)
+        else:
+            if key.shape[2] != n:
+                key, value = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (key, value))
+            query = query.permute(1, 2, 0, 3)
         dropout = self.dropout if self.training else 0.0
+        key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **mask)
-        return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
+        if s == 1:
+            return context.reshape(1, b, n * d)
+        return context.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -120,8 +128,9 @@ def document_mask(documents: Tensor) -> Tensor:
     return (documents.unsqueeze(1) != documents.unsqueeze(2)).logical_or_(ahead).unsqueeze(1)
 
 
-def _plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
-    return cpu_linear.linear(input, weight, bias)
+def _alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
+    """Whether one rank has the whole weight, so that nothing is left of Megatron's linear but a product."""
+    return linear.tp_group.size() == 1 and not linear.config.gradient_accumulation_fusion
 
 
 class LocalColumnParallelLinear(ColumnParallelLinear):
@@ -132,8 +141,12 @@ class LocalColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{**kwargs, "skip_bias_add": False})
-        if self.tp_group.size() == 1 and not self.config.gradient_accumulation_fusion:
-            self._forward_impl = _plain_linear
+        self.alone = _alone(self)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.alone:
+            return super().forward(input_)
+        return cpu_linear.linear(input_, self.weight, self.bias), None
 
 
 class LocalRowParallelLinear(RowParallelLinear):
@@ -141,7 +154,7 @@ class LocalRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{**kwargs, "skip_bias_add": False})
-        self.alone = self.tp_group.size() == 1 and not self.config.gradient_accumulation_fusion
+        self.alone = _alone(self)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.alone:
@@ -232,6 +245,19 @@ class LayerRun(TransformerBlock):
             pre_process=True,
             post_process=final_norm and first < last == config.num_layers,
         )
+        self.local = all(isinstance(layer.self_attention.core_attention, LocalAttention) for layer in self.layers)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, context: Tensor | None = None, rotary_pos_emb=None
+    ) -> Tensor:
+        """[s (/ tp), b, h] -> the same; what the layers need besides is that of `transformer_layer` in forward_only."""
+        if not (self.local and forward_only.applies(self)):
+            return super().forward(hidden_states, attention_mask, context=context, rotary_pos_emb=rotary_pos_emb)
+        for layer in self.layers:
+            hidden_states = forward_only.transformer_layer(
+                layer, hidden_states, attention_mask, rotary_pos_emb, context
+            )
+        return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding

@@ -16,6 +16,7 @@ LLAMA = {
     "norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "tie_vocabulary": False, "query_groups": 2,
     "qk_norm": True,
 }  # fmt: skip
+GROUPED = {**LLAMA, "qk_norm": False}  # without gradients queries and keys turn at once
 OPT = {"norm": "layernorm", "activation": "relu", "bias": True}
 
 
@@ -179,7 +180,7 @@ def test_separate_documents_are_as_if_alone(world, options):
     assert not torch.allclose(logits(chunk, tokens)[0], alone, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, LLAMA, OPT], ids=["cm3leon", "llama", "opt"])
+@pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, OPT], ids=["cm3leon", "llama", "grouped", "opt"])
 def test_a_key_value_cache_gives_the_same_logits(world, options):
     from megamug.models.layers import key_value_cache
 
@@ -192,6 +193,17 @@ def test_a_key_value_cache_gives_the_same_logits(world, options):
             hidden = chunk.run(chunk.embed(part, first=first), part, first=first)
             found.append(chunk.logits(hidden).transpose(0, 1)[..., :VOCABULARY])
     assert torch.allclose(torch.cat(found, dim=1), logits(chunk, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, OPT], ids=["cm3leon", "llama", "grouped", "opt"])
+def test_evaluation_gives_the_logits_of_training(world, options):
+    """Without gradients layers run without Megatron's forward (`forward_only`)."""
+    chunk, tokens = build(options), rows()
+    segments = torch.arange(CONTEXT, dtype=torch.int32).div(9, rounding_mode="floor").expand(2, -1).contiguous()
+    for documents in (None, segments):
+        expected = logits(chunk.train(), tokens, documents)
+        with torch.no_grad():
+            assert torch.allclose(logits(chunk.eval(), tokens, documents), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_initialisation_is_truncated_and_names_are_the_contract(world):

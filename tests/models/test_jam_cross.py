@@ -280,6 +280,14 @@ def test_no_token_reads_what_is_later_or_another_document(world, documents):
     assert torch.equal(changed, expected)
 
 
+@pytest.mark.parametrize("pair", ["unlike", "equal"])
+def test_evaluation_gives_the_logits_of_training(world, pair):
+    model, batch = build(jam_config(*PAIRS[pair], {"cross_ffn": True}), gates=0.7), random_batch(documents=True)
+    expected = model.logits(states(model.train(), batch))
+    with torch.no_grad():
+        assert torch.allclose(model.logits(states(model.eval(), batch)), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_the_cache_gives_the_logits_of_the_whole_row(world):
     from megamug.models.layers import key_value_cache
 

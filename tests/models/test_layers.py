@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megamug.models import layers, specs
+from megamug.models import forward_only, layers, specs
 from megamug.models.layers import LocalAttention, Norm, sincos_positions
 
 
@@ -158,6 +158,17 @@ def test_kept_keys_and_values_change_nothing(world):
         assert torch.equal(layer(x, attention_mask=None, context=context)[0], expected)
 
 
+@pytest.mark.parametrize("context_width", [None, 20])
+def test_without_gradients_a_layer_is_the_same(world, context_width):
+    layer = layer_of(world, True, context_width).eval()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(6, 2, 32, generator=generator)
+    context = None if context_width is None else torch.randn(9, 2, context_width, generator=generator)
+    with torch.no_grad():
+        found = forward_only.transformer_layer(layer, x, None, None, context)
+        assert torch.equal(found, layer(x, attention_mask=None, context=context)[0])
+
+
 # ---------------------------------------------------------------------------------------------- runs of layers
 
 def test_a_run_of_layers_keeps_its_numbers(world):
@@ -176,3 +187,26 @@ def test_a_run_of_layers_keeps_its_numbers(world):
     }
     assert keys(0, 0) == keys(2, 2) == set()
     assert any(key.startswith("stack.layers.1.self_attention.linear_qkv.layer_norm_") for key in keys(1, 2))
+
+
+def test_only_a_run_in_evaluation_without_gradients_goes_the_short_way(world, monkeypatch):
+    config = config_of()
+    run = layers.LayerRun(config, [specs.transformer_layer("local", config, causal=True)] * 2, layers.Norm, 0, 2)
+    taken, short = [], forward_only.transformer_layer
+
+    def watched(layer, *more):
+        taken.append(layer)
+        return short(layer, *more)
+
+    monkeypatch.setattr(forward_only, "transformer_layer", watched)
+    x = torch.zeros(3, 1, 32)
+    run.train()
+    run(x, attention_mask=None)
+    with torch.no_grad():  # as the first pass of a recomputation
+        run(x, attention_mask=None)
+    run.eval()
+    run(x, attention_mask=None)
+    assert not taken
+    with torch.no_grad():
+        run(x, attention_mask=None)
+    assert taken == list(run.layers)
