@@ -7,10 +7,10 @@ stage holds a contiguous run of the model's blocks (`stages.py`).
 
 from __future__ import annotations
 
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megamug.models import specs
+from megamug.models.layers import LocalColumnParallelLinear
 from megamug.models.lm_losses import language_losses
 from megamug.models.lm_plan import LmPlan
 from megamug.models.stages import Stage, tensors_alone
@@ -31,7 +31,7 @@ class DecoderLM(Stage):
         self.stack = tower.layers(part.first, part.last)
         self.output_layer = None
         if part.head:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = LocalColumnParallelLinear(
                 tower.tower.width, plan.padded_vocabulary, config=tower.config, bias=False, gather_output=False,
                 init_method=specs.leave_uninitialised, skip_weight_param_allocation=self.tied and part.embedding,
             )  # fmt: skip

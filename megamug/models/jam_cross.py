@@ -17,7 +17,6 @@ import copy
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import get_fp8_context
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from megamug.models import forward_only, specs
 from megamug.models.jam_plan import TOWERS, JamPart, JamPlan
-from megamug.models.layers import context_linear, replicated
+from megamug.models.layers import LocalColumnParallelLinear, context_linear, replicated
 from megamug.models.lm_losses import language_losses
 from megamug.models.stages import Stage, tensors_alone
 from megamug.models.tower import TowerEmbedding, TowerPlan
@@ -187,7 +186,7 @@ class JamCross(Stage):
             self.mix = replicated(
                 nn.Linear(widths, plan.output_width, bias=False, dtype=plan.dtype), plan.sequence_parallel
             )
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = LocalColumnParallelLinear(
                 plan.output_width, plan.padded_vocabulary, config=plan.text.config, bias=False, gather_output=False,
                 init_method=specs.leave_uninitialised,
             )  # fmt: skip

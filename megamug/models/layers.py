@@ -143,10 +143,10 @@ class LocalColumnParallelLinear(ColumnParallelLinear):
         super().__init__(*args, **{**kwargs, "skip_bias_add": False})
         self.alone = _alone(self)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if not self.alone:
-            return super().forward(input_)
-        return cpu_linear.linear(input_, self.weight, self.bias), None
+            return super().forward(input_, weight)
+        return cpu_linear.linear(input_, self.weight if weight is None else weight, self.bias), None
 
 
 class LocalRowParallelLinear(RowParallelLinear):
