@@ -47,8 +47,8 @@ def sizes(config: Config, world_size: int) -> None:
     layout(config, world_size)
     batch(config, world_size)
     schedule(config)
-    for check in (tensor_parallel, sequence_parallel):
-        check(config)
+    tensor_parallel(config)
+    sequence_parallel(config)
     pipeline(config, world_size)
 
 
@@ -275,7 +275,7 @@ def run_folder(config: Config) -> None:
         raise UserError(f"run_dir: {there} is not writable by this user; set run_dir to a folder that is")
     written = run / "config.yaml"
     if written.exists() and any((run / "checkpoints").glob("step-*")):
-        before, now = _identity(resolve(load_config(written))), _identity(config)
+        before, now = model_identity(resolve(load_config(written))), model_identity(config)
         for key in now:
             if before.get(key) != now[key]:
                 raise UserError(f"run_dir: {run} holds checkpoints of another model: {key} was {before.get(key)} and is"
@@ -372,7 +372,7 @@ def block_count(config: Config) -> int:
     return blocks
 
 
-def _identity(config: Config) -> dict[str, object]:
+def model_identity(config: Config) -> dict[str, object]:
     """What makes checkpoints of one model unfit for another."""
     model = config.model
     if model.kind != "mug":

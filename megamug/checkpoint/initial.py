@@ -35,7 +35,7 @@ def check(config: Config, task) -> None:
         )
     written = (path.parent.parent if is_checkpoint else path) / "config.yaml"
     if written.is_file():
-        before, now = (validate._identity(c) for c in (resolve(load_config(written)), config))
+        before, now = (validate.model_identity(c) for c in (resolve(load_config(written)), config))
         for key, value in now.items():
             # A part that this model lacks may be in the other: a False or None here fits anything.
             if key not in FREE and value not in (None, False) and before.get(key) != value:
