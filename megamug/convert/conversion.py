@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def to_megamug(
     differ, a model that megamug does not have, a damaged or hostile file, a `run_dir` that holds a run.
     """
     view, overrides, allow = View(ForeignTensors(source), form.canonical), list(overrides), list(allow)
-    config = _configure(form, view, overrides)
-    vocabulary = form.vocabulary(view)
-    rows, fixed = form.rows(config, vocabulary), form.fixed(config)
+    with _about(source):
+        config = _configure(form, view, overrides)
+        vocabulary = form.vocabulary(view)
+        rows, fixed = form.rows(config, vocabulary), form.fixed(config)
     wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
     missing = [name for name in wanted if name not in view]
     unknown = [name for name in view.actual if name not in wanted and not re.search(form.ignored, name)]
@@ -84,7 +86,8 @@ def from_megamug(
     if config.model.kind != form.kind:
         raise UserError(f"{source} is a model of kind {config.model.kind}; {form.name} is one of kind {form.kind}")
     vocabulary = _vocabulary(form, reader, config)
-    rows = form.rows(config, vocabulary)
+    with _about(source):
+        rows = form.rows(config, vocabulary)
     wanted = {row.ours for row in rows}
     missing = [row.ours for row in rows if row.ours not in reader]
     outside = [name for name in reader.names if not name.startswith(form.parts)]
@@ -108,6 +111,15 @@ def from_megamug(
         ))  # fmt: skip
     write_folder(output, tensors, max_shard_bytes, form.files(config, vocabulary))
     return remarks
+
+
+@contextmanager
+def _about(source: str | Path) -> Iterator[None]:
+    """What a format says of a checkpoint is told with its path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def config_of(reader: TensorReader) -> Config:

@@ -64,13 +64,17 @@ def encoder_settings(view: View, base: str) -> dict[str, object]:
     )  # fmt: skip
     missing = [key for key in needed if not isinstance(found.get(key), int)]
     if missing:
-        raise UserError(f"{view.source.path}: its config.json does not say {', '.join(missing)}; copy the whole folder")
+        raise UserError(f"its config.json does not say {', '.join(missing)}; copy the whole folder")
     for key, wanted in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
         if found.get(key, wanted) != wanted:
-            raise UserError(f"{view.source.path}: {key} is {found[key]!r}; megamug's encoder has {wanted!r}")
+            raise UserError(f"its config.json says {key} {found[key]!r}, and megamug's encoder has {wanted!r}; it does"
+                            " not convert")
     layers = blocks(view.actual, f"{base}layers.", 2 if base else 1)
     if layers != found["num_hidden_layers"]:
-        raise UserError(f"config.json says {found['num_hidden_layers']} layers and the tensors are of {layers}")
+        raise UserError(
+            f"its config.json says num_hidden_layers {found['num_hidden_layers']} and the tensors are of {layers}; copy"
+            " config.json and tensors of one model"
+        )
     pixels = view.preprocessor
     normalise = {f"data.{ours}": [float(x) for x in pixels[key]]
                  for ours, key in (("mean", "image_mean"), ("std", "image_std")) if key in pixels}  # fmt: skip

@@ -22,8 +22,9 @@ def settings(view: View) -> dict[str, object]:
     width = view.shape("decoder.decoder_embed.weight")[0]
     if found.get("decoder_intermediate_size") != 4 * width:
         raise UserError(
-            f"decoder_intermediate_size is {found.get('decoder_intermediate_size')}; the feed-forward of megamug's "
-            f"image decoder is 4 x its width = {4 * width}"
+            f"its config.json says decoder_intermediate_size {found.get('decoder_intermediate_size')}, and the "
+            f"feed-forward of megamug's image decoder is 4 x its width = {4 * width}; such a decoder does not convert: "
+            "save its encoder alone (ViTMAEModel)"
         )
     return sizes | {
         "model.image_loss_weight": 1.0,

@@ -20,11 +20,11 @@ PARTS = ("embedding.", "stack.", "output_layer.")
 def settings(module: ModuleType, view: View) -> dict[str, object]:
     """The tower that config.json tells of, and rows no longer than its positions."""
     if not view.config:
-        raise UserError(f"{view.source.path}: there is no config.json beside the tensors; copy the whole folder")
+        raise UserError("there is no config.json beside the tensors; copy the whole folder")
     try:
         tower = module.tower_config(view.config)
     except KeyError as error:
-        raise UserError(f"{view.source.path}: its config.json does not say {error}; copy the whole folder") from None
+        raise UserError(f"its config.json does not say {error}; copy the whole folder") from None
     context = min(DataConfig().context_length, tower.max_positions)
     found = {"model.kind": "decoder_lm", "data.context_length": context}
     return found | {f"lm.{key}": value for key, value in asdict(tower).items() if value is not None}
@@ -53,12 +53,13 @@ def _check(module: ModuleType, tower: TowerConfig) -> None:
     for key, values in wanted.items():
         if getattr(tower, key) not in values:
             said = " or ".join(str(value) for value in values)
-            raise UserError(f"{module.NAME} has lm.{key} {said}, and the model has {getattr(tower, key)}")
+            found = getattr(tower, key)
+            raise UserError(f"{module.NAME} has lm.{key} {said}, and the model has {found}; it does not convert")
 
 
 def vocabulary(name: str, view: View) -> int:
     if name not in view:
-        raise UserError(f"{view.source.path} holds no {name}: it is no model in this format")
+        raise UserError(f"it holds no {name}: it is no model in this format; give another --from")
     return view.shape(name)[0]
 
 

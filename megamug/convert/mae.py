@@ -32,7 +32,7 @@ def encoder_settings(view: View, prefixes: tuple[int, ...]) -> dict[str, object]
     """
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in view:
-            raise UserError(f"{view.source.path} holds no {name}: it is no vision transformer in this format")
+            raise UserError(f"it holds no {name}: it is no vision transformer in this format; give another --from")
     width, _, patch, _ = view.shape("patch_embed.proj.weight")
     return {
         "model.kind": "mug",

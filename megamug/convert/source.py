@@ -17,7 +17,7 @@ from megamug.errors import UserError
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-NESTED = ("model", "state_dict", "model_state_dict")  # under these keys training scripts keep the weights
+NESTED = ("model", "state_dict", "model_state_dict", "ema")  # under these keys training scripts keep the weights
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 

@@ -262,10 +262,10 @@ def test_config_json_that_is_not_of_these_tensors(mae_folder, tmp_path):
     shutil.copytree(mae_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for key, value, message in (
-        ("num_hidden_layers", 3, "3 layers and the tensors are of 2"),
+        ("num_hidden_layers", 3, "model: its config.json says num_hidden_layers 3 and the tensors are of 2; copy"),
         ("intermediate_size", 128, r"\[64, 32\] where the configuration wants \[128, 32\]"),
-        ("hidden_act", "relu", "hidden_act is 'relu'"),
-        ("decoder_intermediate_size", 100, "4 x its width = 192"),
+        ("hidden_act", "relu", "hidden_act 'relu'"),
+        ("decoder_intermediate_size", 100, "4 x its width = 192; .* save its encoder alone"),
     ):
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError, match=message):
