@@ -186,8 +186,17 @@ class Trainer:
             "updates": self.optimizer.updates_done(),
             "cursor": self.loader.state(),
             "identity": self.task.identity(),
+            "layout": self._layout(),
         })  # fmt: skip
         self.watchdog.beat()
+
+    def _layout(self) -> dict[str, int | bool]:
+        """What writes this checkpoint, in the words of section `parallel`; for people, as any layout reads it."""
+        parallel, world = self.config.parallel, self.world
+        return {
+            "tensor": world.tp_size, "pipeline": world.pp_size, "virtual": parallel.virtual, "data": world.dp_size,
+            "sequence": parallel.sequence, "distributed_optimizer": parallel.distributed_optimizer,
+        }  # fmt: skip
 
     def _say_hello(self) -> None:
         world, plan = self.world, self.task.plan

@@ -202,6 +202,8 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(recipe, tmp_path, monk
     states = [json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text()) for step in (1, 2, 3)]
     assert [state["updates"] for state in states] == [1, 1, 2]
     assert [state["cursor"]["samples"] for state in states] == [12, 24, 36]  # its samples are not tried again
+    layout = {"tensor": 1, "pipeline": 1, "virtual": 1, "data": 1, "sequence": False, "distributed_optimizer": False}
+    assert states[0]["layout"] == layout
     assert "step 2 skipped: loss" in log_of(run)
 
 

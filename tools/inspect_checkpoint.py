@@ -73,6 +73,7 @@ def _checkpoint(path: Path, norms: bool) -> dict:
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "optimizer": sorted({name.split(".")[1] for name in reader.optimizer_names}),
         "identity": state.get("identity"), "origin": state.get("origin") or None,
+        "layout": state.get("layout"),  # checkpoints of megamug before it was recorded, and weights alone, have none
     }  # fmt: skip
     cursor = state.get("cursor") or {}
     report["samples_seen"] = cursor.get("samples")  # pairs of images and captions, or rows of tokens
@@ -80,9 +81,6 @@ def _checkpoint(path: Path, norms: bool) -> dict:
     if config_path.is_file():
         config = load_config(config_path)
         report["model"] = config.model.kind
-        report["written_by"] = {
-            key: getattr(config.parallel, key) for key in ("tensor", "pipeline", "virtual", "data", "sequence")
-        }
         if config.model.kind != "mug" and report["samples_seen"] is not None:
             report["tokens_seen"] = report["samples_seen"] * config.data.context_length
     return report | {"tensors": _tensors(reader, reader.names, norms)}
@@ -134,9 +132,8 @@ def describe(report: dict) -> str:
     ]
     if report.get("tokens_seen") is not None:
         parts.insert(3, f"{report['tokens_seen']:,} tokens")
-    if "written_by" in report:
-        layout = ", ".join(f"{key} {value}" for key, value in report["written_by"].items())
-        parts.append(f"layout: {layout}")
+    layout = ", ".join(f"{key} {value}" for key, value in (report["layout"] or {}).items())
+    parts.append(f"layout: {layout or 'not recorded'}")
     parts.append(f"optimizer state: {', '.join(report['optimizer']) or 'none'}")
     if report["origin"]:
         parts.append(f"converted from {report['origin'].get('format', report['origin'])}")

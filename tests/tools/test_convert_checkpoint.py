@@ -264,12 +264,14 @@ def test_inspection(source, tmp_path, capsys):
 
 def test_inspection_of_a_trained_checkpoint(tmp_path, capsys):
     """Cursor, layout and optimizer state as a run on several processes leaves them."""
-    config = resolve(load_config(None, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.data=1"]))
+    config = resolve(load_config(None, ["parallel.tensor=8"]))  # of the next start: the checkpoint knows its own
+    layout = {"tensor": 2, "pipeline": 2, "virtual": 1, "data": 1, "sequence": False, "distributed_optimizer": True}
     tensors = {"encoder.x": torch.ones(3), "optimizer.exp_avg.encoder.x": torch.ones(3)}
     path = write_run(tmp_path / "run", config, [
         LazyTensor(name, (3,), torch.float32, lambda name=name: tensors[name]) for name in tensors
     ])  # fmt: skip
-    state = json.loads((path / "state.json").read_text()) | {"cursor": {"samples": 4096, "seed": 1, "fingerprint": "x"}}
+    state = json.loads((path / "state.json").read_text()) | {"layout": layout}
+    state["cursor"] = {"samples": 4096, "seed": 1, "fingerprint": "x"}
     (path / "state.json").write_text(json.dumps(state))
     assert inspect([str(tmp_path / "run")]) == 1  # damaged: the manifest knows another state.json
     out = capsys.readouterr().out
@@ -280,7 +282,11 @@ def test_inspection_of_a_trained_checkpoint(tmp_path, capsys):
     assert inspect([str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "4,096 samples seen" in out and "optimizer state: exp_avg" in out
-    assert "tensor 2, pipeline 2, virtual 1, data 1, sequence False" in out
+    assert "tensor 2, pipeline 2, virtual 1, data 1, sequence False, distributed_optimizer True" in out
+    (path / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "layout"}))  # an older one
+    remanifest(path)
+    assert inspect([str(tmp_path / "run")]) == 0
+    assert "layout: not recorded; optimizer state" in capsys.readouterr().out
     with pytest.raises(UserError, match="no checkpoint yet"):
         (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
         inspect([str(tmp_path / "empty")])
