@@ -25,7 +25,7 @@ from pathlib import Path
 
 import megamug
 from megamug import validate
-from megamug.command_line import Parser
+from megamug.command_line import Parser, world_size
 from megamug.config import load_config, resolve
 from megamug.errors import UserError
 from megamug.evaluate import DECODERS, TASKS, check_kind
@@ -137,19 +137,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run folder (run_dir of its configuration)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest complete one")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures and figures go (default: in RUN)")
-
-
-def world_size() -> int:
-    """Processes of this run, from WORLD_SIZE as torchrun sets it; one without. Raises UserError for nonsense."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"WORLD_SIZE is {text!r}, not a number of processes; start with torchrun, or unset WORLD_SIZE")
-    rank = os.environ.get("RANK")
-    if rank is None and int(text) > 1:
-        raise UserError(f"WORLD_SIZE is {text} but RANK is not set; start with torchrun, or unset WORLD_SIZE")
-    if rank is not None and not (rank.isdecimal() and int(rank) < int(text)):
-        raise UserError(f"RANK is {rank!r} but WORLD_SIZE is {text}; start with torchrun, or unset RANK and WORLD_SIZE")
-    return int(text)
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ MUG is read by one process; a language model by one, or by several that share it
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from megamug import validate_lm
 from megamug.checkpoint.store import CheckpointStore
+from megamug.command_line import world_size
 from megamug.config import Config, ParallelConfig, load_config, resolve
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
@@ -45,7 +45,8 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     Raises `UserError`: more processes than can share the model, no run, no complete checkpoint, a damaged one, another
     tokenizer.
     """
-    config = reading_layout(_read_config(Path(run_dir)), int(os.environ.get("WORLD_SIZE", 1)))
+    config = reading_layout(_read_config(Path(run_dir)), world_size())
+    validate_lm.reading(config, Path(run_dir))
     found, path = find_checkpoint(Path(run_dir), step)
     cpu_backend.apply()
     from megamug.checkpoint import saver, state

@@ -226,21 +226,26 @@ def _peak(config: Config, world) -> float | None:
 
 
 def _check_resumable(task, store: CheckpointStore) -> bool:
-    """Whether there is a checkpoint to go on from, as far as the pointer to the newest one says.
+    """Whether there is a checkpoint to go on from, as far as the newest one's `state.json` says.
 
-    Raises UserError where that is of other data, another tokenizer or arithmetic.
+    Raises UserError where that is of other data, another tokenizer or arithmetic, or holds weights alone.
 
     (That the model is the same is checked with the configuration, see `validate.run_folder`.)
     """
     from megamug.checkpoint.saver import STATE, read_state
 
-    pointer = store.root / "latest"
-    name = pointer.read_text().strip() if pointer.is_file() else ""
-    if not name or not (store.root / name / STATE).is_file():
+    newest = max(store.steps(), default=None)
+    if newest is None or not (store.path(newest) / STATE).is_file():
         return False
     try:
-        contents = read_state(store.root / name)
+        contents = read_state(store.path(newest))
     except ValueError:
         return True  # damaged: the verification that follows names it and passes it over
+    if contents.get("weights_only"):
+        run = store.root.parent
+        raise UserError(
+            f"run_dir: {run} holds weights alone (converted or fused), which no training can go on from; set run_dir to"
+            f" a new folder and model.initial={run}"
+        )
     task.check_resumable(contents)
     return True

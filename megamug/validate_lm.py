@@ -129,6 +129,15 @@ def files(config: Config) -> None:
                             f" set data.loss_on=all")
 
 
+def reading(config: Config, run_dir: Path) -> None:
+    """A vocabulary, to read a trained or converted run with; a run of MUG passes."""
+    if config.model.kind != "mug" and config.data.tokenizer is None:
+        raise UserError(
+            f"data.tokenizer is not set in {run_dir / 'config.yaml'}; write the vocabulary folder of the model there"
+            " (tools/make_vocabulary.py makes one), or convert the model again with --config data.tokenizer=FOLDER"
+        )
+
+
 def fp8(config: Config) -> None:
     """Sizes that Transformer Engine's FP8 products take."""
     needs = f"precision.fp8({config.precision.fp8})"

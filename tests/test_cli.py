@@ -13,6 +13,7 @@ import pytest
 
 import megamug
 from megamug import cli, validate
+from megamug.command_line import world_size
 from megamug.config import Config, save_config
 from megamug.errors import UserError
 
@@ -165,7 +166,7 @@ def test_nonsense_from_a_launcher(monkeypatch, environment, said):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said or "RANK is"):
-        cli.world_size()
+        world_size()
 
 
 def test_the_first_process_of_a_machine_speaks_and_all_exit_with_2(capsys, monkeypatch):

@@ -129,7 +129,7 @@ class CheckpointStore:
         """
         pointed = self._pointed()
         passed_over = []
-        for step in self._steps():
+        for step in self.steps():
             path = self.path(step)
             problems = self.verify(path)
             if not problems:
@@ -175,7 +175,7 @@ class CheckpointStore:
     def _aside(self, step: int, kind: str) -> Path:
         return self.root / f".step-{step:08d}.{kind}"
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
         """Steps that have a folder, complete or not, newest first."""
         if not self.root.is_dir():
             return []
@@ -205,7 +205,7 @@ class CheckpointStore:
         if self.keep == 0:
             return
         pointed = self._pointed()
-        complete = [step for step in self._steps() if not self.verify(self.path(step), hashes=False)]
+        complete = [step for step in self.steps() if not self.verify(self.path(step), hashes=False)]
         for step in complete[self.keep :]:
             if self.path(step).name == pointed:
                 continue

@@ -60,10 +60,12 @@ class Vocabulary:
         self.image_tokens = spec.image_grid[0] * spec.image_grid[1]  # of one image, row by row
 
     @staticmethod
-    def load(folder: str | Path) -> Vocabulary:
+    def load(folder: str | Path | None) -> Vocabulary:
         """Open a vocabulary folder. Raises `UserError` where it is none, is incomplete, or its files were changed."""
-        folder = Path(folder)
         remedy = "run: python tools/make_vocabulary.py --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER"
+        if folder is None:
+            raise UserError(f"data.tokenizer is not set; set it to the vocabulary folder of the model, or {remedy}")
+        folder = Path(folder)
         if folder.is_file():
             raise UserError(f"{folder} is a file; data.tokenizer of a language model is a vocabulary folder; {remedy}")
         if not (folder / FILE).is_file():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug import validate_lm
 from megamug.config import Config, load_config, resolve, towers
 from megamug.data.documents import Picture
 from megamug.data.verify import DEFAULT_LIMITS, Rejected, check_header
@@ -112,6 +113,7 @@ def _read_config(run_dir: Path) -> Config:
     config = resolve(load_config(path))
     if config.model.kind == "mug":
         raise UserError(f"{run_dir} is a run of MUG, which writes no documents; give it pictures with --images")
+    validate_lm.reading(config, run_dir)
     return config
 
 

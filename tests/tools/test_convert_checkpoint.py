@@ -76,6 +76,12 @@ def test_there_and_back_and_what_is_told(source, tmp_path, capsys):
     assert_same_bits({n: one.read(n) for n in one.names}, {n: two.read(n) for n in two.names})
 
 
+def test_weights_that_lie_under_another_key(tmp_path):
+    for key in ("state_dict", "ema"):
+        torch.save({key: mae(), "steps": 3}, tmp_path / f"{key}.pt")
+        assert set(ForeignTensors(tmp_path / f"{key}.pt").names) == set(mae())
+
+
 def test_unknown_and_missing_keys_are_listed_and_fatal(tmp_path):
     state = mae() | {"head.weight": torch.ones(2, 16), "head.bias": torch.ones(2)}
     del state["norm.bias"]

@@ -1,0 +1,82 @@
+"""Run folders that a command cannot use: weights alone, no vocabulary, another kind of model. One sentence, code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamug import cli
+from megamug.checkpoint.tensors import TensorReader, write_run
+from megamug.config import load_config, to_yaml
+from tests.evaluate import tiny_run
+from tests.generation import language_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data of both kinds, runs `mug` and `learned`, and `weights/mug`, `weights/learned`: the same without a cursor."""
+    folder = tmp_path_factory.mktemp("runs")
+    language_run.make_data(folder)
+    language_run.make_run("learned", folder)
+    tiny_run.make_data(folder)
+    tiny_run.make_run(tiny_run.tiny_config(folder, folder / "mug"))
+    for name in ("mug", "learned"):
+        reader = TensorReader(folder / name)
+        write_run(folder / "weights" / name, load_config(folder / name / "config.yaml"), reader.tensors(),
+                  reader.state()["identity"])  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: joined.append("joined"))
+
+    def refused(*words: object) -> str:
+        """The sentence that a command ends with, before any process group exists."""
+        code = cli.main([str(word) for word in words])
+        out, error = capsys.readouterr()
+        assert (code, out, error.count("\n"), joined) == (2, "", 1, []), (code, out, error)
+        assert error.startswith("megamug: error: ")
+        return error
+
+    return refused
+
+
+@pytest.mark.parametrize("name", ["mug", "learned"])
+@pytest.mark.parametrize("pointer", [True, False])
+def test_weights_alone_are_not_gone_on_with(folder, tmp_path, name, pointer, refused):
+    run = folder / "weights" / name
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_config(run / "config.yaml")))
+    latest = run / "checkpoints" / "latest"
+    if not pointer:
+        latest.unlink()
+    error = refused("train", tmp_path / "recipe.yaml", f"run_dir={run}")
+    assert f"run_dir: {run} holds weights alone" in error
+    assert f"set run_dir to a new folder and model.initial={run}" in error
+    latest.write_text("step-00000000\n")
+
+
+def test_a_language_model_without_a_vocabulary(folder, tmp_path, refused):
+    reader = TensorReader(folder / "learned")
+    config = load_config(folder / "learned" / "config.yaml")
+    config.data.tokenizer = None
+    write_run(tmp_path / "converted", config, reader.tensors())
+    for command in (["evaluate", "--task", "perplexity"], ["generate", "--prompt", "a"]):
+        error = refused(command[0], tmp_path / "converted", *command[1:])
+        assert f"data.tokenizer is not set in {tmp_path / 'converted' / 'config.yaml'}" in error
+
+
+def test_runs_of_another_kind(folder, refused):
+    assert "is a run of mug, whose tasks are: reconstruction, captioning" in refused(
+        "evaluate", folder / "mug", "--task", "perplexity"
+    )
+    assert "is a run of decoder_lm, whose tasks are: perplexity" in refused(
+        "evaluate", folder / "learned", "--task", "captioning"
+    )
+    assert "--prompt is not for" in refused("generate", folder / "mug", "--prompt", "a")
+    assert "--images is not for" in refused("generate", folder / "learned", "--images", folder)
