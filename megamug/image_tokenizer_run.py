@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamug.data.loader import PairLoader
+from megamug.command_line import world_size
+from megamug.data.loader import PairLoader, order_of
+from megamug.data.order import Cursor
 from megamug.data.sources import Source, resolve_sources
 from megamug.durable import replace_text, replacing
 from megamug.errors import UserError
@@ -27,6 +29,7 @@ from megamug.models.image_tokenizer_training import ImageTokenizerTrainer, Train
 from megamug.resilience import StopRequest
 from megamug.telemetry.pictures import PictureRow, save_grid
 
+STATE = Path("training", "state.pt")  # below OUTPUT
 STOPPED = 3  # exit code of a run that was asked to stop, and can be continued
 _BAD_STEPS = 10  # in a row end the run
 _SHOWN = 8  # images in round_trip.png
@@ -54,30 +57,35 @@ def train(config: ImageTokenizerConfig, options: TrainingOptions, run: RunOption
 
     Started by torchrun, each process works on its part of the batch.
     """
-    rank, size, device = _join()
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    if run.batch_size % size:
+        raise UserError(f"--batch-size {run.batch_size} is not a multiple of {size} processes; change either")
+    _check_output(run.output, config)
+    sources = resolve_sources(run.data)
+    held_out = resolve_sources(run.validation) if run.validation else []
+    description = _describe(config, options, run)
+    state = _saved_state(run.output, description)
+    if state is not None:
+        order_of(sources, options.seed).check(Cursor.from_dict(state["cursor"]))
+    device = _device()
+    trainer = ImageTokenizerTrainer(config, options, device)
     try:
-        if run.batch_size % size:
-            raise UserError(f"--batch-size {run.batch_size} is not a multiple of {size} processes; change either")
-        _check_output(run.output, config)
-        sources = resolve_sources(run.data)
-        held_out = resolve_sources(run.validation) if run.validation else []
-        trainer = ImageTokenizerTrainer(config, options, device)
-        return _Run(trainer, run, sources, held_out, rank, size).train()
+        if size > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        return _Run(trainer, run, sources, held_out, description, state, rank, size).train()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _join() -> tuple[int, int, torch.device]:
-    """(rank, processes, device). One process needs no process group."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    return rank, size, device
+def _device() -> torch.device:
+    """Of this process."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _check_output(output: Path, config: ImageTokenizerConfig) -> None:
@@ -87,22 +95,47 @@ def _check_output(output: Path, config: ImageTokenizerConfig) -> None:
         raise UserError(f"{output} holds an image tokenizer of other sizes; give another folder, or remove it")
 
 
+def _describe(config: ImageTokenizerConfig, options: TrainingOptions, run: RunOptions) -> dict[str, dict]:
+    """What must be the same for a run to be continued; the data are recognised by their cursor."""
+    described = {"sizes": asdict(config), "training": asdict(options)} | {
+        "run": {"batch_size": run.batch_size, "crop_scale": list(run.crop_scale), "flip": run.flip}
+    }
+    return json.loads(json.dumps(described))
+
+
+def _saved_state(output: Path, description: dict[str, dict]) -> dict | None:
+    """What `_Run._save` wrote, on the CPU; None where there is nothing. Raises `UserError`: damaged, another run's."""
+    path = output / STATE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = json.loads(state["description"])
+        for section, values in description.items():
+            for name, value in values.items():
+                if found[section].get(name) != value:
+                    raise UserError(
+                        f"{path}: made with {name} {found[section].get(name)!r}, now {value!r}; give the former value "
+                        "to go on, or another --output to start anew"
+                    )
+        return {key: state[key] for key in ("cursor", "trainer")}
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises what pickle, zipfile and itself raise
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove it to start anew") from None
+
+
 class _Run:
     def __init__(
         self, trainer: ImageTokenizerTrainer, run: RunOptions, sources: list[Source], held_out: list[Source],
-        rank: int, size: int,
+        description: dict[str, dict], state: dict | None, rank: int, size: int,
     ) -> None:  # fmt: skip
         self.trainer, self.run, self.sources, self.held_out = trainer, run, sources, held_out
-        self.rank, self.size = rank, size
-        self.folder = run.output / "training"
-        # what must be the same for a run to be continued; the data are recognised by their cursor
-        self.description = {"sizes": asdict(trainer.config), "training": asdict(trainer.options)} | {
-            "run": {"batch_size": run.batch_size, "crop_scale": list(run.crop_scale), "flip": run.flip}
-        }
+        self.description, self.state, self.rank, self.size = description, state, rank, size
 
     def train(self) -> int:
         run, steps = self.run, self.trainer.options.steps
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (run.output / STATE).parent.mkdir(parents=True, exist_ok=True)
         cursor = self._resume()
         if self.trainer.step >= steps:
             self._say(f"{run.output}: trained for {steps} steps already")
@@ -205,32 +238,20 @@ class _Run:
         if self.rank:
             return
         state = {"description": json.dumps(self.description), "cursor": cursor, "trainer": self.trainer.state_dict()}
-        with replacing(self.folder / "state.pt") as file:
+        with replacing(self.run.output / STATE) as file:
             torch.save(state, file)
 
     def _resume(self) -> dict | None:
         """The cursor of the saved state, which is loaded; None where there is none."""
-        path = self.folder / "state.pt"
-        if not path.exists():
+        state, self.state = self.state, None
+        if state is None:
             return None
-        try:
-            state = torch.load(path, map_location=self.trainer.device, weights_only=True)
-            found, cursor, trainer = json.loads(state["description"]), state["cursor"], state["trainer"]
-        except Exception as error:  # torch.load raises what pickle, zipfile and itself raise
-            raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove it to start anew") from None
-        for section, values in json.loads(json.dumps(self.description)).items():
-            for name, value in values.items():
-                if found[section].get(name) != value:
-                    raise UserError(
-                        f"{path}: made with {name} {found[section].get(name)!r}, now {value!r}; give the former value "
-                        "to go on, or another --output to start anew"
-                    )
-        self.trainer.load_state_dict(trainer)
+        self.trainer.load_state_dict(state["trainer"])
         if self.rank == 0 and (metrics := self.run.output / "metrics.jsonl").exists():
             lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= self.trainer.step]
             replace_text(metrics, "".join(line + "\n" for line in lines))
-        self._say(f"resumed from {path} at step {self.trainer.step}")
-        return cursor
+        self._say(f"resumed from {self.run.output / STATE} at step {self.trainer.step}")
+        return state["cursor"]
 
     def _log(self, values: dict[str, float]) -> None:
         usage, perplexity = self.trainer.statistics.usage()

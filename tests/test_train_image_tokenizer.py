@@ -106,6 +106,15 @@ def test_mistakes_end_in_one_sentence(shards, trained, tmp_path):
         code, _, error = run(shards, output, more)
         assert code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1, error
 
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "0"}), mock.patch.object(
+        torch.distributed, "init_process_group", side_effect=AssertionError("there was a process group")
+    ):  # fmt: skip
+        refused(tmp_path / "new", "--batch-size 3", "--batch-size 3 is not a multiple of 2 processes")
+        refused(copy, "--seed 5", "made with seed 1, now 5")
+        refused(tmp_path / "new", "--perceptual-weights /absent.pth", "/absent.pth: no such file")
+        refused(copy, f"--validation {tmp_path}", "no .tar shards in there")
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "two"}):
+        refused(copy, "", "WORLD_SIZE is 'two'")
     refused(copy, "--learning-rate 0.5", "made with learning_rate 0.001, now 0.5")
     refused(copy, "--codes 9", "other sizes")
     refused(tmp_path / "file", "", "is a file")

@@ -114,15 +114,15 @@ class ImageTokenizerTrainer:
         self.config, self.options, self.device = config, options, torch.device(device)
         if options.adversarial_weight and config.image_size < 32:
             raise UserError(f"image tokenizer: {config.image_size} pixels a side are too few for the discriminator")
+        self.perceptual = PerceptualLoss(options.perceptual_weights) if options.perceptual_weights else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.model = initialise(ImageTokenizer(config)).to(self.device)
             self.discriminator = PatchDiscriminator().to(self.device) if options.adversarial_weight else None
         self.model.quantize.embedding.weight.requires_grad_(options.codebook == "gradient")
         self.statistics = CodebookStatistics(self.model, options)
-        self.perceptual = None
-        if options.perceptual_weights:
-            self.perceptual = PerceptualLoss(options.perceptual_weights).to(self.device)
+        if self.perceptual is not None:
+            self.perceptual.to(self.device)
         self.optimizers = {"model": self._optimizer(self.model)}
         if self.discriminator is not None:
             self.optimizers["discriminator"] = self._optimizer(self.discriminator)
