@@ -27,6 +27,7 @@ import megamug
 from megamug import validate
 from megamug.command_line import Parser, world_size
 from megamug.config import load_config, resolve
+from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.evaluate import DECODERS, TASKS, check_kind
 
@@ -294,8 +295,8 @@ def _check_run(arguments: argparse.Namespace) -> None:
     if step is not None and step not in steps:
         nearest = min(steps, key=lambda there: abs(there - step))
         raise UserError(f"{run} has no checkpoint of step {step}; the nearest is --checkpoint {nearest}")
-    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
-        raise UserError(f"--output: {arguments.output} is a file; name a folder")
+    if problem := folder_problem(arguments.output or run):
+        raise UserError(f"--output: {problem}; name another folder")
 
 
 def _speaks() -> bool:

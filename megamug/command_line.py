@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.ranges import Range
 
@@ -48,6 +49,23 @@ def number(kind: type, allowed: Range) -> Callable[[str], float]:
 
 
 COUNT, FROM_ZERO = number(int, Range(1)), number(int, Range(0))
+
+
+def output_folder(text: str) -> Path:
+    """A `type` for argparse: a folder that is there or can be made, and written into."""
+    path = Path(text)
+    if problem := folder_problem(path):
+        raise argparse.ArgumentTypeError(f"{problem}; name another folder")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """A `type` for argparse: a file that can be written, in a folder that is there or can be made."""
+    path = Path(text)
+    problem = f"{path} is a folder" if path.is_dir() else folder_problem(path.parent)
+    if problem:
+        raise argparse.ArgumentTypeError(f"{problem}; name another file")
+    return path
 
 
 def new_file(text: str) -> Path:

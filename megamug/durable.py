@@ -9,6 +9,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def folder_problem(path: Path) -> str | None:
+    """Why nothing can be written into `path`, a folder that is there or shall be made; None where it can."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.exists():
+        return f"{there} is a link to {os.readlink(there)}, which does not exist"
+    if not there.is_dir():
+        return f"{path} is a file" if there == path.absolute() else f"{path} lies below {there}, which is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} is not writable by this user"
+    return None
+
+
 def fsync_folder(path: Path) -> None:
     """Make the entries of folder `path` (names, renames, removals) durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

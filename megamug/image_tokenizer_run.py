@@ -122,7 +122,7 @@ def _saved_state(output: Path, description: dict[str, dict]) -> dict | None:
     except UserError:
         raise
     except Exception as error:  # torch.load raises what pickle, zipfile and itself raise
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove it to start anew") from None
+        raise UserError(f"{path}: damaged ({type(error).__name__}); remove it to start anew") from None
 
 
 class _Run:

@@ -45,7 +45,7 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     Raises `UserError`: more processes than can share the model, no run, no complete checkpoint, a damaged one, another
     tokenizer.
     """
-    config = reading_layout(_read_config(Path(run_dir)), world_size())
+    config = reading_layout(read_config(Path(run_dir)), world_size())
     validate_lm.reading(config, Path(run_dir))
     found, path = find_checkpoint(Path(run_dir), step)
     cpu_backend.apply()
@@ -122,7 +122,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> tuple[int, Path]:
     return step, path
 
 
-def _read_config(run_dir: Path) -> Config:
+def read_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give run_dir of the configuration")

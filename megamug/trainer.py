@@ -32,8 +32,9 @@ def train(config: Config) -> int:
     from megamug.models.tasks import make_task
 
     task = make_task(config)
+    task.check_data()  # this and the next, before any process group exists
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
-    if not _check_resumable(task, store) and config.model.initial is not None:  # before any process group exists
+    if not _check_resumable(task, store) and config.model.initial is not None:
         initial.check(config, task)
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     log_path = setup_logging(config.run_dir, world.rank)

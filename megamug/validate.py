@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megamug import validate_lm
 from megamug.config import Config, load_config, resolve
+from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.models.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.ranges import check_keys, check_values
@@ -267,12 +268,8 @@ def vocabulary(config: Config) -> None:
 def run_folder(config: Config) -> None:
     """RUN can be written, and holds no run of another model."""
     run = Path(config.run_dir)
-    there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    if not there.is_dir():
-        what = "is a file" if there == run.absolute() else f"lies below {there}, which is a file"
-        raise UserError(f"run_dir: {run} {what}; set run_dir to a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"run_dir: {there} is not writable by this user; set run_dir to a folder that is")
+    if problem := folder_problem(run):
+        raise UserError(f"run_dir: {problem}; set run_dir to another folder")
     written = run / "config.yaml"
     if written.exists() and any((run / "checkpoints").glob("step-*")):
         before, now = model_identity(resolve(load_config(written))), model_identity(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from megamug import cli
 from megamug.checkpoint.tensors import TensorReader, write_run
 from megamug.config import load_config, to_yaml
+from megamug.data.vocabulary import make_vocabulary
+from tests.data.language import some_documents, write_set
 from tests.evaluate import tiny_run
 from tests.generation import language_run
 
@@ -69,6 +73,46 @@ def test_a_language_model_without_a_vocabulary(folder, tmp_path, refused):
     for command in (["evaluate", "--task", "perplexity"], ["generate", "--prompt", "a"]):
         error = refused(command[0], tmp_path / "converted", *command[1:])
         assert f"data.tokenizer is not set in {tmp_path / 'converted' / 'config.yaml'}" in error
+
+
+def test_damaged_documents_and_those_of_another_vocabulary(folder, tmp_path, refused):
+    """Of the index, of the tokens, of held-out documents; `evaluate` looks at its own before it loads a model."""
+    damaged, recipe = tmp_path / "damaged", tmp_path / "recipe.yaml"
+    shutil.copytree(folder / "documents", damaged)
+    config = load_config(folder / "learned" / "config.yaml")
+    config.run_dir = str(tmp_path / "run")
+    recipe.write_text(to_yaml(config))
+    (damaged / "documents.idx").write_bytes(b"?" * 200)
+    for key in ("data.train", "data.validation"):
+        assert "documents.idx: not a whole index" in refused("train", recipe, f"{key}={damaged}")
+    assert "not a whole index" in refused("evaluate", folder / "learned", "--task", "perplexity", "--data", damaged)
+    other = make_vocabulary(folder / "t.model", folder / "vq", 9, tmp_path / "other")
+    write_set(tmp_path / "documents", other, some_documents(other, 3))
+    error = refused("evaluate", folder / "learned", "--task", "perplexity", "--data", tmp_path / "documents")
+    assert "tokenised with another vocabulary" in error
+    assert "leaves no room beside" in refused("train", recipe, "data.cm3_spans=500")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_written_are_found_before_the_work(folder, tmp_path, refused):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for run, words in (("learned", ["evaluate", "--task", "perplexity"]), ("learned", ["generate", "--prompt", "a"]),
+                       ("mug", ["evaluate", "--task", "captioning"])):  # fmt: skip
+        below = refused(words[0], folder / run, *words[1:], "--output", tmp_path / "file" / "x")
+        assert f"--output: {tmp_path / 'file' / 'x'} lies below" in below and "name another folder" in below
+        link = refused(words[0], folder / run, *words[1:], "--output", tmp_path / "link")
+        assert f"--output: {tmp_path / 'link'} is a link to {tmp_path / 'nowhere'}, which does not exist" in link
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_config(folder / "mug" / "config.yaml")))
+    error = refused("train", tmp_path / "recipe.yaml", f"run_dir={tmp_path / 'link'}")
+    assert "run_dir: " in error and "which does not exist; set run_dir to another folder" in error
+
+
+def test_images_without_their_decoder(folder, tmp_path, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_config(folder / "mug" / "config.yaml")))
+    error = refused("train", tmp_path / "recipe.yaml", f"run_dir={tmp_path / 'run'}")
+    assert "images are decoded by NVIDIA DALI, which does not import" in error
 
 
 def test_runs_of_another_kind(folder, refused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import runpy
 import sys
@@ -74,9 +75,38 @@ def test_benchmarks(words):
     assert f"argument {words[1]}: {words[2]} must be at least 1" in refused("benchmark", *words)
 
 
+def test_an_unknown_preset_is_told_before_any_contestant_starts():
+    assert "there is no preset 'vit_b61'; the nearest is " in refused("benchmark", "mug", "--preset", "vit_b61")
+
+
 def test_where_a_benchmark_writes_is_looked_at_first(tmp_path):
-    assert "is not a file in a folder that exists" in refused("benchmark", "mug", "--output", tmp_path)
-    assert "is not a file in a folder that exists" in refused("benchmark", "jam", "--output", tmp_path / "no" / "x")
+    assert "is not a file in a folder that exists" in refused("benchmark", "mug", "--json", tmp_path)
+    assert "is not a file in a folder that exists" in refused("benchmark", "jam", "--json", tmp_path / "no" / "x")
+
+
+@pytest.mark.parametrize("tool", ["make_shards", "make_vocabulary", "tokenize_documents", "train_image_tokenizer",
+                                  "fuse_towers", "make_demo_data", "make_demo_documents", "convert_checkpoint",
+                                  "train_tokenizer"])  # fmt: skip
+def test_an_output_that_cannot_be_written(tool, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    words = {"convert_checkpoint": ["--from", "mae", "--to", "megamug", "source"], "make_demo_data": [],
+             "make_demo_documents": []}.get(tool, ["source", "--output"])  # fmt: skip
+    for path, said in (("file/x", "is a file"), ("link/x", "link is a link to")):
+        message = refused(tool, *words, tmp_path / path)
+        assert said in message and "name another" in message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard.tar"))
+
+    monkeypatch.setattr("megamug.data.demo.make_demo_data", full)
+    assert refused("make_demo_data", tmp_path / "new") == (
+        f"error: {tmp_path / 'shard.tar'}: No space left on device; make room, then repeat the command\n"
+    )
 
 
 def test_devices(monkeypatch):

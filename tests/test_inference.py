@@ -68,8 +68,10 @@ def test_what_cannot_be_read_is_told(saved, tmp_path, monkeypatch):
     save_config(config)
     told(tmp_path / "new", "no complete checkpoint; train first")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     told(run_dir, "without torchrun")
     monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
 
     state = run_dir / "checkpoints" / f"step-{STEP:08d}" / "state.json"
     before = state.read_text()

@@ -20,7 +20,7 @@ from megamug.distributed.cpu_backend import import_megatron  # noqa: E402
 import_megatron()  # without its advice
 
 from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
-from megamug.command_line import Parser  # noqa: E402
+from megamug.command_line import Parser, output_folder  # noqa: E402
 from megamug.convert.conversion import (  # noqa: E402
     config_of,
     from_megamug,
@@ -29,6 +29,7 @@ from megamug.convert.conversion import (  # noqa: E402
     to_megamug,
 )
 from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named  # noqa: E402
+from megamug.data.tooling import run_tool  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
                f"image tokenizers:\n  {' '.join(IMAGE_TOKENIZERS)}",
     )  # fmt: skip
     parser.add_argument("source", help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")
-    parser.add_argument("output", help="a folder that does not exist yet")
+    parser.add_argument("output", type=output_folder, help="a folder that does not exist yet")
     parser.add_argument("--from", dest="source_format", required=True, metavar="FORMAT")
     parser.add_argument("--to", dest="output_format", required=True, metavar="FORMAT")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="of the run that is written")
@@ -88,8 +89,4 @@ def convert(options: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(lambda: main(sys.argv[1:]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser
+from megamug.command_line import COUNT, FROM_ZERO, Parser, output_folder
 from megamug.data.tooling import Progress, run_tool
 from megamug.distributed.cpu_backend import import_megatron
 from megamug.errors import UserError
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("text_run", metavar="TEXT_RUN", type=Path, help="the parent that knows text")
     parser.add_argument("image_run", metavar="IMAGE_RUN", type=Path, help="the parent that knows text with images")
     parser.add_argument("--kind", choices=("uniform", "width", "cross"), required=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="the run folder to write")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="RUN", help="the run folder to write")
     parser.add_argument("--vocabulary", type=Path, metavar="FOLDER", help="default: TEXT_RUN's data.tokenizer")
     width = parser.add_argument_group("--kind width")
     width.add_argument("--off-diagonal", choices=("copy", "average"), help="blocks between the parents (default copy)")

@@ -19,6 +19,7 @@ from megamug.checkpoint.tensors import TensorReader  # noqa: E402
 from megamug.command_line import Parser  # noqa: E402
 from megamug.config import load_config  # noqa: E402
 from megamug.convert.source import ForeignTensors  # noqa: E402
+from megamug.data.tooling import run_tool  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def inspect(path: Path, norms: bool = False) -> dict:
     """What is in `path`; only what is sound of a damaged checkpoint. Raises UserError where there is no checkpoint."""
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         return _run(path, norms)
     if STEP_FOLDER.fullmatch(path.name) and path.is_dir():
         return _checkpoint(path, norms)
@@ -57,7 +58,7 @@ def _run(path: Path, norms: bool) -> dict:
         if not problems[store.path(step).name] and newest is None:
             newest = store.path(step)
     if not problems:
-        raise UserError(f"{path} has no checkpoint yet")
+        raise UserError(f"{path} has no checkpoint yet; train first: megamug train {path / 'config.yaml'}")
     report = _checkpoint(newest, norms) if newest else {"path": str(path), "kind": "megamug", "complete": False}
     return report | {"checkpoints": {name: found or "complete" for name, found in problems.items()}}
 
@@ -141,8 +142,4 @@ def describe(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"inspect_checkpoint: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(lambda: sys.exit(main(sys.argv[1:])))

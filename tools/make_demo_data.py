@@ -6,7 +6,7 @@ captions. The same arguments give the same bytes; an interrupted call is continu
 
 from __future__ import annotations
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser
+from megamug.command_line import COUNT, FROM_ZERO, Parser, output_folder
 from megamug.data.demo import DemoParameters, make_demo_data
 from megamug.data.indexing import index_paths, summary
 from megamug.data.tooling import run_tool
@@ -15,7 +15,7 @@ from megamug.data.tooling import run_tool
 def main() -> None:
     parser = Parser(description=__doc__)
     default = DemoParameters()
-    parser.add_argument("output", metavar="OUTPUT", help="a new folder")
+    parser.add_argument("output", type=output_folder, metavar="OUTPUT", help="a new folder")
     parser.add_argument("--train", type=COUNT, default=default.train, help="scenes to train on (default %(default)s)")
     parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held-out scenes (default %(default)s)")
     parser.add_argument("--seed", type=FROM_ZERO, default=default.seed, help="of the scenes (default %(default)s)")

@@ -7,7 +7,7 @@ same arguments give the same bytes; an interrupted call is continued by repeatin
 
 from __future__ import annotations
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser
+from megamug.command_line import COUNT, FROM_ZERO, Parser, output_folder
 from megamug.data.demo_documents import DemoDocuments, make_demo_documents
 from megamug.data.tooling import run_tool
 
@@ -15,7 +15,7 @@ from megamug.data.tooling import run_tool
 def main() -> None:
     parser = Parser(description=__doc__)
     default = DemoDocuments()
-    parser.add_argument("output", metavar="OUTPUT", help="a new folder")
+    parser.add_argument("output", type=output_folder, metavar="OUTPUT", help="a new folder")
     parser.add_argument("--text", type=COUNT, default=default.text, help="texts to train on (default %(default)s)")
     parser.add_argument("--instructions", type=COUNT, default=default.instructions, help="(default %(default)s)")
     parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held out of each (default %(default)s)")

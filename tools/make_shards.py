@@ -6,7 +6,7 @@ SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the
 
 from __future__ import annotations
 
-from megamug.command_line import COUNT, Parser
+from megamug.command_line import COUNT, Parser, output_folder
 from megamug.data.indexing import index_paths, summary
 from megamug.data.packing import make_shards
 from megamug.data.tooling import run_tool
@@ -15,7 +15,7 @@ from megamug.data.tooling import run_tool
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="a folder of images and captions, or a .tsv file")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards go")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="where the shards go")
     parser.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar (default %(default)s)")
     parser.add_argument("--shard-size", type=COUNT, default=10000, metavar="N", help="pairs each (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this prefix in FOLDER")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megamug.command_line import COUNT, Parser
+from megamug.command_line import COUNT, Parser, output_folder
 from megamug.data.tooling import run_tool
 from megamug.data.vocabulary import make_vocabulary
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
     parser.add_argument("--image-tokenizer", type=Path, metavar="FOLDER", help="of tools/train_image_tokenizer.py")
     parser.add_argument("--sentinels", type=COUNT, default=512, metavar="N", help="marks of masked spans (default 512)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the vocabulary to write")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="the vocabulary to write")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER where it holds another vocabulary")
     args = parser.parse_args()
     made = make_vocabulary(args.text, args.image_tokenizer, args.sentinels, args.output, overwrite=args.overwrite)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser, device
+from megamug.command_line import COUNT, FROM_ZERO, Parser, device, output_folder
 from megamug.data.document_tokenizer import tokenize_documents
 from megamug.data.documents import PAIR_ORDERS
 from megamug.data.tooling import run_tool
@@ -20,7 +20,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("shards", metavar="SHARDS", nargs="+", help="a folder of .tar shards, a glob or a shard")
     parser.add_argument("--vocabulary", type=Path, required=True, metavar="FOLDER", help="of tools/make_vocabulary.py")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--pair-order", choices=PAIR_ORDERS, default="random", help="of a pair (default %(default)s)")
     parser.add_argument("--seed", type=FROM_ZERO, default=1, help="of the random order of pairs (default %(default)s)")
     parser.add_argument("--workers", type=COUNT, help="processes at work (default: one per core)")

@@ -9,9 +9,8 @@ SIGTERM (exit code 3), is continued by the same command. Under torchrun the proc
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser, number
+from megamug.command_line import COUNT, FROM_ZERO, Parser, number, output_folder
 from megamug.data.tooling import run_tool
 from megamug.errors import UserError
 from megamug.image_tokenizer_run import RunOptions, train
@@ -62,7 +61,7 @@ def _parser() -> Parser:
         where.add_argument(name, type=type_, default=default, help=f"{text} (default %(default)s)", **more)
 
     parser.add_argument("data", nargs="+", metavar="DATA", help="a folder of indexed .tar shards, a glob or a shard")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the tokenizer goes")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="for the tokenizer")
     parser.add_argument("--validation", nargs="+", default=[], metavar="DATA", help="held-out shards: error, picture")
     size = parser.add_argument_group("sizes")
     add(size, "--image-size", COUNT, sizes.image_size, "pixels a side")

@@ -9,9 +9,8 @@ piece.
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
-from megamug.command_line import COUNT, Parser
+from megamug.command_line import COUNT, Parser, output_file
 from megamug.data.documents import iterate_texts, open_shard
 from megamug.data.shards import find_index, index_command
 from megamug.data.sources import find_shards, resolve_sources
@@ -23,7 +22,7 @@ from megamug.errors import UserError
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("paths", metavar="PATH", nargs="+", help="a folder of .tar shards, a glob or a shard")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the SentencePiece model to write")
+    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the model to write")
     parser.add_argument("--vocab-size", type=COUNT, required=True, metavar="N", help="pieces at most, with 256 bytes")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is another model")
     args = parser.parse_args()

@@ -225,5 +225,7 @@ def _reason(message: str) -> str:
         match = re.search(pattern, message)
         if match:
             return f"names {match[1]}"
+    if match := re.search(r"Unsupported operand \d+", message):
+        return f"is damaged, or no file of tensors: it holds something unknown ({match[0]})"
     clauses = [line.strip() for line in message.splitlines() if "WeightsUnpickler error:" in line]
     return f"asks for something unknown ({clauses[0] if clauses else message.splitlines()[0].strip()})"

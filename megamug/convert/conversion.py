@@ -168,7 +168,12 @@ def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str
 
 def _configure(form: Format, view: View, overrides: list[str]) -> Config:
     given = {override.partition("=")[0].strip() for override in overrides}
-    settings = form.settings(view)
+    try:
+        settings = form.settings(view)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # of another type than it should be
+        raise UserError(f"its config.json is not what the library writes ({error}); copy the whole folder") from None
     settings["precision.dtype"] = (
         "bf16" if all(view.dtype(name) == torch.bfloat16 for name in view.actual) else "fp32"
     )
@@ -268,10 +273,11 @@ def image_tokenizer_to_megamug(
                 "norm_groups=NUMBER can be said"
             )
     if "image_size" not in options:
-        raise UserError("the side of the images is not in the file; say it: --config image_size=PIXELS")
+        raise UserError(f"{source}: the side of the images is not in the file; say it: --config image_size=PIXELS")
     if Path(output).exists():
         raise UserError(f"{output} exists; choose another folder, or remove it")
-    found, _ = find_layout(ForeignTensors(source).names)
+    with _about(source):
+        found, _ = find_layout(ForeignTensors(source).names)
     if found != layout:
         raise UserError(f"{source} is laid out as {found}, not {layout}: --from vq_{found}")
     tokenizer = import_image_tokenizer(source, output, **options)

@@ -37,6 +37,11 @@ def as_it_is(name: str) -> str:
     return name
 
 
+def is_count(value: object) -> bool:
+    """Whether a value of JSON is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 @dataclass(frozen=True)
 class Format:
     """A foreign format.

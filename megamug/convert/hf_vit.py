@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megamug.config import Config
-from megamug.convert.formats import Format, View, as_it_is
+from megamug.convert.formats import Format, View, as_it_is, is_count
 from megamug.convert.table import Row
 from megamug.convert.vit import LayerNames, blocks, encoder, no_registers, positions
 from megamug.errors import UserError
@@ -62,9 +62,9 @@ def encoder_settings(view: View, base: str) -> dict[str, object]:
     needed = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"
     )  # fmt: skip
-    missing = [key for key in needed if not isinstance(found.get(key), int)]
+    missing = [key for key in needed if not is_count(found.get(key))]
     if missing:
-        raise UserError(f"its config.json does not say {', '.join(missing)}; copy the whole folder")
+        raise UserError(f"its config.json has no whole number above 0 for {', '.join(missing)}; copy the whole folder")
     for key, wanted in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
         if found.get(key, wanted) != wanted:
             raise UserError(f"its config.json says {key} {found[key]!r}, and megamug's encoder has {wanted!r}; it does"

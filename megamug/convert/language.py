@@ -8,12 +8,16 @@ from types import ModuleType
 
 from megamug.config import Config, TowerConfig
 from megamug.convert import llama, opt
-from megamug.convert.formats import Format, View
+from megamug.convert.formats import Format, View, is_count
 from megamug.convert.table import Row
 from megamug.errors import UserError
 from megamug.models.shapes import padded_vocabulary
 from megamug.sections import DataConfig
 
+COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "ffn_dim", "word_embed_proj_dim", "max_position_embeddings", "vocab_size",
+)  # fmt: skip
 PARTS = ("embedding.", "stack.", "output_layer.")
 
 
@@ -21,6 +25,12 @@ def settings(module: ModuleType, view: View) -> dict[str, object]:
     """The tower that config.json tells of, and rows no longer than its positions."""
     if not view.config:
         raise UserError("there is no config.json beside the tensors; copy the whole folder")
+    wrong = [key for key in COUNTS if view.config.get(key) is not None and not is_count(view.config[key])]
+    if wrong:
+        raise UserError(
+            f"its config.json says {wrong[0]} {view.config[wrong[0]]!r} where a whole number above 0 belongs; copy the"
+            " whole folder again"
+        )
     try:
         tower = module.tower_config(view.config)
     except KeyError as error:

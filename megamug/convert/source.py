@@ -123,6 +123,8 @@ def _files(path: Path) -> list[Path]:
             return [path / file for file in files]
         if (path / whole).is_file():
             return [path / whole]
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run folder of megamug, not another library's; say --from megamug")
     raise UserError(f"{path} holds none of {', '.join((*WHOLE, *INDEXES))}; name the file itself")
 
 

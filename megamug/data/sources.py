@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,17 @@ class Source:
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The tar files that `path` (a folder, a glob or a file) names, sorted. Raises `UserError` where there is none."""
-    text = str(path)
+    """The tar files that `path` (a folder, a glob or a file) names, sorted. Raises `UserError` where there is none, and
+    where one is a link that leads nowhere: nobody should train on fewer data than are named."""
+    shards = _named(str(path))
+    for shard in shards:
+        if shard.is_symlink() and not shard.exists():
+            raise UserError(f"{shard} is a link to {os.readlink(shard)}, which does not exist; restore that, or remove"
+                            " the link")
+    return shards
+
+
+def _named(text: str) -> list[Path]:
     if Path(text).is_dir():
         shards = sorted(Path(text).glob("*.tar"))
         if not shards:
@@ -53,7 +63,8 @@ def find_shards(path: str | Path) -> list[Path]:
     if Path(text).is_file():
         return [Path(text)]
     if any(character in text for character in "*?["):
-        shards = sorted(Path(match) for match in glob.glob(text, recursive=True) if Path(match).is_file())
+        matches = map(Path, glob.glob(text, recursive=True))
+        shards = sorted(match for match in matches if match.is_file() or match.is_symlink() and not match.exists())
         if not shards:
             raise UserError(f"{text}: no file matches; give a folder of .tar shards, a glob or a list of those")
         return shards

@@ -44,6 +44,8 @@ def run_task(
 
     if task not in TASKS:
         raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+    if task == "perplexity":
+        _check_documents(Path(run_dir), data)
     with load_run(run_dir, step) as run:
         config = run.config
         check_kind(task, config.model.kind, run_dir)
@@ -72,6 +74,20 @@ def run_task(
     lines = [*table(figures), f"figures: {path}", *(f"picture: {picture}" for picture in figures.get("pictures", []))]
     print("\n".join(lines), file=sys.stderr)
     return figures
+
+
+def _check_documents(run_dir: Path, data: object) -> None:
+    """Raises UserError where the documents cannot be read, or are of another vocabulary than the run."""
+    from megamug import validate_lm
+    from megamug.data.indexed import open_documents
+    from megamug.data.vocabulary import Vocabulary
+    from megamug.inference import read_config
+
+    config = read_config(run_dir)
+    validate_lm.reading(config, run_dir)
+    sets = config.data.validation if data is None else data
+    if config.model.kind != "mug" and sets is not None:
+        open_documents(sets, Vocabulary.load(config.data.tokenizer))
 
 
 def check_kind(task: str, kind: str, run_dir: str | Path) -> None:

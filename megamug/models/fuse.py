@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamug import validate_lm
 from megamug.checkpoint.saver import read_state
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.config import Config, load_config, resolve
@@ -124,6 +125,7 @@ def cross(text: Parent, image: Parent, fusion: FusionConfig, first_code: int, se
     config.text_tower, config.image_tower = copy.deepcopy(text.config.lm), copy.deepcopy(image.config.lm)
     config.fusion = copy.deepcopy(fusion)
     config = resolve(config)
+    validate_lm.fusion(config)
     return Fusion(config, list(cross_tensors(text.reader, image.reader, config, first_code, seed)))
 
 

@@ -63,7 +63,8 @@ def _load_vgg(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give torchvision's vgg16-*.pth, or no perceptual weights") from None
     except Exception as error:  # torch.load raises what pickle, zipfile and itself raise
-        raise UserError(f"{path}: not a file of torch weights ({type(error).__name__}: {error})") from None
+        kind = type(error).__name__
+        raise UserError(f"{path}: not a file of torch weights ({kind}); give torchvision's vgg16-*.pth") from None
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: holds a {type(tensors).__name__}, not the state dict of torchvision's VGG-16")
     return tensors

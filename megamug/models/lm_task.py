@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -67,7 +68,16 @@ class LmTask(Task):
             max_samples=max_samples,
         )
 
+    def check_data(self) -> None:
+        self.order()
+        if self.config.data.validation is not None:
+            self.documents(train=False)
+
     def order(self) -> GlobalOrder:
+        return self._order
+
+    @cached_property
+    def _order(self) -> GlobalOrder:
         data, seed = self.config.data, self.config.seed
         makers = row_makers(
             self.documents(train=True), self.vocabulary, context_length=data.context_length, cm3_spans=data.cm3_spans,

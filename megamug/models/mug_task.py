@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megamug.config import Config
+from megamug.data.dali import load_dali
 from megamug.data.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.order import GlobalOrder
 from megamug.data.random import random_masks
@@ -66,6 +67,10 @@ class MugTask(Task):
             state=state,
             max_samples=max_samples,
         )
+
+    def check_data(self) -> None:
+        """The shards are checked with the configuration; this is what decodes their images."""
+        load_dali()
 
     def order(self) -> GlobalOrder:
         return order_of(resolve_sources(self.config.data.train), self.config.seed)

@@ -51,6 +51,10 @@ class Task:
         """Of the training samples. Raises UserError where the data are missing or damaged."""
         raise NotImplementedError
 
+    def check_data(self) -> None:
+        """Raises UserError where the data, held-out ones too, cannot be read. Before any process group exists."""
+        raise NotImplementedError
+
     def check_resumable(self, contents: dict) -> None:
         """Raises UserError where a checkpoint's `state.json` belongs to another identity (see there) or other data."""
         before = contents["identity"]

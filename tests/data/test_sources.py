@@ -33,3 +33,10 @@ def test_what_is_wrong_is_said(value, message):
 def test_a_folder_without_shards(tmp_path):
     with pytest.raises(UserError, match=r"no \.tar shards"):
         resolve_sources(str(tmp_path))
+
+
+def test_a_link_that_leads_nowhere_is_told_not_passed_over(tmp_path):
+    (tmp_path / "a.tar").symlink_to(tmp_path / "gone.tar")
+    for value in (tmp_path, tmp_path / "*.tar"):
+        with pytest.raises(UserError, match=r"a\.tar is a link to .*gone\.tar, which does not exist; restore that"):
+            resolve_sources(str(value))

@@ -328,5 +328,9 @@ def test_the_tool_writes_a_run_that_starts_a_training(parents, world, vocabulary
     assert code == 2 and "holds a run already" in said
     code, said = tool(monkeypatch, capsys, one, other, "--kind", "uniform", "--output", tmp_path / "u")
     assert code == 2 and "error: lm.layers is 2" in said and not (tmp_path / "u").exists()
+    code, said = tool(monkeypatch, capsys, one, other, "--kind", "cross", "--cross-every", 9, "--output",
+                      tmp_path / "c")  # fmt: skip
+    assert code == 2 and "cross_every(9) is more than the shallower tower's layers" in said
+    assert not (tmp_path / "c").exists()
     code, said = tool(monkeypatch, capsys, one, one, "--kind", "width", "--no-ffn", "--output", tmp_path / "w")
     assert code == 2 and "--no-ffn means nothing to --kind width" in said

@@ -82,6 +82,36 @@ def test_weights_that_lie_under_another_key(tmp_path):
         assert set(ForeignTensors(tmp_path / f"{key}.pt").names) == set(mae())
 
 
+@pytest.mark.parametrize("form, key, value, said", [
+    ("hf_llama", "hidden_size", "many", "says hidden_size 'many' where a whole number above 0 belongs"),
+    ("hf_llama", "num_attention_heads", 0, "says num_attention_heads 0 where"),
+    ("hf_llama", "rope_parameters", [1], "is not what the library writes"),
+    ("hf_vit", "patch_size", -4, "no whole number above 0 for patch_size"),
+    ("hf_vit", "layer_norm_eps", "small", "is not what the library writes"),
+])  # fmt: skip
+def test_sizes_of_another_type_in_config_json(tmp_path, form, key, value, said):
+    sizes = dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "patch_size"), 4)
+    sizes |= {"num_hidden_layers": 1, "image_size": 8, "max_position_embeddings": 16, "vocab_size": 4, key: value}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    save_file({"model.embed_tokens.weight": torch.ones(4, 4), "layers.0.x": torch.ones(1)},
+              tmp_path / "model" / "model.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'}: its config.json .*{said}"):
+        convert(["--from", form, "--to", "megamug", str(tmp_path / "model"), str(tmp_path / "run")])
+
+
+def test_files_that_are_none_of_tensors(source, tmp_path):
+    (tmp_path / "noise.pth").write_bytes(bytes(range(223, 255)) * 20)
+    with pytest.raises(UserError, match="noise.pth is damaged, or no file of tensors"):
+        inspect([str(tmp_path / "noise.pth")])
+    to_run(source, tmp_path / "run")
+    with pytest.raises(UserError, match="is a run folder of megamug, not another library's; say --from megamug"):
+        to_run(tmp_path / "run", tmp_path / "again")
+    with pytest.raises(UserError, match="mae.pth: no image tokenizer in there"):
+        convert(["--from", "vq_taming", "--to", "megamug", str(source), str(tmp_path / "vq"), "--config",
+                 "image_size=32"])  # fmt: skip
+
+
 def test_unknown_and_missing_keys_are_listed_and_fatal(tmp_path):
     state = mae() | {"head.weight": torch.ones(2, 16), "head.bias": torch.ones(2)}
     del state["norm.bias"]
