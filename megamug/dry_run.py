@@ -32,7 +32,9 @@ def _layout(config: Config, size: int) -> list[str]:
         + (f", {parallel.virtual} chunks a stage" if parallel.virtual > 1 else "")
         + (", sequence parallel" if parallel.sequence else "")
         + (", distributed optimizer" if parallel.distributed_optimizer else "")
-        + (", recomputation" if parallel.recompute == "full" else ""),
+        + (", recomputation" if parallel.recompute == "full" else "")
+        + (", overlapped tensor messages" if parallel.overlap_tensor else "")
+        + (", CUDA graphs" if parallel.cuda_graphs else ""),
         f"batch      {data.global_batch_size} = micro-batch({data.micro_batch_size}) x {micro_batches} micro-batches"
         f" x data({ranks})",
     ]
@@ -72,7 +74,10 @@ def _language(config: Config) -> list[str]:
 
 def _precision(config: Config) -> str:
     precision = config.precision
-    return f"precision  {precision.dtype}, fp8 {precision.fp8}, layers {precision.layers}"
+    kept = precision.first_layers_bf16, precision.last_layers_bf16
+    return (f"precision  {precision.dtype}, fp8 {precision.fp8}, layers {precision.layers}"
+            + (f"; first {kept[0]} and last {kept[1]} layers of a stack in bf16" if any(kept) else "")
+            + ("; parameters kept and gathered in FP8" if precision.fp8_parameters else ""))  # fmt: skip
 
 
 def _weight(config: Config, size: int) -> list[str]:

@@ -22,7 +22,9 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
+from megamug import adam
 from megamug.config import Config, OptimizerConfig, TrainConfig
+from megamug.models.specs import FP8_RECIPES
 from megamug.pipeline import finalise_gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,6 +57,7 @@ def wrap_chunks(chunks: list[torch.nn.Module], config: Config) -> list[Distribut
                 overlap_param_gather=parallel.overlap_param_gather,
                 use_distributed_optimizer=parallel.distributed_optimizer,
                 average_in_collective=False,  # sums; gloo has no average
+                fp8_param_gather=config.precision.fp8_parameters,
             ),
             module=chunk,
         )
@@ -67,6 +70,25 @@ def wrap_chunks(chunks: list[torch.nn.Module], config: Config) -> list[Distribut
     return models
 
 
+def _megatron_options(config: Config) -> MegatronOptimizerConfig:
+    options, bf16 = config.optimizer, config.precision.dtype == "bf16"
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.learning_rate,
+        min_lr=options.min_learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        fp8_recipe=FP8_RECIPES[config.precision.fp8].get("fp8_recipe"),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+
+
 class Optimizer:
     """AdamW of one rank: rate and decay of the step, gradient norm, clipping; a bad gradient need not be applied."""
 
@@ -75,30 +97,14 @@ class Optimizer:
         options = config.optimizer
         self.options, self.train = options, config.train
         self.models, self.distributed = models, config.parallel.distributed_optimizer
-        bf16 = config.precision.dtype == "bf16"
-        self.megatron = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=options.learning_rate,
-                min_lr=options.min_learning_rate,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.beta1,
-                adam_beta2=options.beta2,
-                adam_eps=options.eps,
-                clip_grad=options.clip_grad,
-                bf16=bf16,
-                params_dtype=torch.bfloat16 if bf16 else torch.float32,
-                use_distributed_optimizer=self.distributed,
-                overlap_param_gather=config.parallel.overlap_param_gather,
-            ),
-            models,
-            config_overrides={
-                ParamKey(
-                    predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay)
-                ): {"wd_mult": 0.0}
-            },
-            use_gloo_process_groups=False,
-        )
+        self.fp8_parameters = config.precision.fp8_parameters
+        self.kernel, kernel_class, self.kernel_reason = adam.choose(options.fused)
+        no_decay = ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay))
+        with adam.used_by_megatron(kernel_class):
+            self.megatron = get_megatron_optimizer(
+                _megatron_options(config), models, config_overrides={no_decay: {"wd_mult": 0.0}},
+                use_gloo_process_groups=False,
+            )  # fmt: skip
         self.parts = [o for o in self.megatron.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]
         for group in self._groups():
             if "fused" in group:  # torch's AdamW: one pass over the states instead of one per operation
@@ -139,6 +145,15 @@ class Optimizer:
         for model in self.models:
             if model.ddp_config.overlap_param_gather:
                 model.start_param_sync(force_sync=True)
+
+    def round_parameters(self) -> None:
+        """Makes FP8 parameters anew from their fp32 values, as an update does; nothing where there are none."""
+        if not self.fp8_parameters:
+            return
+        for part in self.parts:
+            part._copy_main_params_to_model_params()
+        for model in self.models:
+            model.start_param_sync(force_sync=True)
 
     def zero_grad(self) -> None:
         """Clears the gradients, those in the chunks' buffers as well."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megamug import validate, validate_lm
+from megamug import validate, validate_lm, validate_precision
 from megamug.config import Config, resolve
 from megamug.errors import UserError
 from megamug.models.shapes import padded_vocabulary
@@ -45,9 +45,24 @@ class Choice:
             "parallel.data": layout.data, "parallel.sequence": layout.sequence,
             "parallel.recompute": "full" if layout.recompute else "none",
             "parallel.distributed_optimizer": layout.distributed_optimizer, "parallel.overlap_param_gather": gather,
-            "data.micro_batch_size": layout.micro_batch, "precision.fp8": layout.fp8,
+            "data.micro_batch_size": layout.micro_batch, "precision.fp8": layout.fp8, **_given_up(config, layout),
         }  # fmt: skip
         return [f"{key}={str(value).lower()}" for key, value in values.items()]
+
+
+def _given_up(config: Config, layout: Layout) -> dict[str, object]:
+    """Keys of `config` that `layout` cannot have, as they are without."""
+    precision, parallel, off = config.precision, config.parallel, {}
+    if layout.fp8 in ("none", "delayed"):
+        kept = ("first_layers_bf16", "last_layers_bf16")
+        off |= {f"precision.{key}": 0 for key in kept if getattr(precision, key)}
+    if precision.fp8_parameters and (layout.fp8 == "none" or not layout.distributed_optimizer):
+        off["precision.fp8_parameters"] = False
+    if parallel.overlap_tensor and not layout.sequence:
+        off["parallel.overlap_tensor"] = False
+    if parallel.cuda_graphs and layout.recompute:
+        off["parallel.cuda_graphs"] = False
+    return off
 
 
 @dataclass(frozen=True)
@@ -180,10 +195,15 @@ class _Space:
             data=layout.data, sequence=layout.sequence, recompute="full" if layout.recompute else "none",
             distributed_optimizer=layout.distributed_optimizer,
         )  # fmt: skip
-        return replace(
+        config = replace(
             self.config, parallel=parallel, data=replace(self.config.data, micro_batch_size=layout.micro_batch),
             precision=replace(self.config.precision, fp8=layout.fp8),
         )  # fmt: skip
+        for key, value in _given_up(config, layout).items():
+            section, _, name = key.partition(".")
+            if key not in self.fixed:
+                setattr(getattr(config, section), name, value)
+        return config
 
 
 def _objection(check: Callable, *arguments) -> str | None:
@@ -256,7 +276,7 @@ def _micro_batches(space: _Space, gpus: int, model: Model, layout: Layout) -> It
     for micro in sizes:
         layout = replace(layout, micro_batch=micro, micro_batches=share // micro)
         candidate = space.with_layout(layout)
-        checks = ((validate.pipeline, candidate, gpus), (validate.precision, candidate, False))
+        checks = ((validate.pipeline, candidate, gpus), (validate_precision.check, candidate, False))
         if reason := next(filter(None, (_objection(*check) for check in checks)), None):
             yield Rejected(vars(layout), reason)
             continue

@@ -51,6 +51,7 @@ RANGES = {
     "optimizer.learning_rate": _POSITIVE, "optimizer.min_learning_rate": _FROM_ZERO,
     "optimizer.warmup_steps": _FROM_ZERO, "optimizer.weight_decay": _FROM_ZERO, "optimizer.beta1": _DECAY,
     "optimizer.beta2": _DECAY, "optimizer.eps": _POSITIVE, "optimizer.clip_grad": _FROM_ZERO,
+    "precision.first_layers_bf16": _FROM_ZERO, "precision.last_layers_bf16": _FROM_ZERO,
     "train.steps": _COUNT, "train.validate_every": _FROM_ZERO, "train.pictures_every": _FROM_ZERO,
     "checkpoint.every": _FROM_ZERO, "checkpoint.keep": _FROM_ZERO, "log.every": _COUNT,
 }  # fmt: skip
@@ -63,6 +64,7 @@ CHOICES = {
     "precision.dtype": ("fp32", "bf16"),
     "precision.fp8": ("none", "delayed", "current", "blockwise"),
     "precision.layers": ("auto", "local", "te"),
+    "optimizer.fused": ("auto", "te", "apex", "torch"),
 }
 
 for _tower in ("lm", "text_tower", "image_tower"):

@@ -120,7 +120,9 @@ class ParallelConfig:
     distributed_optimizer: bool = False  # optimizer state sharded over the data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
     overlap_param_gather: bool = False  # gather parameters during forward; needs distributed_optimizer
+    overlap_tensor: bool = False  # tensor-parallel messages during matrix products; GPUs, layers te, sequence
     recompute: str = "none"  # none | full: recompute activations layer by layer in backward
+    cuda_graphs: bool = False  # capture each layer once and replay it: one launch for dozens; GPUs, recompute none
     timeout_minutes: float = 10.0  # of every collective
 
 
@@ -130,6 +132,9 @@ class PrecisionConfig:
 
     dtype: str = "fp32"  # fp32 | bf16
     fp8: str = "none"  # none | delayed | current | blockwise (Transformer Engine on Hopper)
+    first_layers_bf16: int = 0  # layers at the start of every stack that FP8 leaves in bf16; not with delayed
+    last_layers_bf16: int = 0  # layers at the end of every stack that FP8 leaves in bf16; not with delayed
+    fp8_parameters: bool = False  # keep and gather weights in FP8; needs distributed_optimizer and bf16
     layers: str = "auto"  # auto | local | te: Transformer Engine layers where there is a GPU and the package
 
 
@@ -145,6 +150,7 @@ class OptimizerConfig:
     beta2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+    fused: str = "auto"  # auto | te | apex | torch: whose AdamW kernel; auto: the first that a GPU has, torch on a CPU
 
 
 @dataclass

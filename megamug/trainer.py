@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from megamug import adam
 from megamug.checkpoint.store import CheckpointStore
 from megamug.config import Config, save_config
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
+from megamug.gpu_execution import GraphCapture, tensor_overlap
 from megamug.resilience import BadStepGuard, StopRequest, Watchdog
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
@@ -40,7 +42,8 @@ def train(config: Config) -> int:
     log_path = setup_logging(config.run_dir, world.rank)
     try:
         with StopRequest() as stop, Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
-            return Trainer(config, task, store, world, stop, watchdog).run()
+            with tensor_overlap(config):
+                return Trainer(config, task, store, world, stop, watchdog).run()
     except UserError:
         raise
     except Exception:
@@ -69,7 +72,7 @@ class Trainer:
         self.models = wrap_chunks(self.chunks, config)
         self.optimizer = Optimizer(config, self.models)
         self.saver = saver.Saver(store, world, config.checkpoint.asynchronous)
-        self.guard = BadStepGuard()
+        self.guard, self.capture = BadStepGuard(), GraphCapture(config)
         self._say_hello()
         self.step, cursor = 0, None
         if found is not None:
@@ -133,7 +136,8 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = [self.task.batch(micro) for micro in pairs.micro_batches]
         totals = self.task.totals(pairs, batches, self.world)
-        sums = run_batch(self.models, batches, totals, backward=True)
+        with self.capture.first_step(self.loader):
+            sums = run_batch(self.models, batches, totals, backward=True)
         losses = self._losses(reduce_losses(sums, self.task.loss_names, self.world))
         norm, rate = self.optimizer.prepare(self.step)
         stop = self.stop.agreed()
@@ -211,6 +215,7 @@ class Trainer:
             world.dp_size, world.reason,
         )  # fmt: skip
         logger.info("layers: %s (%s)", self.task.spec, self.task.spec_reason)
+        logger.info("optimizer: %s (%s)", adam.NAMES[self.optimizer.kernel], self.optimizer.kernel_reason)
         flops = self.task.flops_per_sample / 1e9
         told = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
         logger.info("this rank holds %.2f M parameters%s; %.2f GFLOP a training sample", count / 1e6, told, flops)

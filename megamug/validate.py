@@ -2,25 +2,23 @@
 
 One function per concern; each raises `UserError` with both numbers and the fix, such as
 `parallel: tensor(4) x pipeline(2) x data(2) = 16 but WORLD_SIZE is 8; set parallel.data=1`.
-The formulas for tokens and blocks are those of `megamug.models.mug_plan`, which needs torch; a test compares them.
+The formula for blocks is that of `megamug.models.mug_plan`, which needs torch; a test compares them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from pathlib import Path
 
-from megamug import validate_lm
+from megamug import validate_lm, validate_precision
 from megamug.config import Config, load_config, resolve
+from megamug.counts import data_parallel, decoder_tokens, patch_count, round_up, visible_patches, visible_tokens
 from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.models.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.ranges import check_keys, check_values
 
-FP8_ROWS = 8  # Transformer Engine: FP8 products want batch x tokens in multiples of 8 ...
-FP8_COLUMNS = 16  # ... and features in multiples of 16
 
 
 def validate(config: Config, world_size: int, here: bool = True) -> None:
@@ -35,7 +33,7 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
         check(config)
     if here:
         devices(config)
-    precision(config, here)
+    validate_precision.check(config, here)
 
 
 def sizes(config: Config, world_size: int) -> None:
@@ -91,7 +89,7 @@ def widths(config: Config) -> None:
     for width_key, heads_key, multiple in stacks:
         width, heads = getattr(model, width_key), getattr(model, heads_key)
         step = math.lcm(heads, multiple)
-        fix = f"set model.{width_key}={_round_up(width, step)}"
+        fix = f"set model.{width_key}={round_up(width, step)}"
         if width % heads:
             raise UserError(f"model.{width_key}({width}) is not divisible by model.{heads_key}({heads}); {fix}")
         if width % multiple:
@@ -134,7 +132,7 @@ def batch(config: Config, world_size: int) -> None:
             share = whole // data
             fix = f"data.micro_batch_size={max(n for n in range(1, min(micro, share) + 1) if share % n == 0)}"
         else:
-            fix = f"data.global_batch_size={_round_up(whole, micro * data)}"
+            fix = f"data.global_batch_size={round_up(whole, micro * data)}"
         raise UserError(f"data: global_batch_size({whole}) is not divisible by micro_batch_size({micro}) x"
                         f" data-parallel ranks({data}) = {micro * data}; set {fix}")
 
@@ -195,7 +193,7 @@ def sequence_parallel(config: Config) -> None:
     tokens = config.data.caption_length
     if model.caption_loss_weight > 0 and tokens % tensor:
         raise UserError(f"data.caption_length({tokens}) is not divisible by parallel.tensor({tensor}) under"
-                        f" parallel.sequence; set data.caption_length={_round_up(tokens, tensor)}")
+                        f" parallel.sequence; set data.caption_length={round_up(tokens, tensor)}")
 
 
 def pipeline(config: Config, world_size: int) -> None:
@@ -221,7 +219,7 @@ def pipeline(config: Config, world_size: int) -> None:
             f"micro-batches of a step: data.global_batch_size({config.data.global_batch_size}) /"
             f" (data.micro_batch_size({config.data.micro_batch_size}) x data-parallel ranks({data})) = {count} is not"
             f" divisible by parallel.pipeline({stages}) under parallel.virtual({virtual});"
-            f" set data.global_batch_size={_round_up(count, stages) * share} or parallel.virtual=1"
+            f" set data.global_batch_size={round_up(count, stages) * share} or parallel.virtual=1"
         )
 
 
@@ -287,73 +285,6 @@ def devices(config: Config) -> None:
     if 0 < gpus < processes:
         raise UserError(f"{processes} processes on this machine but {gpus} GPUs; start torchrun with --nproc-per-node"
                         f" {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU")
-    needs = "precision.layers(te)" if config.precision.layers == "te" else f"precision.fp8({config.precision.fp8})"
-    if config.precision.layers != "te" and config.precision.fp8 == "none":
-        return
-    fix = "set precision.layers=auto and precision.fp8=none"
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise UserError(f"{needs} needs Transformer Engine, which is not installed; `pip install megamug[te]` or {fix}")
-    if gpus == 0:
-        raise UserError(f"{needs} needs a GPU and this machine has none that torch sees; {fix}")
-
-
-def precision(config: Config, here: bool = True) -> None:
-    """FP8: Transformer Engine's layers, Hopper (if this machine is to train), and sizes that its products take."""
-    if config.precision.fp8 == "none":
-        return
-    needs = f"precision.fp8({config.precision.fp8})"
-    if config.precision.layers == "local":
-        raise UserError(f"{needs} needs Transformer Engine layers but precision.layers is local;"
-                        f" set precision.layers=te or precision.fp8=none")
-    if here:
-        import torch
-
-        capability = torch.cuda.get_device_capability()
-        if capability < (9, 0):
-            found = f"{capability[0]}.{capability[1]}"
-            raise UserError(f"{needs} needs compute capability 9.0 (Hopper) and this GPU has {found};"
-                            f" set precision.fp8=none")
-    if config.model.kind != "mug":
-        validate_lm.fp8(config)
-        return
-    rows, micro = visible_tokens(config), config.data.micro_batch_size
-    if rows * micro % FP8_ROWS:
-        shared_by = config.parallel.tensor if config.parallel.sequence else 1
-        step = math.lcm(FP8_ROWS // math.gcd(FP8_ROWS, micro), shared_by)
-        raise UserError(
-            f"{needs}: visible tokens({rows}) x data.micro_batch_size({micro}) = {rows * micro} is not divisible by"
-            f" {FP8_ROWS}; set model.register_tokens={config.model.register_tokens + -rows % step}"
-        )
-    for name in ("width", "ffn_width"):
-        size, multiple = getattr(config.model, name), FP8_COLUMNS * config.parallel.tensor
-        if size % multiple:
-            raise UserError(f"{needs}: model.{name}({size}) is not divisible by {FP8_COLUMNS} x parallel.tensor"
-                            f"({config.parallel.tensor}) = {multiple}; set model.{name}={_round_up(size, multiple)}")
-
-
-def data_parallel(config: Config, world_size: int) -> int:
-    """Data-parallel ranks; `layout` has passed."""
-    return world_size // (config.parallel.tensor * config.parallel.pipeline)
-
-
-def patch_count(config: Config) -> int:
-    """Patches of one image."""
-    return (config.data.image_size // config.model.patch_size) ** 2
-
-
-def visible_patches(config: Config) -> int:
-    """Patches that the encoder sees, rounded as MAE rounds."""
-    return int(patch_count(config) * (1 - config.model.mask_ratio))
-
-
-def visible_tokens(config: Config) -> int:
-    """Tokens in the encoder: class, registers, visible patches."""
-    return 1 + config.model.register_tokens + visible_patches(config)
-
-
-def decoder_tokens(config: Config) -> int:
-    """Tokens in the image decoder: class, registers, all patches."""
-    return 1 + config.model.decoder_register_tokens + patch_count(config)
 
 
 def block_count(config: Config) -> int:
@@ -387,7 +318,3 @@ def model_identity(config: Config) -> dict[str, object]:
         "data.caption_length": config.data.caption_length if model.caption_loss_weight > 0 else None,
     }
     return found | {f"model.{name}": getattr(model, name) for name in sizes}
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

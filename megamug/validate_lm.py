@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 
 from megamug.config import Config, towers
+from megamug.counts import round_up
 from megamug.errors import UserError
 
-FP8_ROWS, FP8_COLUMNS = 8, 16  # see `megamug.validate`
 TOWER_SIZES = (
     "layers", "width", "heads", "query_groups", "ffn_width", "norm", "activation", "bias", "positions", "qk_norm",
 )  # fmt: skip
@@ -23,7 +23,7 @@ def widths(config: Config) -> None:
     for name, tower in towers(config).items():
         if tower.width % tower.heads:
             raise UserError(f"{name}.width({tower.width}) is not divisible by {name}.heads({tower.heads});"
-                            f" set {name}.width={_round_up(tower.width, tower.heads)}")
+                            f" set {name}.width={round_up(tower.width, tower.heads)}")
         if tower.heads % tower.query_groups:
             fits = _divisors(tower.heads)
             raise UserError(f"{name}.heads({tower.heads}) is not divisible by {name}.query_groups"
@@ -138,24 +138,6 @@ def reading(config: Config, run_dir: Path) -> None:
         )
 
 
-def fp8(config: Config) -> None:
-    """Sizes that Transformer Engine's FP8 products take."""
-    needs = f"precision.fp8({config.precision.fp8})"
-    length, micro = config.data.context_length, config.data.micro_batch_size
-    if length * micro % FP8_ROWS:
-        raise UserError(f"{needs}: data.context_length({length}) x data.micro_batch_size({micro}) = {length * micro} is"
-                        f" not divisible by {FP8_ROWS}; set data.context_length={_round_up(length, FP8_ROWS)}")
-    multiple = FP8_COLUMNS * config.parallel.tensor
-    for name, tower in towers(config).items():
-        for key in ("width", "ffn_width"):
-            size = getattr(tower, key)
-            if size % multiple:
-                raise UserError(
-                    f"{needs}: {name}.{key}({size}) is not divisible by {FP8_COLUMNS} x parallel.tensor"
-                    f"({config.parallel.tensor}) = {multiple}; set {name}.{key}={_round_up(size, multiple)}"
-                )
-
-
 def identity(config: Config) -> dict[str, object]:
     """What makes checkpoints of one model unfit for another. Switches are words: a bare False would say "not there"."""
     found: dict[str, object] = {"model.kind": config.model.kind}
@@ -176,7 +158,3 @@ def _word(value: object) -> object:
 
 def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamug import cli, parameters, planner, validate
+from megamug import cli, parameters, planner, validate, validate_precision
 from megamug.config import Config, load_config, resolve
 from megamug.models import cpu_linear
 from megamug.models.mug import Mug, MugBatch
@@ -354,7 +354,7 @@ def test_layouts_of_a_plan_are_such_that_training_takes():
             check(config, 64)
         for check in (validate.tensor_parallel, validate.sequence_parallel):
             check(config)
-        validate.precision(config, here=False)
+        validate_precision.check(config, here=False)
 
 
 def test_keys_on_the_command_line_are_kept(capsys):

@@ -235,28 +235,6 @@ def test_more_processes_than_gpus(inputs, monkeypatch):
     validate.validate(configured(inputs), 2)
 
 
-def test_fp8_where_the_machine_could(inputs, monkeypatch):
-    """Sizes that Transformer Engine's FP8 products refuse; the machine is made up."""
-    import importlib.util
-
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    capability = [(8, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
-    fp8 = "precision.fp8=delayed data.micro_batch_size=4"
-    assert "compute capability 9.0 (Hopper) and this GPU has 8.0" in refusal(inputs, fp8)
-    capability[0] = (9, 0)
-    assert "precision.layers is local" in refusal(inputs, fp8 + " precision.layers=local")
-    message = refusal(inputs, fp8)
-    assert "visible tokens(17) x data.micro_batch_size(4) = 68" in message and "register_tokens=1" in message
-    fp8 += " model.register_tokens=1"
-    message = refusal(inputs, fp8 + " model.width=168 model.ffn_width=672")
-    assert "model.width(168) is not divisible by 16 x parallel.tensor(1) = 16" in message and "=176" in message
-    validate.validate(configured(inputs, *fp8.split()), 1)
-
-
 def test_validation_does_not_change_its_argument(inputs):
     config = configured(inputs)
     before = dataclasses.asdict(config)

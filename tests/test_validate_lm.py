@@ -122,18 +122,6 @@ def test_documents_of_another_vocabulary(inputs, tmp_path):
     assert f"set data.tokenizer={inputs['data.tokenizer']}" in message
 
 
-def test_fp8_sizes(inputs, monkeypatch):
-    import torch
-
-    monkeypatch.setattr(validate, "devices", lambda config: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    fp8 = LM + "precision.fp8=current "
-    message = refusal(inputs, fp8 + "data.context_length=63 data.micro_batch_size=1")
-    assert "data.context_length(63) x data.micro_batch_size(1) = 63 is not divisible by 8" in message
-    assert "set lm.ffn_width=272" in refusal(inputs, fp8 + "lm.ffn_width=260")
-    validate.validate(configured(inputs, fp8), 1)
-
-
 def test_a_run_of_another_model_is_not_continued(inputs, tmp_path):
     inputs = inputs | {"run_dir": str(tmp_path / "run")}
     save_config(resolve(configured(inputs, LM)))

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamug.checkpoint.guarded import guarded_loading
+from megamug.models.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.optim import MOMENTS, MainState, Optimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
@@ -43,8 +44,13 @@ def _by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 def _by_parameter(chunks: list[torch.nn.Module], entries: list[Entry]) -> dict[str, Entry]:
     """The entries under the names of `torch.nn.ModuleList(chunks)`, as the optimizer calls its parameters."""
-    by_storage = {(e.data.data_ptr(), e.data.shape): e for e in entries}
-    return {name: by_storage[p.data_ptr(), p.shape] for name, p in torch.nn.ModuleList(chunks).named_parameters()}
+    by_storage = {_storage(e.data): e for e in entries}
+    return {name: by_storage[_storage(p)] for name, p in torch.nn.ModuleList(chunks).named_parameters()}
+
+
+def _storage(tensor: Tensor) -> object:
+    """The same for a parameter and for the tensor of its entry. An FP8 one has no storage; its entry holds itself."""
+    return id(tensor) if is_fp8(tensor) else (tensor.data_ptr(), tensor.shape)
 
 
 def _kinds(chunks: list[torch.nn.Module]) -> list[str]:
@@ -80,12 +86,16 @@ def sharded_state(chunks: list[torch.nn.Module], optimizer: Optimizer | None, wo
     entries = entries_of(chunks)
     by_parameter = _by_parameter(chunks, entries)
     states = {state.name: state for state in optimizer.main_states()}
-    tensors = [
-        _of_optimizer(kind, by_parameter[name], _whole(states.get(name), kind, by_parameter[name], optimizer, world))
-        for name in sorted(optimizer.names.values())
-        for kind in _kinds(chunks)
-    ]
-    return {"model": _by_key(entries), "optimizer": _by_key(tensors)}
+    model, tensors = _by_key(entries), []
+    for name in sorted(optimizer.names.values()):
+        entry = by_parameter[name]
+        for kind in _kinds(chunks):
+            data = _whole(states.get(name), kind, entry, optimizer, world)
+            tensors.append(_of_optimizer(kind, entry, data))
+            if kind == "main" and is_fp8(entry.data):
+                # As a run without FP8 parameters would store it: what reads the model has no use for FP8's rounding.
+                model[entry.key] = dataclasses.replace(entry, data=data.to(entry.data.dtype))
+    return {"model": model, "optimizer": _by_key(tensors)}
 
 
 class TensorWrite:
@@ -137,7 +147,7 @@ def save_tensors(state: dict, folder: Path) -> None:
 def load_tensors(chunks: list[torch.nn.Module], optimizer: Optimizer | None, world, folder: Path, step: int) -> None:
     """Loads `folder` into the chunks and, unless None, the optimizer. Any layout reads what any layout wrote."""
     entries = entries_of(chunks)
-    state = {"model": _by_key(entries)}
+    state = {"model": _by_key(unrounded(entry) for entry in entries)}
     if optimizer is not None:
         by_parameter = _by_parameter(chunks, entries)
         state["optimizer"] = _by_key(
@@ -150,7 +160,7 @@ def load_tensors(chunks: list[torch.nn.Module], optimizer: Optimizer | None, wor
         loaded = dist_checkpointing.load(state, str(folder))
     with torch.no_grad():
         for entry in entries_of(chunks):
-            entry.data.copy_(loaded["model"][entry.key])
+            set_value(entry.data, loaded["model"][entry.key])
         if optimizer is None:
             return
         tensors = loaded["optimizer"]
@@ -166,4 +176,5 @@ def load_tensors(chunks: list[torch.nn.Module], optimizer: Optimizer | None, wor
                     source, target = tensors[f"optimizer.{kind}.{key}"], main_state.moment(kind)
                 flat = source.detach().reshape(-1)
                 target.view(-1).copy_(flat if main_state.span is None else flat[slice(*main_state.span)])
+        optimizer.round_parameters()
     optimizer.restore_step(step)

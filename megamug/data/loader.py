@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -155,7 +156,7 @@ class PairLoader:
         self.samples = start  # consumed: the cursor of the next batch
         self._failures = self._served = 0
         self._queue: queue.Queue = queue.Queue(maxsize=prefetch)
-        self._stop = threading.Event()
+        self._stop, self._working = threading.Event(), threading.Lock()
         self._ended: BaseException | None = None
         self._thread = threading.Thread(target=self._produce, args=(start,), name="megamug-loader", daemon=True)
         # At exit too, and before DALI's own hook (later registered runs earlier), which wants all pipelines gone.
@@ -185,6 +186,10 @@ class PairLoader:
         return self
 
     __next__ = next
+
+    def paused(self) -> AbstractContextManager:
+        """Inside, nothing is decoded in the background (it finishes the chunk in hand first)."""
+        return self._working
 
     def close(self) -> None:
         """End the background thread. A loader that is not closed lives until the interpreter exits."""
@@ -228,11 +233,13 @@ class PairLoader:
                     if isinstance(outcome, Exception):
                         read[position] = self._read_another(samples, rows.start + position, outcome, shards)
                 captions.extend(caption for _, caption, _ in read)
-                if decoder is not None:
-                    pixels.append(self._decode(samples, rows, read, captions, decoder, shards))
-                if rows.stop < part:
-                    continue
-                if not _put(self._queue, self._stop, self._make_batch(samples, pixels, captions)):
+                with self._working:
+                    if decoder is not None:
+                        pixels.append(self._decode(samples, rows, read, captions, decoder, shards))
+                    if rows.stop < part:
+                        continue
+                    batch = self._make_batch(samples, pixels, captions)
+                if not _put(self._queue, self._stop, batch):
                     return
                 pixels, captions = [], []
         raise StopIteration

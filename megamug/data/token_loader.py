@@ -8,6 +8,7 @@ included, so it is the same in every layout and after every resume. Rows are mad
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +141,10 @@ class TokenLoader:
         return self
 
     __next__ = next
+
+    def paused(self) -> AbstractContextManager:
+        """As of `PairLoader`; nothing runs in the background here."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing runs in the background; the files are closed with the last reference to them."""

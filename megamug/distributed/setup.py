@@ -85,7 +85,7 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
         get_embedding_ranks=_ranks_of(embedding_stages),
     )
     # No module of ours draws from these; Megatron's regions require that they exist.
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=parallel.cuda_graphs)
     return World(
         rank=rank, size=size, device=device, reason=reason,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=parallel.tensor,

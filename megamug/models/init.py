@@ -16,6 +16,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from megamug.models.fp8_parameters import filling
+
 # The first rule whose pattern the global name contains decides. Linear weights: Xavier uniform, the fused qkv matrix
 # taken as one (MAE); tokens, embeddings and learned positions: normal of standard deviation 0.02 (MAE, GPT-2). Where a
 # model gives a standard deviation, both are normal with it, truncated (CM3leon). Gates of cross blocks start at 0.
@@ -62,15 +64,18 @@ def initialise(sharded_state: dict, seed: int, std_of: Callable[[str], float | N
     """Fills every tensor of a model's `sharded_state_dict` in place; `std_of` gives `draw`'s `std` by global name."""
     with torch.no_grad():
         for entry in sharded_state.values():
-            # A gated feed-forward keeps its two projections in one tensor, which a factory cuts into two shards.
-            shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-            if not isinstance(shards[0], ShardedTensor):
-                continue
-            whole = draw(shards[0].key, tuple(shards[0].global_shape), seed, std_of(shards[0].key))
-            for shard in shards:
-                assert shard.key == shards[0].key, (shard.key, shards[0].key)
-                part = tuple(
-                    slice(offset, offset + size)
-                    for offset, size in zip(shard.global_offset, shard.local_shape, strict=True)
-                )
-                shard.data.copy_(whole[part].view(shard.data.shape))
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                with filling(entry) as open_entry:
+                    _fill(open_entry, seed, std_of)
+
+
+def _fill(entry: ShardedTensor | ShardedTensorFactory, seed: int, std_of: Callable[[str], float | None]) -> None:
+    # A gated feed-forward keeps its two projections in one tensor, which a factory cuts into two shards.
+    shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+    whole = draw(shards[0].key, tuple(shards[0].global_shape), seed, std_of(shards[0].key))
+    for shard in shards:
+        assert shard.key == shards[0].key, (shard.key, shards[0].key)
+        part = tuple(
+            slice(offset, offset + size) for offset, size in zip(shard.global_offset, shard.local_shape, strict=True)
+        )
+        shard.data.copy_(whole[part].view(shard.data.shape))

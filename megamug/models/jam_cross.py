@@ -62,6 +62,7 @@ class Reading(Gate):
         m = specs.modules(plan.spec, plan.plain_norm)
         config = copy.copy(plan.config)
         config.num_query_groups, config.qk_layernorm = config.num_attention_heads, False
+        config.tp_comm_overlap = False  # Transformer Engine has no buffers for the linears of cross-attention
         masked = plan.separate_documents and plan.spec == "te"  # `local` takes a mask where it gets one
         self.norm = _norm(m.norm, config, config.hidden_size)
         self.context_norm = _norm(m.norm, config, context_width)
@@ -119,8 +120,9 @@ class CrossBlock(MegatronModule):
     def __init__(self, plan: JamPlan):
         super().__init__(config=plan.text.config)
         fusion = plan.fusion
-        self.text = CrossHalf(plan.text, plan.image, fusion.gate, fusion.cross_ffn)
-        self.image = CrossHalf(plan.image, plan.text, fusion.gate, fusion.cross_ffn)
+        with get_fp8_context(plan.text.config, is_init=True):  # weights in FP8 where the layers' are
+            self.text = CrossHalf(plan.text, plan.image, fusion.gate, fusion.cross_ffn)
+            self.image = CrossHalf(plan.image, plan.text, fusion.gate, fusion.cross_ffn)
 
     def forward(self, text: Tensor, image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if not (self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()):

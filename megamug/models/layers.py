@@ -6,14 +6,17 @@ tensor-parallel rank holds s / tp of the sequence.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
@@ -229,6 +232,36 @@ def key_value_cache(model: nn.Module, capacity: int) -> Iterator[None]:
             attention.keep, attention.kept = False, None
 
 
+class Layer(TransformerLayer):
+    """Megatron's layer. Where CUDA graphs are on, what trains is captured and replayed, the rest runs as it is.
+
+    Validation and generation have other shapes than the graphs. Cross-attention's context is an input that several
+    layers share and give on; Megatron's graphs count the uses of a tensor by its place among inputs or outputs, and
+    such a one is both.
+    """
+
+    def _should_call_local_cudagraph(self, *args, **kwargs) -> bool:
+        alone = isinstance(self.cross_attention, IdentityOp)
+        return self.training and alone and super()._should_call_local_cudagraph(*args, **kwargs)
+
+
+def config_of_run(config: TransformerConfig, first: int, last: int) -> TransformerConfig:
+    """The configuration of layers [first, last) of a stack, which to Megatron are a stack of their own.
+
+    Megatron counts a run's layers from 1. So of the layers that FP8 leaves in bf16, at both ends of the *whole* stack,
+    it is told those that lie in the run; the same for "first" and "last" wherever else it asks.
+    """
+    if first == last:
+        return config
+    run, count = copy.copy(config), last - first
+    run.num_layers = count
+    if config.first_last_layers_bf16:
+        end = config.num_layers - config.num_layers_at_end_in_bf16  # the first layer of those at the end
+        run.num_layers_at_start_in_bf16 = min(max(config.num_layers_at_start_in_bf16 - first, 0), count)
+        run.num_layers_at_end_in_bf16 = min(max(last - end, 0), count)
+    return run
+
+
 class LayerRun(TransformerBlock):
     """Layers [first, last) of a stack of `config.num_layers`, as one pipeline stage holds them.
 
@@ -239,7 +272,7 @@ class LayerRun(TransformerBlock):
     def __init__(self, config, layer_specs: list, norm, first: int, last: int, final_norm: bool = True):
         self.first_layer = first
         super().__init__(
-            config=config,
+            config=config_of_run(config, first, last),
             spec=TransformerBlockSubmodules(layer_specs=layer_specs[first:last], layer_norm=norm),
             post_layer_norm=final_norm,
             pre_process=True,

@@ -21,7 +21,7 @@ class MugPlan(Plan):
         super().__init__(config, vocabulary)
         model, data = config.model, config.data
         self.model, self.spec = model, spec
-        self.recompute, self.fp8 = config.parallel.recompute == "full", config.precision.fp8
+        self.recompute, self.execution = config.parallel.recompute == "full", specs.execution(config)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
         self.patch_size, self.norm_pix = model.patch_size, model.norm_pix_loss
         self.mean, self.std = list(data.mean), list(data.std)
@@ -60,7 +60,7 @@ class MugPlan(Plan):
         return specs.transformer_config(
             layers=layers, width=width, heads=heads, ffn_width=ffn_width, norm_eps=self.model.layer_norm_eps,
             dtype=self.dtype, tensor=self.tensor, sequence=self.sequence_parallel, recompute=self.recompute,
-            pipeline=pipeline, fp8=self.fp8,
+            pipeline=pipeline, **self.execution,
         )
 
     @cached_property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayerSubmodules
 from megatron.core.transformer.attention import (
     CrossAttentionSubmodules,
     SelfAttentionSubmodules,
@@ -21,6 +21,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
+from megamug.config import Config
 from megamug.errors import UserError
 from megamug.models import layers
 from megamug.models.elementwise import SwiGLU
@@ -120,7 +121,7 @@ def transformer_layer(
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layers.Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else m.norm,
             self_attention=ModuleSpec(
@@ -168,6 +169,24 @@ FP8_RECIPES: dict[str, dict] = {
 }
 
 
+def execution(config: Config) -> dict[str, object]:
+    """Megatron's switches for how layers are computed, from `precision` and `parallel`."""
+    precision, parallel = config.precision, config.parallel
+    switches = dict(FP8_RECIPES[precision.fp8], fp8_param=precision.fp8_parameters)
+    if precision.first_layers_bf16 or precision.last_layers_bf16:
+        switches |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": precision.first_layers_bf16,
+            "num_layers_at_end_in_bf16": precision.last_layers_bf16,
+        }
+    if parallel.overlap_tensor:
+        # Connections are made over NCCL, which is there; Transformer Engine would look for MPI first.
+        switches |= {"tp_comm_overlap": True, "tp_comm_bootstrap_backend": "nccl"}
+    if parallel.cuda_graphs:
+        switches["cuda_graph_impl"] = "local"  # Megatron's own: a graph for each layer, made after the first step
+    return switches
+
+
 def leave_uninitialised(weight: torch.Tensor) -> None:
     """Megatron's init_method here: it marks a parallel weight as such and leaves the numbers to `models.init`."""
 
@@ -184,16 +203,18 @@ def transformer_config(
     sequence: bool,
     recompute: bool,
     pipeline: int = 1,
-    fp8: str = "none",
     **more,
 ) -> TransformerConfig:
     """A TransformerConfig with what every stack here shares; `more` goes to Megatron as it is.
 
-    `pipeline` is for the configuration that the schedules read: a stack has its own run of layers.
+    `pipeline` is for the configuration that the schedules read: a stack has its own run of layers. Which of them FP8
+    leaves out concerns the stacks alone (Megatron would hold their number against the layers of one stage).
     Parameters are not initialised by Megatron (see `megamug.models.init`); there is no dropout; GELU is the exact one;
     losses are scaled by us, so Megatron divides by nothing (`calculate_per_token_loss`).
     """
     cuda = torch.cuda.is_available()
+    if pipeline > 1:
+        more.pop("first_last_layers_bf16", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a default of its own that Megatron deprecates
         return TransformerConfig(
@@ -222,6 +243,5 @@ def transformer_config(
             recompute_granularity="full" if recompute else None,
             recompute_method="uniform" if recompute else None,
             recompute_num_layers=1 if recompute else None,
-            **FP8_RECIPES[fp8],
             **{"activation_func": F.gelu, **more},
         )

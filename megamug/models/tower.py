@@ -35,7 +35,7 @@ class TowerPlan:
     def __init__(self, tower: TowerConfig, config: Config, padded_vocabulary: int, spec: str = "local"):
         self.tower, self.spec, self.padded_vocabulary = tower, spec, padded_vocabulary
         self.tensor, self.sequence_parallel = config.parallel.tensor, config.parallel.sequence
-        self.recompute, self.fp8 = config.parallel.recompute == "full", config.precision.fp8
+        self.recompute, self.execution = config.parallel.recompute == "full", specs.execution(config)
         self.dtype = DTYPES[config.precision.dtype]
         self.context_length, self.micro_batch = config.data.context_length, config.data.micro_batch_size
         self.separate_documents = config.data.separate_documents
@@ -61,7 +61,7 @@ class TowerPlan:
         return specs.transformer_config(
             layers=t.layers, width=t.width, heads=t.heads, ffn_width=t.ffn_width, norm_eps=t.norm_eps, dtype=self.dtype,
             tensor=self.tensor, sequence=self.sequence_parallel, recompute=self.recompute, pipeline=pipeline,
-            fp8=self.fp8, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
+            **self.execution, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
             normalization="RMSNorm" if t.norm == "rmsnorm" else "LayerNorm", add_bias_linear=t.bias,
             activation_func=ACTIVATIONS[t.activation], gated_linear_unit=t.activation == "swiglu",
             # Megatron's name for "the layer's spec says which": here it is `elementwise.SwiGLU`.

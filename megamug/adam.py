@@ -1,0 +1,59 @@
+"""Whose AdamW updates the parameters: Transformer Engine's, apex's or torch's. One kernel for many tensors, all three.
+
+Megatron takes the first of them that it can import, also where there is no GPU to run it on. Here it takes the one
+that was chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megamug.errors import UserError
+
+MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}  # both have a FusedAdam
+NAMES = {"te": "Transformer Engine's FusedAdam", "apex": "apex's FusedAdam", "torch": "torch's fused AdamW"}
+
+
+def choose(requested: str) -> tuple[str, type | None, str]:
+    """Resolves `optimizer.fused`: ("te" | "apex" | "torch", its class (None: torch's), reason).
+
+    Raises UserError where one is named that cannot be had.
+    """
+    if requested == "torch":
+        return "torch", None, "optimizer.fused=torch"
+    if not torch.cuda.is_available():
+        if requested != "auto":
+            raise UserError(f"optimizer.fused({requested}) needs a GPU and this machine has none that torch sees;"
+                            f" set optimizer.fused=auto")
+        return "torch", None, "no CUDA device"
+    for which, module in MODULES.items():
+        if requested not in ("auto", which):
+            continue
+        try:
+            found = importlib.import_module(module).FusedAdam
+        except (ImportError, AttributeError) as error:
+            if requested == which:
+                raise UserError(f"optimizer.fused({which}) cannot be imported from {module} ({error}); set"
+                                f" optimizer.fused=auto") from error
+            continue
+        return which, found, "CUDA device and package found" if requested == "auto" else f"optimizer.fused={which}"
+    return "torch", None, "neither Transformer Engine nor apex can be imported"
+
+
+@contextmanager
+def used_by_megatron(adam: type | None) -> Iterator[None]:
+    """Inside, Megatron builds its optimizers on the class `adam` (None: torch's AdamW)."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    before = optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam
+    chosen = adam or torch.optim.AdamW
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam = chosen, adam is None, chosen
+    try:
+        yield
+    finally:
+        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam = before

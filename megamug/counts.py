@@ -1,0 +1,52 @@
+"""Numbers that follow from a configuration by counting: ranks, patches, tokens, layers of stacks. Nothing of torch.
+
+The formulas are those of `megamug.models.mug_plan`, which needs torch; a test compares them.
+"""
+
+from __future__ import annotations
+
+from megamug.config import Config, towers
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
+def data_parallel(config: Config, world_size: int) -> int:
+    """Data-parallel ranks; `validate.layout` has passed."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def patch_count(config: Config) -> int:
+    """Patches of one image."""
+    return (config.data.image_size // config.model.patch_size) ** 2
+
+
+def visible_patches(config: Config) -> int:
+    """Patches that the encoder sees, rounded as MAE rounds."""
+    return int(patch_count(config) * (1 - config.model.mask_ratio))
+
+
+def visible_tokens(config: Config) -> int:
+    """Tokens in the encoder: class, registers, visible patches."""
+    return 1 + config.model.register_tokens + visible_patches(config)
+
+
+def decoder_tokens(config: Config) -> int:
+    """Tokens in the image decoder: class, registers, all patches."""
+    return 1 + config.model.decoder_register_tokens + patch_count(config)
+
+
+def stack_layers(config: Config) -> dict[str, int]:
+    """Layers of each stack of the model, by the key (or keys) that set them."""
+    model = config.model
+    if model.kind != "mug":
+        return {f"{name}.layers": tower.layers for name, tower in towers(config).items()}
+    layers = {"model.layers": model.layers}
+    if model.image_loss_weight > 0:
+        layers["model.decoder_layers"] = model.decoder_layers
+    if model.caption_loss_weight > 0:
+        key = "model.text_unimodal_layers + text_multimodal_layers"
+        layers[key] = model.text_unimodal_layers + model.text_multimodal_layers
+    return layers
