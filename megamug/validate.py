@@ -20,7 +20,6 @@ from megamug.models.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.ranges import check_keys, check_values
 
 
-
 def validate(config: Config, world_size: int, here: bool = True) -> None:
     """Raises UserError for the first thing that could not work on `world_size` processes; changes nothing.
 

@@ -76,12 +76,13 @@ def test_a_cpu_has_torchs(machine, monkeypatch):
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_megatron_builds_the_one_chosen_and_it_updates_as_torchs(world, monkeypatch, distributed):
-    """Three steps of both, with the steps so far restored in between, as after a resume."""
+    """Three steps of both, with the steps so far restored in between, as after a resume. `eps` is large: gradients that
+    are rounding alone must not become whole updates."""
     found = {}
     for kernel in (None, FusedAdam):
         choice = ("torch", None, "") if kernel is None else ("te", kernel, "")
         monkeypatch.setattr(adam, "choose", lambda _, choice=choice: choice)
-        stage, models, optimizer, config = trainer_of(distributed=distributed, learning_rate=1e-2)
+        stage, models, optimizer, config = trainer_of(distributed=distributed, learning_rate=1e-2, eps=1e-3)
         assert {type(part.optimizer) for part in optimizer.parts} == {kernel or torch.optim.AdamW}
         for step in (1, 2, 3):
             backward(stage, models, config, world, step)
@@ -92,4 +93,4 @@ def test_megatron_builds_the_one_chosen_and_it_updates_as_torchs(world, monkeypa
                 group.pop("step", None)
             optimizer.restore_step(step)
         found[kernel] = torch.cat([p.detach().flatten() for p in stage.parameters()])
-    torch.testing.assert_close(found[FusedAdam], found[None], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found[FusedAdam], found[None], rtol=1e-5, atol=1e-6)

@@ -7,6 +7,8 @@ round to e4m3 as Transformer Engine would. What is shown is whose values go wher
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -16,7 +18,10 @@ from megamug.models.init import draw, initialise
 from megamug.optim import Optimizer, wrap_chunks
 from tests.distributed import mug_case
 
-NAME = "encoder.layers.0.mlp.linear_fc1.weight"
+if importlib.util.find_spec("transformer_engine") is not None:
+    pytest.skip("with Transformer Engine the layers' FP8 contexts want a GPU", allow_module_level=True)
+
+NAME = "encoder.stack.layers.0.mlp.linear_fc1.weight"
 
 
 def rounded(value: torch.Tensor) -> torch.Tensor:
@@ -45,11 +50,15 @@ def stand_in(monkeypatch):
                                ("modify_underlying_storage", lambda *_: None)):  # fmt: skip
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)
+    # One rank has nothing to gather, and gloo cannot join messages of two types, which Megatron asks of NCCL here.
+    groups = param_and_grad_buffer._ParamAndGradBucketGroup
+    monkeypatch.setattr(groups, "start_param_sync", lambda self, force_sync=False: None)
 
 
 def configured(fp8: bool) -> Config:
     config = mug_case.tiny({"precision": {"dtype": "bf16"}, "parallel": {"distributed_optimizer": True}})
-    config.precision.fp8_parameters = fp8
+    if fp8:
+        config.precision.__dict__.update(fp8="current", fp8_parameters=True, layers="local")
     return config
 
 
@@ -93,7 +102,7 @@ def test_training_starts_from_the_values_that_were_drawn(world, stand_in):
     _, chunk = built(config, world, fp8=True)
     _, optimizer = optimised(config, chunk)
     weight = draw(NAME, (64, 32), seed=3).to(torch.bfloat16).float().flatten()
-    assert torch.equal(mains(optimizer)[f"0.{'encoder.stack.layers.0.mlp.linear_fc1.weight'}"], weight)
+    assert torch.equal(mains(optimizer)[f"0.{NAME}"], weight)
     _, plain = built(configured(fp8=False), world, fp8=False)
     _, reference = optimised(configured(fp8=False), plain)
     found, wanted = mains(optimizer), mains(reference)
@@ -111,9 +120,11 @@ def test_a_checkpoint_holds_unrounded_values_and_a_resumed_run_goes_on_the_same(
     assert len(eights) > 20
     entry = inside["model"][NAME]
     main = inside["optimizer"][f"optimizer.main.{NAME}"].data
-    weight = eights["encoder.stack.layers.0.mlp.linear_fc1.weight"]
+    weight = eights[NAME]
     assert torch.equal(weight, rounded(main)) and not torch.equal(weight, main.to(torch.bfloat16))
     assert entry.data is not weight and torch.equal(entry.data, main.to(torch.bfloat16))
+    for key, stored in inside["model"].items():
+        assert torch.equal(stored.data, inside["optimizer"][f"optimizer.main.{key}"].data.to(torch.bfloat16)), key
     save_tensors(inside, tmp_path)
 
     other_task, other = built(config, world, fp8=True, seed=4)
@@ -145,4 +156,4 @@ def test_a_run_without_fp8_parameters_reads_the_same_weights_and_the_other_way_r
         _, reader = built(config, world, not writes, seed=4)
         load_tensors([reader], None, world, folder, 1)
         found = mains(optimised(config, reader)[1])
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []

@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,20 @@ def test_close_ends_the_thread(make):
     loader.next()
     loader.close()
     assert not loader._thread.is_alive()
+
+
+def test_while_it_is_paused_no_batch_is_made(make, monkeypatch):
+    """After that it goes on where it was."""
+    made, original = [], PairLoader._make_batch
+    monkeypatch.setattr(PairLoader, "_make_batch", lambda self, *a: (made.append(None), original(self, *a))[1])
+    loader = make(prefetch=1)
+    first = loader.next()
+    with loader.paused():
+        count = len(made)
+        time.sleep(0.2)
+        assert len(made) == count
+    rest = [loader.next() for _ in range(3)]
+    assert [first.samples, *(batch.samples for batch in rest)] == [8, 16, 24, 32]
 
 
 def test_real_photographs(make):
