@@ -102,10 +102,10 @@ def machine(config: Config) -> None:
     """What this run asks of this machine: packages, a GPU, its generation."""
     precision, parallel = config.precision, config.parallel
     needs: dict[str, str] = {}  # setting -> what to set instead
-    if precision.fp8 != "none":
-        needs[f"precision.fp8({precision.fp8})"] = "precision.layers=auto and precision.fp8=none"
     if precision.layers == "te":
         needs["precision.layers(te)"] = "precision.layers=auto and precision.fp8=none"
+    if precision.fp8 != "none":
+        needs[f"precision.fp8({precision.fp8})"] = "precision.layers=auto and precision.fp8=none"
     if parallel.overlap_tensor:
         needs["parallel.overlap_tensor(true)"] = "parallel.overlap_tensor=false"
     for setting, fix in needs.items():
