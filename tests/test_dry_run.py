@@ -126,14 +126,16 @@ def test_the_distributed_optimizer_shares_out_what_only_updates_need():
 def test_the_command_tells_of_processes_that_are_not_there(tmp_path, capsys, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    config = tiny_config(make_data(tmp_path), tmp_path / "run", register_tokens=3)
+    config = tiny_config(make_data(tmp_path), tmp_path / "run", register_tokens=3, decoder_register_tokens=1)
     config.parallel.__dict__.update(tensor=2, pipeline=2, distributed_optimizer=True)
-    config.precision.__dict__.update(dtype="bf16", fp8="current")  # needs Hopper, which this machine need not have
+    precision = {"dtype": "bf16", "fp8": "current", "fp8_parameters": True}  # for Hopper, which need not be here
+    config.precision.__dict__.update(precision)
     path = save_config(config)
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["train", str(path), "--dry-run", "--world-size", "8"]) == 0
     told = capsys.readouterr().out
     assert "8 = tensor(2) x pipeline(2) x data(2), distributed optimizer" in told
+    assert "fp8 current, layers auto; parameters kept and gathered in FP8" in told
     assert len(re.findall(r"^  stage \d", told, flags=re.MULTILINE)) == 2 and "activations" in told
     total = float(re.search(r"parameters ([\d.]+) M", told)[1])
     assert total == pytest.approx(parameters.total(MugPlan(resolve(config), 330)) / 1e6, abs=0.005)
