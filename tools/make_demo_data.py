@@ -20,10 +20,11 @@ def main() -> None:
     parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held-out scenes (default %(default)s)")
     parser.add_argument("--seed", type=FROM_ZERO, default=default.seed, help="of the scenes (default %(default)s)")
     parser.add_argument("--size", type=COUNT, default=default.size, help="pixels a side (default %(default)s)")
+    parser.add_argument("--tidy", action="store_true", help="upright on a grid, before plain greys: easily drawn")
     parser.add_argument("--processes", type=COUNT, help="processes at work (default: one per core)")
     parser.add_argument("--no-index", action="store_true", help="do not index the shards")
     args = parser.parse_args()
-    parameters = DemoParameters(args.train, args.heldout, args.seed, args.size)
+    parameters = DemoParameters(args.train, args.heldout, args.seed, args.size, args.tidy)
     shards = make_demo_data(args.output, parameters, args.processes)
     print(f"{args.output}: {args.train} scenes to train on, {args.heldout} held out, in {len(shards)} shards")
     if not args.no_index:

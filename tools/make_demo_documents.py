@@ -21,9 +21,10 @@ def main() -> None:
     parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held out of each (default %(default)s)")
     parser.add_argument("--seed", type=FROM_ZERO, default=default.seed, help="(default %(default)s)")
     parser.add_argument("--size", type=COUNT, default=default.size, help="pixels a side (default %(default)s)")
+    parser.add_argument("--tidy", action="store_true", help="upright on a grid, before plain greys: easily drawn")
     parser.add_argument("--processes", type=COUNT, help="processes at work (default: one per core)")
     args = parser.parse_args()
-    parameters = DemoDocuments(args.text, args.instructions, args.heldout, args.seed, args.size)
+    parameters = DemoDocuments(args.text, args.instructions, args.heldout, args.seed, args.size, args.tidy)
     shards = make_demo_documents(args.output, parameters, args.processes)
     print(
         f"{args.output}: {args.text} texts and {args.instructions} instructions to train on, {args.heldout} of each "

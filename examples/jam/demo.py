@@ -32,13 +32,13 @@ class Amounts:
 
     pairs: int = 8000
     texts: int = 12000
-    instructions: int = 1500
+    instructions: int = 4000
     heldout: int = 128
-    tokenizer_steps: int = 800
-    text_steps: int = 150
-    image_steps: int = 420
-    fused_steps: int = 140
-    instruction_steps: int = 110
+    tokenizer_steps: int = 700
+    text_steps: int = 500
+    image_steps: int = 1400
+    fused_steps: int = 450
+    instruction_steps: int = 600
 
 
 QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2)  # to see that everything runs; it learns nothing
@@ -61,9 +61,10 @@ def perplexities(folder: str) -> dict[str, float]:
 
 def make_data(amounts: Amounts) -> None:
     """Shards, text tokenizer, image tokenizer, vocabulary, tokenised documents."""
-    run(TOOLS / "make_demo_data.py", "data/pairs", "--train", str(amounts.pairs), "--heldout", str(amounts.heldout))
+    run(TOOLS / "make_demo_data.py", "data/pairs", "--train", str(amounts.pairs), "--heldout", str(amounts.heldout),
+        "--tidy", "--size", "64")  # fmt: skip
     run(TOOLS / "make_demo_documents.py", "data/documents", "--text", str(amounts.texts), "--instructions",
-        str(amounts.instructions), "--heldout", str(amounts.heldout))  # fmt: skip
+        str(amounts.instructions), "--heldout", str(amounts.heldout), "--tidy", "--size", "64")  # fmt: skip
     if not Path("tokenizer.model").exists():
         shards = [f"data/{name}/train" for name in SETS.values()]
         run(TOOLS / "train_tokenizer.py", *shards, "--output", "tokenizer.model", "--vocab-size", "384")
@@ -80,10 +81,10 @@ def make_data(amounts: Amounts) -> None:
 
 
 IMAGE_TOKENIZER = (
-    "--image-size", "64", "--f", "8", "--codes", "256", "--code-width", "8", "--normalise-codes", "--channels", "16",
-    "--multipliers", "1", "1", "2", "4", "--residual-blocks", "1", "--latent-channels", "32", "--norm-groups", "4",
+    "--image-size", "64", "--f", "16", "--codes", "128", "--code-width", "8", "--normalise-codes", "--channels", "16",
+    "--multipliers", "1", "1", "2", "2", "4", "--residual-blocks", "1", "--latent-channels", "32", "--norm-groups", "4",
     "--no-middle-attention", "--batch-size", "16", "--learning-rate", "2e-3", "--warmup-steps", "20",
-    "--ema-decay", "0.95", "--no-flip", "--smallest-crop", "0.9",
+    "--ema-decay", "0.95", "--no-flip", "--smallest-crop", "1",
 )  # fmt: skip
 
 
@@ -112,11 +113,11 @@ def main() -> None:
         table[f"JAM-{kind.title()}, trained"] = perplexities(trained)
 
     mixed = (
-        "data.train=[{path: documents/instructions_train, weight: 2}, {path: documents/pairs_train, weight: 1}, "
+        "data.train=[{path: documents/instructions_train, weight: 3}, {path: documents/pairs_train, weight: 1}, "
         "{path: documents/text_train, weight: 1}]"
     )
     train_fused("continued/cross", "instructed", amounts.instruction_steps, mixed, "data.loss_on=response",
-                "optimizer.learning_rate=5e-4")  # fmt: skip
+                "optimizer.learning_rate=1e-3")  # fmt: skip
     run("-m", "megamug", "generate", "instructed", "--prompt", PROMPT, "--max-images", "2", "--temperature", "0.7",
         "--top-p", "0.9", "--guidance", "2", "--output", "document", quiet=True)  # fmt: skip
     report(folder, table, time.monotonic() - started)

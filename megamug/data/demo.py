@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,10 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "ring", "cross")
 RADII = {"small": (0.135, 0.145), "large": (0.215, 0.225)}  # of the picture's side
+TIDY_RADII = {"small": 0.07, "large": 0.115}  # both inside one cell of the grid
 BACKGROUNDS = ("gradient", "gradient", "clouds", "stripes")  # a gradient lies under the others too
+TIDY_GREYS = {False: 210.0, True: 48.0}  # the background of a tidy scene, by `Scene.dark`
+_GRID = 4  # cells a side of a tidy scene: of 64 pixels, the patches of an image tokenizer of factor 16
 _HOLE = 0.5  # radius of a ring's hole, of its own
 _ARM = 0.3  # half the width of a cross's arms, of its radius
 _SUPERSAMPLING = 4
@@ -59,7 +63,7 @@ class Scene:
     second: Thing
     horizontal: bool
     dark: bool
-    background: str
+    background: str  # of BACKGROUNDS, or "plain"
 
     def caption(self) -> str:
         if self.dark:
@@ -69,8 +73,12 @@ class Scene:
         return f"a {self.first.words()} {relation} a {self.second.words()}"
 
 
-def compose(u: np.ndarray) -> Scene:
-    """The scene that the uniform numbers `u` [_NUMBERS] stand for. The things do not touch; their colours differ."""
+def compose(u: np.ndarray, tidy: bool = False) -> Scene:
+    """The scene that the uniform numbers `u` [_NUMBERS] stand for. The things do not touch; their colours differ.
+
+    `tidy`: upright on a grid, of two radii, before one of two greys. What one caption stands for are few pictures then,
+    made of few different patches: minutes are enough to learn to draw them.
+    """
     numbers = iter(u[:20].tolist())
 
     def pick(values):
@@ -85,8 +93,17 @@ def compose(u: np.ndarray) -> Scene:
         low, high = RADII[size]
         radius = low + (high - low) * next(numbers)
         turn = (next(numbers) - 0.5) * 0.1
-        things.append((size, colour, shape, radius, turn))
-    r1, r2 = things[0][3], things[1][3]
+        things.append((size, colour, shape, TIDY_RADII[size] if tidy else radius, 0.0 if tidy else turn))
+    places = _cells(numbers) if tidy else _places(things[0][3], things[1][3], numbers)
+    placed = [
+        Thing(size, colour, shape, *(place if horizontal else place[::-1]), radius, turn)
+        for (size, colour, shape, radius, turn), place in zip(things, places, strict=True)
+    ]
+    return Scene(placed[0], placed[1], horizontal, dark, "plain" if tidy else background)
+
+
+def _places(r1: float, r2: float, numbers: Iterator[float]) -> list[tuple[float, float]]:
+    """(along the relation, across it) of the centres of two things with these radii, as shares of the side."""
     margin, gap = 0.03, 0.03
     # along the relation: first + distance = second; across it: less than 0.4 of that distance apart
     longest = 1 - 2 * margin - r1 - r2
@@ -96,12 +113,17 @@ def compose(u: np.ndarray) -> Scene:
     widest = max(r1, r2) + margin
     across1 = widest + (1 - 2 * widest) * next(numbers)
     across2 = np.clip(across1 + (next(numbers) - 0.5) * 0.8 * distance, widest, 1 - widest)
-    places = [(along1, across1), (along1 + distance, float(across2))]
-    placed = [
-        Thing(size, colour, shape, *(place if horizontal else place[::-1]), radius, turn)
-        for (size, colour, shape, radius, turn), place in zip(things, places, strict=True)
-    ]
-    return Scene(placed[0], placed[1], horizontal, dark, background)
+    return [(along1, across1), (along1 + distance, float(across2))]
+
+
+def _cells(numbers: Iterator[float]) -> list[tuple[float, float]]:
+    """As `_places`, in the middles of cells of the grid, a cell to each thing."""
+    pairs = [(one, other) for one in range(_GRID) for other in range(one + 1, _GRID)]
+    along = pairs[int(next(numbers) * len(pairs))]
+    first = int(next(numbers) * _GRID)
+    aside = int(next(numbers) * 3) - 1 if along[1] - along[0] > 2 else 0  # so that one relation is the plainest
+    across = first, min(max(first + aside, 0), _GRID - 1)
+    return [((a + 0.5) / _GRID, (b + 0.5) / _GRID) for a, b in zip(along, across, strict=True)]
 
 
 def render(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.ndarray:
@@ -115,6 +137,8 @@ def render(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.nda
 
 
 def _background(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.ndarray:
+    if scene.background == "plain":
+        return np.full((size, size, 3), TIDY_GREYS[scene.dark])
     level = (50 + 24 * u[0]) if scene.dark else (186 + 24 * u[0])
     tint = (u[1:4] - 0.5) * 36
     angle, depth = 2 * math.pi * u[4], 36 + 24 * u[5]
@@ -154,14 +178,16 @@ def _corners(angle: float) -> list[tuple[float, float]]:
     return [(x * math.cos(a) - y * math.sin(a), x * math.sin(a) + y * math.cos(a)) for a in turns for x, y in arm]
 
 
-def scenes(seed: int, split: str, start: int, count: int, size: int) -> list[tuple[str, str, bytes, bytes]]:
+def scenes(
+    seed: int, split: str, start: int, count: int, size: int, tidy: bool = False
+) -> list[tuple[str, str, bytes, bytes]]:
     """(key, extension, image bytes, caption) of scenes start .. start + count; one in ten is a PNG, the rest JPEGs."""
     numbers = np.arange(start, start + count)
     layout = uniform(seed, f"demo/{split}/scene", 0, numbers, _NUMBERS)
     clouds = uniform(seed, f"demo/{split}/clouds", 0, numbers, _CLOUDS * _CLOUDS).reshape(-1, _CLOUDS, _CLOUDS)
     made = []
     for number, u, cells in zip(numbers, layout, clouds, strict=True):
-        scene = compose(u)
+        scene = compose(u, tidy)
         image = Image.fromarray(render(scene, u, cells, size))
         buffer = io.BytesIO()
         extension = "png" if u[-1] < 0.1 else "jpg"
@@ -181,8 +207,8 @@ class _Job:
     count: int
 
 
-def _make_shard(job: _Job, seed: int, size: int) -> int:
-    return write_shard(job.path, scenes(seed, job.split, job.start, job.count, size))
+def _make_shard(job: _Job, seed: int, size: int, tidy: bool) -> int:
+    return write_shard(job.path, scenes(seed, job.split, job.start, job.count, size, tidy))
 
 
 @dataclass(frozen=True)
@@ -191,6 +217,7 @@ class DemoParameters:
     heldout: int = 512
     seed: int = 1
     size: int = 72  # pixels a side: a little more than the 64 that a crop is resized to
+    tidy: bool = False  # see `compose`
     version: int = DEMO_VERSION
 
 
@@ -213,7 +240,7 @@ def make_demo_data(output: str | Path, parameters: DemoParameters, processes: in
             jobs.append(_Job(path, split, start, min(SCENES_PER_SHARD, total - start)))
     missing = [job for job in jobs if not job.path.exists()]
     progress = Progress("scenes", sum(job.count for job in missing))
-    work = functools.partial(_make_shard, seed=parameters.seed, size=parameters.size)
+    work = functools.partial(_make_shard, seed=parameters.seed, size=parameters.size, tidy=parameters.tidy)
     for _, count in parallel_map(work, missing, processes or default_processes()):
         progress.update(count)
     return [job.path for job in jobs]

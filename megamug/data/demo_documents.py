@@ -93,9 +93,9 @@ def text_document(layout: np.ndarray, choices: np.ndarray) -> str:
     return ". ".join(paragraph(scene, numbers) for paragraph in order[:count]) + "."
 
 
-def instruction_document(layout: np.ndarray, choices: np.ndarray) -> tuple[list[dict], list[Scene]]:
+def instruction_document(layout: np.ndarray, choices: np.ndarray, tidy: bool = False) -> tuple[list[dict], list[Scene]]:
     """(segments, the scenes that its images show): a scene, and then one of its things in another colour or shape."""
-    scene, numbers = compose(layout), iter(choices.tolist())
+    scene, numbers = compose(layout, tidy), iter(choices.tolist())
     first = next(numbers) < 0.5
     thing = scene.first if first else scene.second
     if next(numbers) < 0.5:
@@ -135,10 +135,11 @@ class DemoDocuments:
     heldout: int = 256  # of each kind
     seed: int = 1
     size: int = 72  # pixels a side
+    tidy: bool = False  # see `demo.compose`
     version: int = 2
 
 
-def _members(job: _Job, seed: int, size: int) -> Iterator[tuple[str, bytes]]:
+def _members(job: _Job, seed: int, size: int, tidy: bool) -> Iterator[tuple[str, bytes]]:
     numbers = np.arange(job.start, job.start + job.count)
     stream = f"demo documents/{job.kind}/{job.split}"
     layouts = uniform(seed, f"{stream}/scene", 0, numbers, _LAYOUT)
@@ -149,7 +150,7 @@ def _members(job: _Job, seed: int, size: int) -> Iterator[tuple[str, bytes]]:
         if job.kind == "text":
             yield f"{key}.txt", text_document(layout, choice).encode()
             continue
-        segments, shown = instruction_document(layout, choice)
+        segments, shown = instruction_document(layout, choice, tidy)
         yield f"{key}.json", json.dumps({"segments": segments}).encode()
         for i, scene in enumerate(shown):
             buffer = io.BytesIO()
@@ -157,8 +158,8 @@ def _members(job: _Job, seed: int, size: int) -> Iterator[tuple[str, bytes]]:
             yield f"{key}.{i}.jpg", buffer.getvalue()
 
 
-def _make_shard(job: _Job, seed: int, size: int) -> None:
-    write_members(job.path, _members(job, seed, size))
+def _make_shard(job: _Job, seed: int, size: int, tidy: bool) -> None:
+    write_members(job.path, _members(job, seed, size, tidy))
 
 
 def make_demo_documents(output: str | Path, parameters: DemoDocuments, processes: int | None = None) -> list[Path]:
@@ -179,7 +180,7 @@ def make_demo_documents(output: str | Path, parameters: DemoDocuments, processes
                 jobs.append(_Job(path, kind, split, start, min(step, count - start)))
     missing = [job for job in jobs if not job.path.exists()]
     progress = Progress("documents", sum(job.count for job in missing))
-    work = functools.partial(_make_shard, seed=parameters.seed, size=parameters.size)
+    work = functools.partial(_make_shard, seed=parameters.seed, size=parameters.size, tidy=parameters.tidy)
     for job, _ in parallel_map(work, missing, processes or default_processes()):
         progress.update(job.count)
     return [job.path for job in jobs]

@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamug.data.demo import COLOURS, RADII, DemoParameters, compose, make_demo_data, render, scenes
+from megamug.data.demo import COLOURS, RADII, TIDY_GREYS, TIDY_RADII, DemoParameters, compose, make_demo_data, render, scenes
 from megamug.data.random import uniform
 from megamug.errors import UserError
 
 
-def some_scenes(count):
+def some_scenes(count, tidy=False):
     layout = uniform(5, "demo/test/scene", 0, np.arange(count), 48)
-    return [(compose(u), u) for u in layout]
+    return [(compose(u, tidy), u) for u in layout]
 
 
-def test_captions_say_what_is_in_the_scene():
-    for scene, _ in some_scenes(300):
+@pytest.mark.parametrize("tidy", [False, True])
+def test_captions_say_what_is_in_the_scene(tidy):
+    for scene, _ in some_scenes(300, tidy):
         first, second = scene.first, scene.second
         words = scene.caption().split()
         assert sum(word in COLOURS for word in words) == 2 and first.colour != second.colour
@@ -27,7 +28,10 @@ def test_captions_say_what_is_in_the_scene():
         assert math.hypot(along, across) > first.radius + second.radius
         for thing in (first, second):
             assert min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) >= thing.radius
-            assert RADII[thing.size][0] <= thing.radius <= RADII[thing.size][1]
+            if tidy:
+                assert thing.radius == TIDY_RADII[thing.size] and thing.angle == 0
+            else:
+                assert RADII[thing.size][0] <= thing.radius <= RADII[thing.size][1]
 
 
 def test_pictures_show_the_scene():
@@ -42,6 +46,19 @@ def test_pictures_show_the_scene():
             assert abs(beside - COLOURS[thing.colour]).max() < 30, (thing, beside)
         edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         assert (edge.mean() < 125) == scene.dark
+
+
+def test_tidy_scenes_are_made_of_few_different_cells():
+    """A grey one, and one for each size, colour, shape and grey: what an image tokenizer of factor 16 makes codes of."""
+    cells, things = set(), set()
+    for scene, u in some_scenes(1500, tidy=True):
+        picture = render(scene, u, np.full((7, 7), 0.5), 64)
+        assert (picture[0, 0] == TIDY_GREYS[scene.dark]).all()
+        parts = picture.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, -1)
+        cells.update(part.tobytes() for part in parts)
+        assert sum(len(set(part)) > 1 for part in parts) == 2  # the things; no cell has a part of both
+        things.update((thing.words(), scene.dark) for thing in (scene.first, scene.second))
+    assert len(things) == 2 * 6 * 3 * 2 and len(cells) == len(things) + 2
 
 
 def test_scenes_are_pure_functions_of_their_number():
