@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamug.data.demo import COLOURS, RADII, TIDY_GREYS, TIDY_RADII, DemoParameters, compose, make_demo_data, render, scenes
+from megamug.data.demo import (
+    COLOURS,
+    RADII,
+    TIDY_GREYS,
+    TIDY_RADII,
+    DemoParameters,
+    compose,
+    make_demo_data,
+    render,
+    scenes,
+)
 from megamug.data.random import uniform
 from megamug.errors import UserError
 
@@ -49,7 +59,7 @@ def test_pictures_show_the_scene():
 
 
 def test_tidy_scenes_are_made_of_few_different_cells():
-    """A grey one, and one for each size, colour, shape and grey: what an image tokenizer of factor 16 makes codes of."""
+    """A grey one, and one for each size, colour, shape and grey: what a tokenizer of factor 16 makes codes of."""
     cells, things = set(), set()
     for scene, u in some_scenes(1500, tidy=True):
         picture = render(scene, u, np.full((7, 7), 0.5), 64)
