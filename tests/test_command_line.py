@@ -19,14 +19,15 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 
 def called(tool: str, *words: object) -> tuple[int, str, str]:
-    """tools/TOOL.py in this process: (exit code, stdout, stderr)."""
+    """tools/TOOL.py, or TOOL.py of the examples, in this process: (exit code, stdout, stderr)."""
+    folder = TOOLS.parent / "examples" if "/" in tool else TOOLS
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", [f"{tool}.py", *map(str, words)]),
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
     ):  # fmt: skip
         try:
-            runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
+            runpy.run_path(str(folder / f"{tool}.py"), run_name="__main__")
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), err.getvalue()
@@ -107,6 +108,18 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(tmp_path, monkeypatch):
     assert refused("make_demo_data", tmp_path / "new") == (
         f"error: {tmp_path / 'shard.tar'}: No space left on device; make room, then repeat the command\n"
     )
+
+
+def test_the_demos(tmp_path):
+    """Before anything is rendered."""
+    folder = ["--folder", tmp_path / "new"]
+    assert "override model.wdth=1: unknown key" in refused("mug/demo", *folder, "model.wdth=1")
+    assert "section.key=value wanted" in refused("mug/demo", *folder, "photos")
+    assert "argument --train: 0 must be at least 1" in refused("mug/demo", *folder, "--train", 0)
+    (tmp_path / "file").write_text("")
+    assert "is a file; name another folder" in refused("jam/demo", "--folder", tmp_path / "file")
+    assert "unrecognized arguments: --qick" in refused("jam/demo", *folder, "--qick")
+    assert not (tmp_path / "new").exists()
 
 
 def test_devices(monkeypatch):

@@ -9,7 +9,6 @@ Everything is written below the folder; started again, it goes on where it stopp
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,6 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, precision, run  # noqa: E402
+
+from megamug.command_line import Parser, output_folder  # noqa: E402
+from megamug.data.tooling import run_tool  # noqa: E402
 
 TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"
 PERPLEXITIES = ("text", "caption_given_image", "image_given_caption")
@@ -89,8 +91,8 @@ IMAGE_TOKENIZER = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo-jam")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--folder", type=output_folder, default=ROOT / "demo-jam")
     parser.add_argument("--quick", action="store_true", help="see that everything runs, and learn nothing")
     options = parser.parse_args()
     amounts = QUICK if options.quick else Amounts()
@@ -143,4 +145,4 @@ def report(folder: Path, table: dict[str, dict[str, float]], seconds: float) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -17,6 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, precision, run  # noqa: E402
 
+from megamug.command_line import COUNT, Parser, output_folder  # noqa: E402
+from megamug.config import load_config  # noqa: E402
+from megamug.data.tooling import run_tool  # noqa: E402
+
 
 def figures(folder: Path, task: str) -> dict:
     """The newest figures that `megamug evaluate` wrote."""
@@ -24,16 +27,17 @@ def figures(folder: Path, task: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo")
-    parser.add_argument("--train", type=int, default=20000, help="scenes to train on")
-    parser.add_argument("--heldout", type=int, default=512, help="scenes to look at afterwards")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--folder", type=output_folder, default=ROOT / "demo")
+    parser.add_argument("--train", type=COUNT, default=20000, help="scenes to train on")
+    parser.add_argument("--heldout", type=COUNT, default=512, help="scenes to look at afterwards")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to examples/mug/demo.yaml")
     options = parser.parse_args()
+    tools, config = ROOT / "tools", ROOT / "examples" / "mug" / "demo.yaml"
+    load_config(config, options.overrides)  # a mistake in them is told before minutes of rendering
     started, folder = time.monotonic(), options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    tools, config = ROOT / "tools", ROOT / "examples" / "mug" / "demo.yaml"
     run(tools / "make_demo_data.py", "data", "--train", str(options.train), "--heldout", str(options.heldout))
     if not Path("tokenizer.model").exists():
         run(tools / "train_tokenizer.py", "data/train", "--output", "tokenizer.model", "--vocab-size", "384")
@@ -67,4 +71,4 @@ def report(folder: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
