@@ -147,8 +147,13 @@ def total(plan) -> int:
     return sum(stage_counts(plan, stage)[0].total for stage in range(len(plan.stages))) - copies * vocabulary
 
 
+def _splits(name: str, shape: tuple[int, ...]) -> bool:
+    per_head = len(shape) == 2 and re.search(r"[qk]_layernorm\.", name)  # a norm that heads share has one axis
+    return bool(per_head or SPLIT.search(name))
+
+
 def _counted(shapes: dict[str, tuple[int, ...]]) -> Count:
-    split = sum(math.prod(shape) for name, shape in shapes.items() if SPLIT.search(name))
+    split = sum(math.prod(shape) for name, shape in shapes.items() if _splits(name, shape))
     return Count(split, sum(math.prod(shape) for shape in shapes.values()) - split)
 
 

@@ -99,6 +99,7 @@ class Shape:
     groups: int
     norm_parameters: int = 2  # of a norm, as a multiple of the width
     head_norm_parameters: int = 0  # of the norms of query and key heads
+    per_head: bool = False  # each head has its own of them
     bias: bool = True
     activation: str = "gelu"
     rotary: bool = False
@@ -124,7 +125,7 @@ def _attention(tokens: int, shape: Shape, causal: bool, trained: bool) -> Unit:
     """Norm, self-attention, residual sum."""
     h, kv, kept = shape.width, shape.key_value, [*norm_kept(tokens, shape.width)]
     count = shape.norm(h) + column_linear(h, h + 2 * kv, shape.bias) + row_linear(h, h, shape.bias)
-    count += Count(0, shape.head_norm_parameters)
+    count += Count(shape.head_norm_parameters) if shape.per_head else Count(0, shape.head_norm_parameters)
     kept += [Kept(tokens * (h + 2 * kv), TENSOR), Kept(tokens * h, TENSOR), Kept(tokens * shape.heads, TENSOR, 4)]
     if shape.rotary or shape.head_norm_parameters:  # queries and keys once more
         kept.append(Kept(tokens * (h + kv), TENSOR))
@@ -132,9 +133,11 @@ def _attention(tokens: int, shape: Shape, causal: bool, trained: bool) -> Unit:
         kept.append(Kept(tokens * h, TENSOR))  # queries lie apart from one another, so they are copied
     if shape.head_norm_parameters:
         kept.append(Kept(2 * tokens * (shape.heads + shape.groups), TENSOR, 4))
+    if shape.per_head:  # what their weights multiply
+        kept.append(Kept(tokens * (h + kv), TENSOR))
     if trained:
         kept += [Kept(tokens * h, SEQUENCE, "fp8"), Kept(tokens * h, TENSOR, "fp8_copy")]
-    turned = tokens * (h + kv) * (2 * shape.rotary + 2 * (shape.head_norm_parameters > 0))
+    turned = tokens * (h + kv) * (2 * shape.rotary + 2 * (shape.head_norm_parameters > 0) + 2 * shape.per_head)
     return Unit(
         count, trained,
         products=(Product(tokens, h, h + 2 * kv, "columns", trained), Product(tokens, h, h, "rows", trained)),

@@ -130,11 +130,14 @@ def _mug(config: Config, vocabulary: int) -> Model:
 
 def _shape(tower: TowerConfig) -> Shape:
     head = tower.width // tower.heads
+    head_norms = 2 * head * (1 if tower.norm == "rmsnorm" else 2)
+    if tower.qk_norm_per_head:  # weights and biases of all query heads and all key heads
+        head_norms = 2 * head * (tower.heads + tower.query_groups)
     return Shape(
         tower.width, tower.ffn_width, tower.heads, tower.query_groups,
         norm_parameters={"layernorm": 2, "rmsnorm": 1, "layernorm_plain": 0}[tower.norm],
-        head_norm_parameters=2 * head * (1 if tower.norm == "rmsnorm" else 2) * bool(tower.qk_norm),
-        bias=tower.bias, activation=tower.activation, rotary=tower.positions == "rotary",
+        head_norm_parameters=head_norms * tower.qk_norm, per_head=tower.qk_norm_per_head,
+        bias=tower.bias, activation=tower.activation, rotary=tower.positions != "learned",
     )  # fmt: skip
 
 

@@ -60,10 +60,13 @@ class TowerConfig:
     norm_eps: float | None = None  # added to the variance in every norm
     activation: str | None = None  # gelu | relu | swiglu (gated: a second input projection)
     bias: bool | None = None  # biases in the linears of the layers
-    positions: str | None = None  # learned (a table) | rotary
+    positions: str | None = None  # learned (a table) | rotary | rotary_grid (LlamaGen: row and column)
+    grid: int | None = None  # rotary_grid: side of the square of image codes behind a row's first token; 0: none
     max_positions: int | None = None  # rows of the learned table; holds data.context_length; unused by rotary
     rotary_base: float | None = None  # theta: rotary frequencies are theta^(-2i/d) for a head of width d
     qk_norm: bool | None = None  # norm of every query and key head before attention
+    qk_norm_per_head: bool | None = None  # it is a LayerNorm with weights and biases of its own for each head
+    res_post_norm: bool | None = None  # norms stand behind attention and feed-forward, before the residual sum
     tie_vocabulary: bool | None = None  # output projection = token embedding; unused in a tower of jam_cross
     init_std: float | None = None  # of linear weights and embeddings: normal, truncated at 3 deviations
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from megamug.config import Config, towers
 from megamug.counts import round_up
 from megamug.errors import UserError
+from megamug.models.shapes import positions_of
 
 TOWER_SIZES = (
     "layers", "width", "heads", "query_groups", "ffn_width", "norm", "activation", "bias", "positions", "qk_norm",
+    "qk_norm_per_head", "res_post_norm",
 )  # fmt: skip
 FUSION_SIZES = ("cross_every", "cross_ffn", "gate", "shared_embedding", "output_width")
 
@@ -32,12 +34,26 @@ def widths(config: Config) -> None:
         if tower.positions == "rotary" and head % 2:
             raise UserError(f"{name}: rotary positions need an even head width, but {name}.width({tower.width}) /"
                             f" {name}.heads({tower.heads}) = {head}; set {name}.width={tower.heads * (head + 1)}")
+        if tower.positions == "rotary_grid" and head % 4:
+            raise UserError(f"{name}: rows and columns of a grid need a head width divisible by 4, but {name}.width"
+                            f"({tower.width}) / {name}.heads({tower.heads}) = {head};"
+                            f" set {name}.width={tower.heads * round_up(head, 4)}")
+        if tower.qk_norm_per_head and not tower.qk_norm:
+            raise UserError(f"{name}.qk_norm_per_head(true) says what {name}.qk_norm(false) is made of; set"
+                            f" {name}.qk_norm=true or {name}.qk_norm_per_head=false")
 
 
 def context(config: Config) -> None:
-    """A learned position for every token of a row."""
+    """A learned position, or a place in the grid, for every token of a row."""
     length = config.data.context_length
     for name, tower in towers(config).items():
+        if tower.positions == "rotary_grid" and tower.grid == 0:
+            raise UserError(f"{name}.grid is 0, and {name}.positions is rotary_grid; set"
+                            f" {name}.grid={math.isqrt(length)} for {math.isqrt(length)} x {math.isqrt(length)} codes")
+        if tower.positions == "rotary_grid" and length > positions_of(tower):
+            raise UserError(f"data.context_length({length}) is more than the {positions_of(tower)} positions of"
+                            f" {name}.grid({tower.grid}), a first token and {tower.grid} x {tower.grid} codes; set"
+                            f" data.context_length={positions_of(tower)}")
         if tower.positions == "learned" and length > tower.max_positions:
             raise UserError(
                 f"data.context_length({length}) is more than {name}.max_positions({tower.max_positions}), the rows"
@@ -144,7 +160,8 @@ def identity(config: Config) -> dict[str, object]:
     for name, tower in towers(config).items():
         found |= {f"{name}.{key}": _word(getattr(tower, key)) for key in TOWER_SIZES}
         found[f"{name}.max_positions"] = tower.max_positions if tower.positions == "learned" else None
-        found[f"{name}.rotary_base"] = tower.rotary_base if tower.positions == "rotary" else None
+        found[f"{name}.rotary_base"] = tower.rotary_base if tower.positions != "learned" else None
+        found[f"{name}.grid"] = tower.grid if tower.positions == "rotary_grid" else None
     if config.model.kind == "jam_cross":
         found |= {f"fusion.{key}": _word(getattr(config.fusion, key)) for key in FUSION_SIZES}
     else:

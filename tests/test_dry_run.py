@@ -56,6 +56,7 @@ def language_plan(kind: str, pipeline: int, virtual: int = 1, **sections):
 
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "tie_vocabulary": False, "query_groups": 2,
          "qk_norm": True}  # fmt: skip
+PER_HEAD = LLAMA | {"qk_norm_per_head": True, "res_post_norm": True}
 UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, "norm": "layernorm"}
 
 
@@ -65,6 +66,7 @@ UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
         ("decoder_lm", 1, 1, {}),
         ("decoder_lm", 2, 1, {}),
         ("decoder_lm", 2, 2, {"lm": LLAMA}),
+        ("decoder_lm", 2, 1, {"lm": PER_HEAD}),
         ("decoder_lm", 4, 1, {"lm": {"bias": True, "norm": "layernorm"}}),
         ("jam_cross", 1, 1, {"fusion": {"freeze": "text", "gate": False}}),
         ("jam_cross", 3, 1, {"text_tower": UNEQUAL, "fusion": {"cross_ffn": False}}),

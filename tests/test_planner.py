@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 JAM, DOCUMENT = str(ROOT / "examples/jam/jam_2x7b_64node.yaml"), ROOT / "docs/layouts.md"
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "tie_vocabulary": False, "query_groups": 2,
          "qk_norm": True}  # fmt: skip
+PER_HEAD = LLAMA | {"qk_norm_per_head": True, "res_post_norm": True}
 OPT = {"bias": True, "norm": "layernorm", "activation": "relu"}
 SMALL = {"layers": 4, "width": 64, "heads": 4, "ffn_width": 256}
 UNEQUAL = {"layers": 3, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, "norm": "layernorm"}
@@ -83,10 +84,13 @@ MODELS = [
     ("decoder_lm", {}),
     ("decoder_lm", {"lm": LLAMA}),
     ("decoder_lm", {"lm": OPT}),
+    ("decoder_lm", {"lm": {**PER_HEAD, "norm": "layernorm"}}),
+    ("decoder_lm", {"lm": {"positions": "rotary_grid", "grid": 8}}),
     ("jam_cross", {}),
     ("jam_cross", {"text_tower": UNEQUAL, "fusion": {"cross_ffn": False, "gate": False}}),
     ("jam_cross", {"fusion": {"freeze": "text"}, "image_tower": OPT}),
     ("jam_cross", {"fusion": {"shared_embedding": True, "freeze": "both"}, "image_tower": LLAMA}),
+    ("jam_cross", {"text_tower": SMALL | {"qk_norm": True, "qk_norm_per_head": True}}),
 ]
 
 

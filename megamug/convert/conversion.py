@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.config import Config, load_config, resolve
-from megamug.convert.formats import Format, View
+from megamug.convert.formats import Format, View, VocabularyRows
 from megamug.convert.safetensors_out import write_folder
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
@@ -48,12 +48,15 @@ def to_megamug(
     wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
     missing = [name for name in wanted if name not in view]
     unknown = [name for name in view.actual if name not in wanted and not re.search(form.ignored, name)]
+    apart = [name for name in unknown if form.apart and name.startswith(form.apart[0])]
+    unknown = [name for name in unknown if name not in set(apart)]
     shapes = _new_parameters(form, config, {row.ours for row in rows})
     _refuse(missing + list(shapes), unknown, allow, f"{source} as {form.name}")
     for row in rows:
         if set(row.theirs) & set(missing):
             shapes[row.ours] = row.shape
     remarks = _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
+    remarks += _remark(f"left out ({form.apart[1]})", apart) if apart else []
     remarks += _compare_fixed(view, fixed, allow)
     tensors = [_drawn(name, shape, config) for name, shape in shapes.items()]
     for row in rows:
@@ -85,7 +88,7 @@ def from_megamug(
     config = config_of(reader)
     if config.model.kind != form.kind:
         raise UserError(f"{source} is a model of kind {config.model.kind}; {form.name} is one of kind {form.kind}")
-    vocabulary = _vocabulary(form, reader, config)
+    vocabulary = _vocabulary(reader, config)
     with _about(source):
         rows = form.rows(config, vocabulary)
     wanted = {row.ours for row in rows}
@@ -130,16 +133,16 @@ def config_of(reader: TensorReader) -> Config:
     return resolve(load_config(path))
 
 
-def _vocabulary(form: Format, reader: TensorReader, config: Config) -> int:
+def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:
     """Rows of the vocabulary without padding: of the model it was converted from, or of its vocabulary folder."""
     if config.model.kind == "mug":
-        return 0
+        return ()
     known = reader.state().get("origin", {}).get("vocabulary")
     if known:
-        return int(known)
+        return tuple(known) if isinstance(known, list) else (int(known),)
     from megamug.data.vocabulary import Vocabulary
 
-    return Vocabulary.load(config.data.tokenizer).size
+    return (Vocabulary.load(config.data.tokenizer).size,)
 
 
 def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str, tuple[int, ...]]:
@@ -183,7 +186,9 @@ def _configure(form: Format, view: View, overrides: list[str]) -> Config:
             continue  # what the user says wins; a value that shapes contradict is found out by them
         value = value() if callable(value) else value
         told.append(f"{key}={json.dumps(value)}" if not isinstance(value, str) else f"{key}={value}")
-    return resolve(load_config(None, told + overrides))
+    config = load_config(None, told + overrides)
+    form.complete(config, view)
+    return resolve(config)
 
 
 def _allowed(name: str, allow: Iterable[str]) -> bool:

@@ -11,6 +11,8 @@ from megamug.config import Config
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
 
+VocabularyRows = tuple[int, ...]
+
 
 class View:
     """A foreign checkpoint under the names that a format's table uses."""
@@ -48,11 +50,14 @@ class Format:
 
     `settings(view)`: the configuration keys that the checkpoint tells, such as {"model.layers": 12}; raises UserError
     where it tells of a model that megamug does not have. `rows(config, vocabulary)`: the table, for a resolved
-    configuration and the rows of the vocabulary (0 without one); raises UserError for a model that the format does not
-    have. `fixed(config)`: tables that megamug computes and the format stores; compared when read, written when written.
-    `files(config, vocabulary)`: JSON files to write beside the tensors. `vocabulary(view)`: rows of its vocabulary.
+    configuration and the rows of the vocabulary's tables; raises UserError for a model that the format does not have.
+    `fixed(config)`: tables that megamug computes and the format stores; compared when read, written when written.
+    `files(config, vocabulary)`: JSON files to write beside the tensors. `vocabulary(view)`: rows of the tables that
+    make up its vocabulary, in the order of their ids; none without one. `complete(config, view)`: sets what follows
+    from what the user says, before the preset; raises UserError for what the user has to say.
     `parts`: beginnings of the megamug names that the format has a place for. `ignored`: a pattern of buffers that
-    libraries store and compute anew. `canonical` turns the names of the format's older spellings into the table's,
+    libraries store and compute anew. `apart`: the beginning of names that are another model's, and a sentence that says
+    which; they are left out. `canonical` turns the names of the format's older spellings into the table's,
     `spelled` the table's names into those that are written.
     """
 
@@ -61,10 +66,12 @@ class Format:
     kind: str  # model.kind
     parts: tuple[str, ...]
     settings: Callable[[View], dict[str, object]]
-    rows: Callable[[Config, int], list[Row]]
+    rows: Callable[[Config, VocabularyRows], list[Row]]
     fixed: Callable[[Config], dict[str, Callable[[], Tensor]]] = lambda config: {}
-    files: Callable[[Config, int], dict[str, dict]] = lambda config, vocabulary: {}
-    vocabulary: Callable[[View], int] = lambda view: 0
+    files: Callable[[Config, VocabularyRows], dict[str, dict]] = lambda config, vocabulary: {}
+    vocabulary: Callable[[View], VocabularyRows] = lambda view: ()
+    complete: Callable[[Config, View], None] = lambda config, view: None
     ignored: str = "(?!)"  # nothing
+    apart: tuple[str, str] | None = None
     canonical: Callable[[str], str] = as_it_is
     spelled: Callable[[str], str] = as_it_is

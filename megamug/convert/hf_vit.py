@@ -119,7 +119,7 @@ def preprocessor(config: Config) -> dict:
     }  # fmt: skip
 
 
-def rows(config: Config, _vocabulary: int = 0) -> list[Row]:
+def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
     no_registers(config, "hf_vit")
     return encoder_rows(config, "")
 
@@ -128,7 +128,7 @@ def fixed(config: Config) -> dict[str, Callable[[], Tensor]]:
     return {"embeddings.position_embeddings": lambda: positions(config, config.model.width, 1)}
 
 
-def files(config: Config, _vocabulary: int = 0) -> dict[str, dict]:
+def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:
     described = {"model_type": "vit", "architectures": ["ViTModel"]} | encoder_config(config)
     return {"config.json": described, "preprocessor_config.json": preprocessor(config)}
 

@@ -36,7 +36,7 @@ def settings(view: View) -> dict[str, object]:
     }
 
 
-def rows(config: Config, _vocabulary: int = 0) -> list[Row]:
+def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
     no_registers(config, "hf_vitmae")
     table = encoder_rows(config, "vit.")
     if config.model.image_loss_weight > 0:
@@ -54,7 +54,7 @@ def fixed(config: Config) -> dict[str, Callable[[], Tensor]]:
     return tables
 
 
-def files(config: Config, _vocabulary: int = 0) -> dict[str, dict]:
+def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:
     model = config.model
     described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"]} | encoder_config(config)
     described |= {"mask_ratio": model.mask_ratio, "norm_pix_loss": model.norm_pix_loss}

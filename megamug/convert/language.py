@@ -1,4 +1,5 @@
-"""transformers' LlamaForCausalLM and OPTForCausalLM, and DecoderLM. The tables are in `llama` and `opt`."""
+"""transformers' LLaMA, Chameleon and OPT, LlamaGen's GPT, and DecoderLM. The tables are in `llama`, `chameleon`, `opt`
+and `llamagen`."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from functools import partial
 from types import ModuleType
 
 from megamug.config import Config, TowerConfig
-from megamug.convert import llama, opt
-from megamug.convert.formats import Format, View, is_count
+from megamug.convert import chameleon, llama, llamagen, opt
+from megamug.convert.formats import Format, View, VocabularyRows, is_count
 from megamug.convert.table import Row
 from megamug.errors import UserError
 from megamug.models.shapes import padded_vocabulary
@@ -40,24 +41,40 @@ def settings(module: ModuleType, view: View) -> dict[str, object]:
     return found | {f"lm.{key}": value for key, value in asdict(tower).items() if value is not None}
 
 
-def rows(module: ModuleType, config: Config, vocabulary: int) -> list[Row]:
+def rows(module: ModuleType, config: Config, vocabulary: VocabularyRows) -> list[Row]:
     from megamug.models.jam_plan import tower_shapes
 
-    tower, padded = config.lm, padded_vocabulary(vocabulary)
+    tower, padded = config.lm, padded_vocabulary(sum(vocabulary))
     _check(module, tower)
+    if len(vocabulary) != module.TABLES:
+        raise UserError(f"{module.NAME} has {module.TABLES} tables of embeddings, and this run does not tell which of "
+                        f"its {sum(vocabulary)} rows belong to which: it is no run converted from {module.NAME}")
     shapes = tower_shapes(tower, padded)
     if not tower.tie_vocabulary:
         shapes["output_layer.weight"] = (padded, tower.width)
-    return [Row(piece, shapes[piece.name]) for piece in module.pieces(tower, vocabulary)]
+    return [Row(piece, shapes[piece.name]) for piece in module.pieces(tower, *vocabulary)]
 
 
 def _check(module: ModuleType, tower: TowerConfig) -> None:
     """Raises UserError for a tower that the format does not have."""
     wanted = {
-        "hf_llama": {"norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary",), "qk_norm": (False,)},
+        "hf_llama": {
+            "norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary",), "qk_norm": (False,),
+            "res_post_norm": (False,),
+        },
+        "hf_chameleon": {
+            "norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary",), "qk_norm": (True,),
+            "qk_norm_per_head": (True,), "norm_eps": (chameleon.HEAD_NORM_EPS,),
+        },
+        "llamagen_gpt": {
+            "norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary_grid",), "qk_norm": (False,),
+            "res_post_norm": (False,), "bias": (False,), "tie_vocabulary": (False,), "norm_eps": (llamagen.NORM_EPS,),
+            "rotary_base": (llamagen.ROTARY_BASE,),
+        },
         "hf_opt": {
             "norm": ("layernorm", "layernorm_plain"), "activation": ("relu", "gelu"), "positions": ("learned",),
-            "qk_norm": (False,), "tie_vocabulary": (True,), "query_groups": (tower.heads,), "norm_eps": (1e-5,),
+            "qk_norm": (False,), "res_post_norm": (False,), "tie_vocabulary": (True,), "query_groups": (tower.heads,),
+            "norm_eps": (1e-5,),
         },
     }[module.NAME]  # fmt: skip
     for key, values in wanted.items():
@@ -67,16 +84,17 @@ def _check(module: ModuleType, tower: TowerConfig) -> None:
             raise UserError(f"{module.NAME} has lm.{key} {said}, and the model has {found}; it does not convert")
 
 
-def vocabulary(name: str, view: View) -> int:
-    if name not in view:
-        raise UserError(f"it holds no {name}: it is no model in this format; give another --from")
-    return view.shape(name)[0]
+def vocabulary(names: tuple[str, ...], view: View) -> VocabularyRows:
+    for name in names:
+        if name not in view:
+            raise UserError(f"it holds no {name}: it is no model in this format; give another --from")
+    return tuple(view.shape(name)[0] for name in names)
 
 
-def llama_files(config: Config, vocabulary: int) -> dict[str, dict]:
+def llama_files(config: Config, vocabulary: VocabularyRows) -> dict[str, dict]:
     tower = config.lm
     return {"config.json": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": sum(vocabulary),
         "hidden_size": tower.width, "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
         "num_key_value_heads": tower.query_groups, "intermediate_size": tower.ffn_width, "hidden_act": "silu",
         "max_position_embeddings": tower.max_positions, "rms_norm_eps": tower.norm_eps,
@@ -87,10 +105,19 @@ def llama_files(config: Config, vocabulary: int) -> dict[str, dict]:
     }}  # fmt: skip
 
 
-def opt_files(config: Config, vocabulary: int) -> dict[str, dict]:
+def chameleon_files(config: Config, vocabulary: VocabularyRows) -> dict[str, dict]:
+    """Of the language model alone. `vq_config` and `vocabulary_map` (empty: no logit is hidden) are the tokenizers'."""
+    described = llama_files(config, vocabulary)["config.json"]
+    return {"config.json": described | {
+        "model_type": "chameleon", "architectures": ["ChameleonForConditionalGeneration"],
+        "swin_norm": config.lm.res_post_norm, "vocabulary_map": {},
+    }}  # fmt: skip
+
+
+def opt_files(config: Config, vocabulary: VocabularyRows) -> dict[str, dict]:
     tower = config.lm
     return {"config.json": {
-        "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": vocabulary,
+        "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": sum(vocabulary),
         "hidden_size": tower.width, "word_embed_proj_dim": tower.width, "num_hidden_layers": tower.layers,
         "num_attention_heads": tower.heads, "ffn_dim": tower.ffn_width, "activation_function": tower.activation,
         "max_position_embeddings": tower.max_positions, "do_layer_norm_before": True, "enable_bias": tower.bias,
@@ -106,9 +133,20 @@ def with_model(name: str) -> str:
 
 LLAMA = Format(
     llama.NAME, "transformers' LlamaForCausalLM", "decoder_lm", PARTS, partial(settings, llama), partial(rows, llama),
-    files=llama_files, vocabulary=partial(vocabulary, "model.embed_tokens.weight"), ignored=r"rotary_emb\.inv_freq$",
+    files=llama_files, vocabulary=partial(vocabulary, ("model.embed_tokens.weight",)), ignored=r"rotary_emb\.inv_freq$",
+)  # fmt: skip
+CHAMELEON = Format(
+    chameleon.NAME, "the language model of transformers' ChameleonForConditionalGeneration", "decoder_lm", PARTS,
+    partial(settings, chameleon), partial(rows, chameleon), files=chameleon_files,
+    vocabulary=partial(vocabulary, ("model.embed_tokens.weight",)), ignored=r"rotary_emb\.inv_freq$",
+    apart=("model.vqmodel.", "the encoder of the image tokenizer, a model of its own"),
+)  # fmt: skip
+LLAMAGEN = Format(
+    llamagen.NAME, "LlamaGen's class-conditional GPT (.pt or safetensors)", "decoder_lm", PARTS, llamagen.settings,
+    partial(rows, llamagen), vocabulary=partial(vocabulary, (llamagen.CODES, llamagen.CLASSES)),
+    complete=llamagen.complete,
 )  # fmt: skip
 OPT = Format(
     opt.NAME, "transformers' OPTForCausalLM", "decoder_lm", PARTS, partial(settings, opt), partial(rows, opt),
-    files=opt_files, vocabulary=partial(vocabulary, "model.decoder.embed_tokens.weight"), canonical=with_model,
+    files=opt_files, vocabulary=partial(vocabulary, ("model.decoder.embed_tokens.weight",)), canonical=with_model,
 )  # fmt: skip

@@ -10,32 +10,35 @@ from megamug.convert import parts
 from megamug.errors import UserError
 
 NAME = "hf_llama"
+TABLES = 1  # of embeddings
 
 
-def tower_config(hf_config: dict) -> TowerConfig:
-    """The tower of a `config.json`. Raises UserError for what DecoderLM has not: scaled rotary positions, heads whose
-    width is not hidden_size / num_attention_heads, another activation, biases in a part of the linears."""
+def tower_config(hf_config: dict, name: str = NAME) -> TowerConfig:
+    """The tower of a `config.json`; `name` is the format's in messages. Raises UserError for what DecoderLM has not:
+    scaled rotary positions, heads whose width is not hidden_size / num_attention_heads, another activation, biases in a
+    part of the linears."""
     heads, width = hf_config["num_attention_heads"], hf_config["hidden_size"]
     head_dim = hf_config.get("head_dim") or width // heads
     if head_dim * heads != width:
-        raise UserError(f"{NAME}: head_dim({head_dim}) x num_attention_heads({heads}) is not hidden_size({width});"
+        raise UserError(f"{name}: head_dim({head_dim}) x num_attention_heads({heads}) is not hidden_size({width});"
                         f" such heads are not supported")  # fmt: skip
     # transformers 5 has rope_parameters; before it, rope_theta and rope_scaling stood for themselves.
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
-        raise UserError(f"{NAME}: rotary positions scaled by {scaling!r} are not supported, only unscaled ones")
+        raise UserError(f"{name}: rotary positions scaled by {scaling!r} are not supported, only unscaled ones")
     if hf_config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{NAME}: hidden_act is {hf_config['hidden_act']!r}; only silu is supported")
+        raise UserError(f"{name}: hidden_act is {hf_config['hidden_act']!r}; only silu is supported")
     bias = bool(hf_config.get("attention_bias", False))
     if bias != bool(hf_config.get("mlp_bias", False)):
-        raise UserError(f"{NAME}: attention_bias and mlp_bias differ; biases in all linears or in none are supported")
+        raise UserError(f"{name}: attention_bias and mlp_bias differ; biases in all linears or in none are supported")
     return TowerConfig(
         layers=hf_config["num_hidden_layers"], width=width, heads=heads,
         query_groups=hf_config.get("num_key_value_heads") or heads, ffn_width=hf_config["intermediate_size"],
         norm="rmsnorm", norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)), activation="swiglu", bias=bias,
         positions="rotary", max_positions=hf_config.get("max_position_embeddings", 2048),
         rotary_base=float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0), qk_norm=False,
+        qk_norm_per_head=False, res_post_norm=False,
         tie_vocabulary=bool(hf_config.get("tie_word_embeddings", False)),
         init_std=float(hf_config.get("initializer_range", 0.02)),
     )  # fmt: skip
@@ -51,9 +54,12 @@ def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:
     for i in range(tower.layers):
         ours, theirs = f"stack.layers.{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        norms = "self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"
+        if tower.res_post_norm:  # transformers calls them alike in both places
+            norms = "post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"
         found += [
-            Piece(f"{ours}.self_attention.linear_qkv.layer_norm_weight", [f"{theirs}.input_layernorm.weight"]),
-            Piece(f"{ours}.mlp.linear_fc1.layer_norm_weight", [f"{theirs}.post_attention_layernorm.weight"]),
+            Piece(f"{ours}.{norms[0]}", [f"{theirs}.input_layernorm.weight"]),
+            Piece(f"{ours}.{norms[1]}", [f"{theirs}.post_attention_layernorm.weight"]),
         ]
         for kind in ("weight", "bias") if tower.bias else ("weight",):
             projections = [f"{attention}.{x}_proj.{kind}" for x in "qkv"]

@@ -64,7 +64,7 @@ def encoder_rows(config: Config) -> list[Row]:
     return encoder(config.model, LAYER, "cls_token", "patch_embed.proj", lambda i: f"blocks.{i}.", "norm")
 
 
-def rows(config: Config, _vocabulary: int = 0) -> list[Row]:
+def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
     no_registers(config, "mae")
     table = encoder_rows(config)
     if config.model.image_loss_weight > 0:

@@ -12,6 +12,7 @@ from megamug.convert import parts
 from megamug.errors import UserError
 
 NAME = "hf_opt"
+TABLES = 1  # of embeddings
 OFFSET = 2  # rows of the position table before that of position 0
 
 
@@ -37,7 +38,8 @@ def tower_config(hf_config: dict) -> TowerConfig:
         ffn_width=hf_config["ffn_dim"],
         norm="layernorm" if hf_config.get("layer_norm_elementwise_affine", True) else "layernorm_plain", norm_eps=1e-5,
         activation=activation, bias=bool(hf_config.get("enable_bias", True)), positions="learned",
-        max_positions=hf_config["max_position_embeddings"], rotary_base=10000.0, qk_norm=False, tie_vocabulary=True,
+        max_positions=hf_config["max_position_embeddings"], rotary_base=10000.0, qk_norm=False,
+        qk_norm_per_head=False, res_post_norm=False, tie_vocabulary=True,
         init_std=float(hf_config.get("init_std", 0.02)),
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ def settings(view: View) -> dict[str, object]:
     return encoder_settings(view, (1 + registers, 0)) | {"model.register_tokens": registers}
 
 
-def rows(config: Config, _vocabulary: int = 0) -> list[Row]:
+def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
     table = encoder_rows(config)
     if registers := config.model.register_tokens:
         table.append(batched("encoder.register_tokens", (registers, config.model.width), "reg_token"))

@@ -18,6 +18,7 @@ from megamug.data.verify import DEFAULT_LIMITS, Rejected, check_header
 from megamug.data.vocabulary import Vocabulary
 from megamug.durable import write_atomically
 from megamug.errors import UserError
+from megamug.models.shapes import positions_of
 
 BREAK = "<break>"
 TOP_P = 0.9
@@ -161,10 +162,12 @@ def token_limit(config: Config, vocabulary: Vocabulary, start: list[int], max_to
     context = config.data.context_length
     limit = context if max_tokens is None else len(start) + max_tokens
     for name, tower in towers(config).items():
-        if tower.positions == "learned" and max(limit, len(start) + 1) > tower.max_positions:
+        positions = positions_of(tower)
+        if positions is not None and max(limit, len(start) + 1) > positions:
             asked = "" if max_tokens is None else f" and --max-tokens {max_tokens}"
-            raise UserError(f"a prompt of {len(start)} tokens{asked} is more than the {tower.max_positions} learned "
-                            f"positions of {name} ({name}.max_positions); shorten it or lower --max-tokens")
+            key = "max_positions" if tower.positions == "learned" else "grid"
+            raise UserError(f"a prompt of {len(start)} tokens{asked} is more than the {positions} {tower.positions} "
+                            f"positions of {name} ({name}.{key}); shorten it or lower --max-tokens")
     if limit <= len(start):
         raise UserError(f"the prompt has {len(start)} tokens and the run was trained on {context} (data.context_length)"
                         ": nothing can follow; shorten it, or give --max-tokens")

@@ -41,7 +41,7 @@ class DecoderLM(Stage):
             self.vocabulary_weight().shared_embedding = True
             self.vocabulary_weight().shared = not part.embedding  # counted once in the gradient norm
         for name, parameter in self.named_parameters():
-            parameter.no_weight_decay = parameter.dim() == 1 or name == "embedding.positions"
+            parameter.no_weight_decay = parameter.dim() == 1 or "norm" in name or name == "embedding.positions"
 
     def vocabulary_weight(self) -> Tensor:
         """The output matrix [V / tp, h] in the stage of the head; in that of the embedding alone, its tied copy."""

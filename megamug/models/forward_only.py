@@ -10,6 +10,8 @@ Axes: s tokens, t tokens of a context, b rows, h width, n heads on this rank, g 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.transformer import TransformerLayer
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
@@ -29,12 +31,18 @@ def applies(module: nn.Module) -> bool:
 def transformer_layer(
     layer: TransformerLayer, hidden: Tensor, mask: Tensor | None, table: Tensor | None, context: Tensor | None
 ) -> Tensor:
-    """A pre-norm layer on hidden states [s, b, h]; `table` as in `elementwise.rotate`, `context` [t, b, h']."""
-    hidden = hidden + self_attention(layer.self_attention, layer.input_layernorm(hidden), mask, table)
+    """A layer on hidden states [s, b, h]; `table` as in `elementwise.rotate`, `context` [t, b, h']."""
+    update = self_attention(layer.self_attention, layer.input_layernorm(hidden), mask, table)
+    hidden = hidden + _normed_behind(layer.self_attn_bda, update)
     if not isinstance(layer.cross_attention, IdentityOp):
         normed = layer.pre_cross_attn_layernorm(hidden)
         hidden = hidden + cross_attention(layer.cross_attention, normed, None, context)
-    return hidden + feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
+    return hidden + _normed_behind(layer.mlp_bda, feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden)))
+
+
+def _normed_behind(add: Callable | nn.Module, update: Tensor) -> Tensor:
+    """By the norm of a `norms.NormedResidual`; Megatron's own sum of the residual, a function, has none."""
+    return add.norm(update) if isinstance(add, nn.Module) else update
 
 
 def self_attention(attention: SelfAttention, x: Tensor, mask: Tensor | None, table: Tensor | None) -> Tensor:
@@ -42,13 +50,14 @@ def self_attention(attention: SelfAttention, x: Tensor, mask: Tensor | None, tab
     s, b, _ = x.shape
     heads = attention.num_query_groups_per_partition, -1, attention.hidden_size_per_attention_head
     mixed = attention.linear_qkv(x)[0].view(s, b, *heads)
-    if attention.q_layernorm is None and table is not None:
+    norms = attention.head_norms
+    if norms is None and table is not None:
         turned = rotate(mixed[:, :, :, :-1], table.unsqueeze(1))  # of queries and keys at once
         query, key = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]
     else:
         query, key = mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2]
-        if attention.q_layernorm is not None:
-            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        if norms is not None:
+            query, key = norms[0](query), norms[1](key)
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
     return attention.linear_proj(attention.core_attention(query, key, mixed[:, :, :, -1], mask))[0]

@@ -84,18 +84,19 @@ def width(text: Parent, image: Parent, off_diagonal: str = "copy") -> Fusion:
         copy     [[T, T], [I, I]]    each half of the outputs reads both halves with its own parent's matrix
         average  [[T, M], [M, I]]    M = (T + I) / 2
 
-    Norms and biases are concatenated; a norm of query or key heads is one for all heads, so it is the mean.
+    Norms and biases are concatenated, those that each head has of its own as well; a norm of query or key heads that is
+    one for all heads is the mean.
     """
     check_same_sizes(text, image, "width")
     assert off_diagonal in ("copy", "average"), off_diagonal
     config = _config(text)
     for key in ("width", "heads", "query_groups", "ffn_width"):
         setattr(config.lm, key, 2 * getattr(text.config.lm, key))
-    gated = text.config.lm.activation == "swiglu"
+    gated, per_head = text.config.lm.activation == "swiglu", text.config.lm.qk_norm_per_head
 
     def how(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         if _is_head_norm(name):
-            return mean
+            return concatenate_rows if per_head else mean
         if name in EMBEDDINGS:
             return concatenate_columns
         halves = 2 if gated and ".linear_fc1." in name and "layer_norm" not in name else 1
@@ -103,7 +104,7 @@ def width(text: Parent, image: Parent, off_diagonal: str = "copy") -> Fusion:
 
     def shape_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if _is_head_norm(name):
-            return shape
+            return (2 * shape[0], shape[1]) if per_head else shape
         return (shape[0], 2 * shape[1]) if name in EMBEDDINGS else tuple(2 * size for size in shape)
 
     return Fusion(config, list(_pairwise(text, image, how, shape_of)))
@@ -150,6 +151,10 @@ def write(
 
 def mean(text: Tensor, image: Tensor) -> Tensor:
     return (text + image) / 2
+
+
+def concatenate_rows(text: Tensor, image: Tensor) -> Tensor:
+    return torch.cat([text, image])
 
 
 def concatenate_columns(text: Tensor, image: Tensor) -> Tensor:

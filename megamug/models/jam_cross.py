@@ -193,7 +193,7 @@ class JamCross(Stage):
                 init_method=specs.leave_uninitialised,
             )  # fmt: skip
         for name, parameter in self.named_parameters():
-            parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(".positions")
+            parameter.no_weight_decay = parameter.dim() == 1 or "norm" in name or name.endswith(".positions")
             parameter.requires_grad_(not plan.frozen(name))
 
     # ------------------------------------------------------------------------------------------ phases

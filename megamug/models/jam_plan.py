@@ -55,8 +55,11 @@ class JamPlan(Plan):
 
     @cached_property
     def schedule_config(self) -> TransformerConfig:
-        """The configuration that Megatron's schedules and gradient buffers read."""
-        return self.text.transformer_config(self.pipeline)
+        """The configuration that Megatron's schedules and gradient buffers read: the text tower's, and that gradients
+        of norms that heads share are summed over tensor-parallel ranks where either tower has them."""
+        config = self.text.transformer_config(self.pipeline)
+        config.qk_layernorm |= self.image.transformer_config().qk_layernorm
+        return config
 
     @property
     def parameters(self) -> int:
@@ -182,14 +185,22 @@ def tower_shapes(tower: TowerConfig, padded_vocabulary: int, words: bool = True)
         shapes["embedding.positions"] = (tower.max_positions, h)
     for index in range(tower.layers):
         attention = f"stack.layers.{index}.self_attention."
-        shapes |= _norm(tower, f"{attention}linear_qkv.layer_norm_", h)
+        mlp = f"stack.layers.{index}.mlp."
+        places = f"{attention}linear_qkv.layer_norm_", f"{mlp}linear_fc1.layer_norm_"
+        if tower.res_post_norm:
+            places = tuple(f"stack.layers.{index}.post_{part}_layernorm." for part in ("self_attn", "mlp"))
+        for place in places:
+            shapes |= _norm(tower, place, h)
         shapes |= _linear(tower, f"{attention}linear_qkv.", h, (tower.heads + 2 * tower.query_groups) * head)
         if tower.qk_norm:
-            for which in ("q", "k"):
-                shapes |= _norm(tower, f"{attention}{which}_layernorm.", head, always=True)
+            for which, heads in (("q", tower.heads), ("k", tower.query_groups)):
+                norm = f"{attention}{which}_layernorm."
+                if tower.qk_norm_per_head:
+                    shapes |= {f"{norm}weight": (heads, head), f"{norm}bias": (heads, head)}
+                else:
+                    shapes |= _norm(tower, norm, head, always=True)
         shapes |= _linear(tower, f"{attention}linear_proj.", h, h)
-        mlp = f"stack.layers.{index}.mlp."
-        shapes |= _norm(tower, f"{mlp}linear_fc1.layer_norm_", h) | _mlp(tower, mlp)
+        shapes |= _mlp(tower, mlp)
     return shapes | _norm(tower, "stack.final_layernorm.", h)
 
 

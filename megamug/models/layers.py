@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megamug.models import cpu_attention, cpu_linear, forward_only
 from megamug.models.elementwise import rotate
+from megamug.models.norms import HeadNorm
 
 
 class Norm(nn.Module):
@@ -187,9 +188,32 @@ class RotarySelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *args, **kwargs):
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.head_norms is not None and self.q_layernorm is None:  # Megatron's own have been
+            query, key = (norm(x) for norm, x in zip(self.head_norms, (query, key), strict=True))
         if self.table is not None:
             query, key = rotate(query, self.table), rotate(key, self.table)
         return query, key, value
+
+    @property
+    def head_norms(self) -> tuple[nn.Module, nn.Module] | None:
+        """Of queries and of keys, where there are some."""
+        return None if self.q_layernorm is None else (self.q_layernorm, self.k_layernorm)
+
+
+class HeadNormSelfAttention(RotarySelfAttention):
+    """Self-attention with norms for each query head and key head.
+
+    They are not Megatron's `q_layernorm` and `k_layernorm`: it takes those for the same on all tensor-parallel ranks
+    and sums their gradients (`finalize_model_grads`), where each rank has norms of its own heads here."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.query_norm = HeadNorm(config, config.num_attention_heads)
+        self.key_norm = HeadNorm(config, config.num_query_groups)
+
+    @property
+    def head_norms(self) -> tuple[nn.Module, nn.Module]:
+        return self.query_norm, self.key_norm
 
 
 class LatentCrossAttention(CrossAttention):
@@ -243,6 +267,16 @@ class Layer(TransformerLayer):
     def _should_call_local_cudagraph(self, *args, **kwargs) -> bool:
         alone = isinstance(self.cross_attention, IdentityOp)
         return self.training and alone and super()._should_call_local_cudagraph(*args, **kwargs)
+
+
+class ResPostNormLayer(Layer):
+    """A layer whose residual sums are `norms.NormedResidual`. Megatron runs them with gradients on, also where the
+    caller has switched them off: with parameters in them, that would keep a graph of all layers while nothing is
+    trained."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bias_dropout_add_exec_handler = nullcontext
 
 
 def config_of_run(config: TransformerConfig, first: int, last: int) -> TransformerConfig:

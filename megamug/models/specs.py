@@ -7,6 +7,7 @@ Transformer Engine keeps them, so a checkpoint does not know which of the two wr
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from megamug.config import Config
 from megamug.errors import UserError
 from megamug.models import layers
 from megamug.models.elementwise import SwiGLU
+from megamug.models.norms import NormedResidual
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ def choose(requested: str) -> tuple[str, str]:
     return "te", "CUDA device and Transformer Engine found"
 
 
+# Norms of a layer, and their names in checkpoints: where Transformer Engine folds one into a linear, as it calls that.
+NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "self_attn_bda.norm.": "post_self_attn_layernorm.",
+    "mlp_bda.norm.": "post_mlp_layernorm.",
+    "self_attention.query_norm.": "self_attention.q_layernorm.",
+    "self_attention.key_norm.": "self_attention.k_layernorm.",
+}
+
+
 def transformer_layer(
     kind: str,
     config: TransformerConfig,
@@ -93,13 +106,21 @@ def transformer_layer(
     context_width: int | None = None,
     plain_norm: bool = False,
     masked: bool = False,
+    per_head_norm: bool = False,
+    res_post_norm: bool = False,
 ) -> ModuleSpec:
     """A pre-norm transformer layer: self-attention, cross-attention to a context if `context_width` is given, MLP.
 
-    `masked`: callers pass an attention mask, which hides what is later as well.
+    `masked`: callers pass an attention mask, which hides what is later as well. `per_head_norm`: the norms of queries
+    and keys are `norms.HeadNorm`. `res_post_norm`: norms stand behind attention and MLP, before the residual sum.
     """
+    assert not (res_post_norm and context_width is not None), "cross-attention has its norm before it"
     m = modules(kind, plain_norm)
-    fused = m.norm_linear is not None
+    first_linear = m.column_linear if m.norm_linear is None or res_post_norm else m.norm_linear
+    norm_before = IdentityOp if res_post_norm or m.norm_linear is not None else m.norm
+    add: Callable | ModuleSpec = get_bias_dropout_add
+    if res_post_norm:
+        add = ModuleSpec(module=NormedResidual, params={"norm": m.norm, "config": config})
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if masked and kind == "te":  # `local` takes a mask where it gets one
         mask_type = AttnMaskType.arbitrary
@@ -121,34 +142,29 @@ def transformer_layer(
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
-        module=layers.Layer,
+        module=layers.ResPostNormLayer if res_post_norm else layers.Layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else m.norm,
+            input_layernorm=norm_before,
             self_attention=ModuleSpec(
-                module=layers.RotarySelfAttention,
+                module=layers.HeadNormSelfAttention if per_head_norm else layers.RotarySelfAttention,
                 params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=m.norm_linear or m.column_linear,
+                    linear_qkv=first_linear,
                     core_attention=m.attention,
                     linear_proj=m.row_linear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if fused else m.norm,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm_before,
             mlp=ModuleSpec(
                 module=MLP,
                 params={"ffn_hidden_size": config.ffn_hidden_size},
-                submodules=feed_forward(config, m.norm_linear or m.column_linear, m.row_linear),
+                submodules=feed_forward(config, first_linear, m.row_linear),
             ),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={}
-            if fused
-            else {
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            mlp_bda=add,
+            sharded_state_dict_keys_map=NORM_NAMES,
             **cross,
         ),
     )

@@ -23,6 +23,7 @@ from megamug.config import Config, TowerConfig
 from megamug.models import specs
 from megamug.models.elementwise import rotation_table
 from megamug.models.layers import LayerRun, document_mask
+from megamug.models.shapes import GRID_PREFIX
 from megamug.telemetry.flops import layer_flops, linear_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +62,7 @@ class TowerPlan:
         return specs.transformer_config(
             layers=t.layers, width=t.width, heads=t.heads, ffn_width=t.ffn_width, norm_eps=t.norm_eps, dtype=self.dtype,
             tensor=self.tensor, sequence=self.sequence_parallel, recompute=self.recompute, pipeline=pipeline,
-            **self.execution, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm,
+            **self.execution, num_query_groups=t.query_groups, qk_layernorm=t.qk_norm and not t.qk_norm_per_head,
             normalization="RMSNorm" if t.norm == "rmsnorm" else "LayerNorm", add_bias_linear=t.bias,
             activation_func=ACTIVATIONS[t.activation], gated_linear_unit=t.activation == "swiglu",
             # Megatron's name for "the layer's spec says which": here it is `elementwise.SwiGLU`.
@@ -79,8 +80,9 @@ class TowerPlan:
     @property
     def layer(self) -> ModuleSpec:
         return specs.transformer_layer(
-            self.spec, self.config, causal=True, plain_norm=self.plain_norm, masked=self.separate_documents
-        )
+            self.spec, self.config, causal=True, plain_norm=self.plain_norm, masked=self.separate_documents,
+            per_head_norm=self.tower.qk_norm_per_head, res_post_norm=self.tower.res_post_norm,
+        )  # fmt: skip
 
     def layers(self, first: int, last: int, final_norm: bool = True) -> LayerRun:
         """Layers [first, last) of the tower, with its final norm where they are its last ones."""
@@ -119,26 +121,32 @@ class TowerPlan:
 
         A row has the cosines, then the sines of the planes of a head at one position; computed once and kept, for twice
         the positions asked for where it has to grow. Layers know nothing of how positions become angles: another
-        arrangement, as the rows and columns of a grid, is another `angles`; positions that do not turn have the angle
-        zero. (Rows may also be zeroed in the table, which makes queries and keys zero: LlamaGen's GPT does so before
-        its image.)
+        arrangement, as the rows and columns of a grid, is another `angles`. Before a grid the table is zero: so are
+        queries and keys there, as in LlamaGen's GPT (arXiv 2406.06525, as published).
         """
         table = self._rotary_table
         if table is None or table.device != device or len(table) < last:
             # Kept beyond inference_mode(), whose tensors no later backward may use.
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(max(self.context_length, 2 * last), device=device)
-                table = self._rotary_table = rotation_table(self.angles(positions), self.dtype)
+                table = rotation_table(self.angles(positions), self.dtype)
+                if self.tower.positions == "rotary_grid":
+                    table[:GRID_PREFIX] = 0
+                self._rotary_table = table
         return table[first:last]
 
     def angles(self, positions: Tensor) -> Tensor:
         """Angles in radians, float32, of each plane of a head: positions int64 [s] -> [s, d/2].
 
-        As Su et al. (arXiv 2104.09864): the plane i of a head turns by position / rotary_base^(2i/d).
+        As Su et al. (arXiv 2104.09864): the plane i of a head turns by position / rotary_base^(2i/d). In a grid the
+        first half of the planes does so by the row, the second by the column, each with d/2 for d (LlamaGen).
         """
-        head = self.tower.width // self.tower.heads
+        head, places = self.tower.width // self.tower.heads, [positions]
+        if self.tower.positions == "rotary_grid":
+            cells = (positions - GRID_PREFIX).clamp(min=0)
+            head, places = head // 2, [cells // self.tower.grid, cells % self.tower.grid]
         exponents = torch.arange(0, head, 2, dtype=torch.float32, device=positions.device) / head
-        return positions.float().unsqueeze(-1) / self.tower.rotary_base**exponents
+        return torch.cat([p.float().unsqueeze(-1) / self.tower.rotary_base**exponents for p in places], dim=-1)
 
 
 class TowerEmbedding(MegatronModule):

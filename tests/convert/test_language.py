@@ -88,6 +88,57 @@ def test_logits_are_the_library_s_and_back_is_bitwise(tmp_path, case):
         assert torch.equal(again(tokens).logits, expected)
 
 
+CHAMELEON_VQ = {
+    "embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1],
+    "num_res_blocks": 1, "attn_type": "none", "resolution": 16,
+}  # fmt: skip
+
+
+def chameleon(**options):
+    """Ids 90 ... 97 are image codes, which transformers hides from its logits."""
+    torch.manual_seed(11)
+    model = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+        intermediate_size=160, max_position_embeddings=32, initializer_range=0.2, vq_config=CHAMELEON_VQ,
+        vocabulary_map={"<image>": 99} | {f"IMGIMG{chr(65 + i)}Z": 90 + i for i in range(8)}, **options,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "q_norm" in name or "k_norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"swin_norm": True, "attention_bias": True, "mlp_bias": True},
+], ids=["7B", "34B, biases"])  # fmt: skip
+def test_chameleon_s_logits_are_the_library_s_and_back_is_bitwise(tmp_path, options):
+    model, form = chameleon(**options), FORMATS["hf_chameleon"]
+    model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    [remark] = to_megamug(form, tmp_path / "model", tmp_path / "run")
+    assert remark.startswith("left out (the encoder of the image tokenizer, a model of its own): ")
+    tokens = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    hidden = expected == torch.finfo(torch.float32).min
+    assert hidden.any(dim=(0, 1)).nonzero().flatten().tolist() == [*range(90, 98)]
+    found = logits(tmp_path / "run", tokens)
+    assert found[hidden].std() > 0.1
+    torch.testing.assert_close(found[~hidden], expected[~hidden], rtol=1e-4, atol=1e-4)
+
+    from_megamug(form, tmp_path / "run", tmp_path / "out", max_shard_bytes=50_000)
+    written = tensors_in(tmp_path / "out")
+    own = {name: tensor for name, tensor in tensors_in(tmp_path / "model").items() if "vqmodel" not in name}
+    assert_same_bits(written, own)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    config.vq_config = model.config.vq_config
+    again = transformers.ChameleonForConditionalGeneration(config).eval()
+    missing, unexpected = again.load_state_dict(written, strict=False)
+    assert not unexpected and all(name.startswith("model.vqmodel.") for name in missing)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits[~hidden], expected[~hidden])
+
+
 def test_bf16_stays_bf16(tmp_path):
     model = theirs("hf_llama").bfloat16()
     model.save_pretrained(tmp_path / "model")
@@ -106,6 +157,11 @@ def test_models_that_the_other_side_has_not_are_refused(tmp_path):
         from_megamug(FORMATS["hf_llama"], tmp_path / "run", tmp_path / "out")
     with pytest.raises(UserError, match="is a model of kind decoder_lm; timm is one of kind mug"):
         from_megamug(FORMATS["timm"], tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="hf_chameleon has lm.norm rmsnorm, and the model has layernorm"):
+        from_megamug(FORMATS["hf_chameleon"], tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    chameleon(rms_norm_eps=1e-6).save_pretrained(tmp_path / "chameleon")
+    with pytest.raises(UserError, match="hf_chameleon: rms_norm_eps is 1e-06, and 1e-05 in the norms of query and key"):
+        to_megamug(FORMATS["hf_chameleon"], tmp_path / "chameleon", tmp_path / "x")
     with pytest.raises(UserError, match="nearest is 'hf_llama'"):
         format_named("llama")

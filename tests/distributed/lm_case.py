@@ -1,4 +1,5 @@
-"""A tiny DecoderLM for `layout_worker`: its configuration, its task, its batches. Option `family`: cm3leon | llama."""
+"""A tiny DecoderLM for `layout_worker`: its configuration, its task, its batches. Option `family`: cm3leon | llama |
+chameleon."""
 
 from __future__ import annotations
 
@@ -23,6 +24,13 @@ FAMILIES = {
         },
         "model": {"z_loss_weight": 1e-2},
         "data": {"separate_documents": True},
+    },
+    # norms of its own for every head, the others behind attention and feed-forward
+    "chameleon": {
+        "lm": {
+            "norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "tie_vocabulary": False,
+            "query_groups": 2, "qk_norm": True, "qk_norm_per_head": True, "res_post_norm": True,
+        },
     },
 }  # fmt: skip
 

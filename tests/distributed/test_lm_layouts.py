@@ -1,8 +1,10 @@
 """DecoderLM in every layout gives the one-process curve and the one-process gradient of every parameter, to 1e-5
-relative, in float32: CM3leon's block with a tied vocabulary, and LLaMA's with grouped queries, QK-norm and z-loss.
+relative, in float32: CM3leon's block with a tied vocabulary, LLaMA's with grouped queries, QK-norm and z-loss, and
+Chameleon's, with norms for each head and norms behind the blocks.
 
 Layouts of the same number of processes share one launch. LLaMA's block, whose tensors are split in other ways, goes
-through those that split tensors or stages; how gradients are averaged does not depend on the block.
+through those that split tensors or stages, Chameleon's through those that split sequences as well; how gradients are
+averaged does not depend on the block.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import pytest
 from tests.distributed.layouts import TOLERANCE, references, run, worst, worst_gradient
 
 STEPS, CUT = 10, 5
-FAMILIES = ("cm3leon", "llama")
+FAMILIES = ("cm3leon", "llama", "chameleon")
 
 LAYOUTS: dict[int, dict[str, dict]] = {
     1: {"recomputed": {"recompute": "full"}},
@@ -48,7 +50,7 @@ def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
     for family in FAMILIES:
         gradients, records = reference[family]["gradients"], reference[family]["records"]
         assert all(gradient.abs().max() > 0 for gradient in gradients.values())
-        assert ("output_layer.weight" in gradients) == (family == "llama")
+        assert ("output_layer.weight" in gradients) == (family != "cm3leon")
         assert records[:CUT] == reference[family]["early"]
         assert records[-1][0] < records[0][0]
 
@@ -57,7 +59,7 @@ def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
 def test_every_layout_gives_the_one_process_curve_and_gradients(reference, processes, tmp_path):
     jobs, checks = [], []
     for name, parallel in LAYOUTS[processes].items():
-        for family in FAMILIES if {"tensor", "pipeline"} & set(parallel) else FAMILIES[:1]:
+        for family in FAMILIES[: 3 if "sequence" in parallel else 2 if {"tensor", "pipeline"} & set(parallel) else 1]:
             file = tmp_path / f"{len(jobs)}.pt"
             jobs.append(job(family, parallel=parallel, gradients=str(file)))
             checks.append((f"{name}, {family}", family, 0, file))

@@ -17,6 +17,8 @@ LLAMA = {
     "qk_norm": True,
 }  # fmt: skip
 GROUPED = {**LLAMA, "qk_norm": False}  # without gradients queries and keys turn at once
+CHAMELEON = LLAMA | {"qk_norm_per_head": True, "res_post_norm": True}
+GRID = {"positions": "rotary_grid", "grid": 5}
 OPT = {"norm": "layernorm", "activation": "relu", "bias": True}
 
 
@@ -116,7 +118,7 @@ def test_logits_equal_transformers_with_the_same_weights(world, name):
 
 
 def test_loss_is_the_cross_entropy_of_the_logits_and_gradients_flow_everywhere(world):
-    for options in ({}, LLAMA, OPT):
+    for options in ({}, LLAMA, CHAMELEON, OPT):
         chunk = build(options)
         tokens, labels = rows(), rows().roll(-1, dims=1)
         labels[0, 5:9] = -100
@@ -180,7 +182,7 @@ def test_separate_documents_are_as_if_alone(world, options):
     assert not torch.allclose(logits(chunk, tokens)[0], alone, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, OPT], ids=["cm3leon", "llama", "grouped", "opt"])
+@pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, CHAMELEON, GRID, OPT], ids=str)
 def test_a_key_value_cache_gives_the_same_logits(world, options):
     from megamug.models.layers import key_value_cache
 
@@ -191,11 +193,12 @@ def test_a_key_value_cache_gives_the_same_logits(world, options):
         for first, last in [(0, prompt), *((i, i + 1) for i in range(prompt, CONTEXT))]:
             part = tokens[:, first:last]
             hidden = chunk.run(chunk.embed(part, first=first), part, first=first)
+            assert not hidden.requires_grad
             found.append(chunk.logits(hidden).transpose(0, 1)[..., :VOCABULARY])
     assert torch.allclose(torch.cat(found, dim=1), logits(chunk, tokens), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, OPT], ids=["cm3leon", "llama", "grouped", "opt"])
+@pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, CHAMELEON, GRID, OPT], ids=str)
 def test_evaluation_gives_the_logits_of_training(world, options):
     """Without gradients layers run without Megatron's forward (`forward_only`)."""
     chunk, tokens = build(options), rows()
