@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megamug.models.shapes import tower_shapes
+
 BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -164,8 +166,6 @@ def _layer_number(name: str) -> int | None:
 
 def _lm_shapes(plan, stage: int) -> dict[str, tuple[int, ...]]:
     """Parameters of a stage of DecoderLM (`LmPlan`) by name."""
-    from megamug.models.jam_plan import tower_shapes
-
     tower, part = plan.tower.tower, plan.part(stage)
     own = {}
     for name, shape in tower_shapes(tower, plan.padded_vocabulary).items():

@@ -12,7 +12,7 @@ from megamug.convert import chameleon, llama, llamagen, opt
 from megamug.convert.formats import Format, View, VocabularyRows, is_count
 from megamug.convert.table import Row
 from megamug.errors import UserError
-from megamug.models.shapes import padded_vocabulary
+from megamug.models.shapes import padded_vocabulary, tower_shapes
 from megamug.sections import DataConfig
 
 COUNTS = (
@@ -42,8 +42,6 @@ def settings(module: ModuleType, view: View) -> dict[str, object]:
 
 
 def rows(module: ModuleType, config: Config, vocabulary: VocabularyRows) -> list[Row]:
-    from megamug.models.jam_plan import tower_shapes
-
     tower, padded = config.lm, padded_vocabulary(sum(vocabulary))
     _check(module, tower)
     if len(vocabulary) != module.TABLES:

@@ -25,9 +25,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megamug.models import forward_only, specs
-from megamug.models.jam_plan import TOWERS, JamPart, JamPlan
+from megamug.models.jam_plan import JamPart, JamPlan
 from megamug.models.layers import LocalColumnParallelLinear, context_linear, replicated
 from megamug.models.lm_losses import language_losses
+from megamug.models.shapes import TOWERS
 from megamug.models.stages import Stage, tensors_alone
 from megamug.models.tower import TowerEmbedding, TowerPlan
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megamug.config import Config, resolve
-from megamug.models.jam_plan import JamPlan, count, tower_shapes
+from megamug.models.jam_plan import JamPlan
 from megamug.models.partition import depth_slots
+from megamug.models.shapes import count, tower_shapes
 
 VOCABULARY, TOKENS, ROWS = 200, 16, 2
 LLAMA = dict(
