@@ -104,6 +104,12 @@ def states(model, batch: Batch) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------- the plan
 
 
+@pytest.mark.parametrize(("text", "image"), [(False, True), (True, False), (False, False)])
+def test_gradients_of_head_norms_are_summed_over_tensor_ranks_where_either_tower_has_them(text, image):
+    plan = JamPlan(jam_config(GPT | {"qk_norm": text}, GPT | {"qk_norm": image}), VOCABULARY)
+    assert plan.schedule_config.qk_layernorm == (text or image)  # what Megatron's finalize_model_grads asks
+
+
 def test_slots_match_relative_depth():
     assert [s.text for s in depth_slots(2, 4, 1)] == [(0, 0), (0, 1), (1, 1), (1, 2)]
     assert [s.cross for s in depth_slots(4, 4, 2)] == [None, 0, None, 1]
