@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import record_function
 
-from megamug import validate
+from megamug import validate, validate_precision
 from megamug.config import Config, load_config, resolve
 from megamug.errors import UserError
 
@@ -44,7 +44,7 @@ def settings(own: Iterable[str], batch: int, dtype: str, overrides: list[str]) -
     config = resolve(config)
     validate.sizes(config, world_size())
     validate.devices(config)
-    validate.precision(config)
+    validate_precision.check(config)
     return config
 
 

@@ -109,7 +109,7 @@ def test_benchmarks_can_be_asked_for_what_the_scripts_ask(name, processes, tmp_p
     """The words reach the benchmarks' own parsers, and the sizes fit the layout. Nothing is measured."""
     from torch.distributed.run import get_args_parser
 
-    from megamug import validate
+    from megamug import validate, validate_precision
     from megamug.benchmarks import checkpoint, jam, loader, losses, mug
 
     (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%q " "$@"\necho\n')
@@ -119,8 +119,9 @@ def test_benchmarks_can_be_asked_for_what_the_scripts_ask(name, processes, tmp_p
     assert result.returncode == 0, result.stderr
     calls = [shlex.split(line) for line in result.stdout.splitlines()]
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    for check in ("devices", "precision"):  # those of a machine with GPUs
-        monkeypatch.setattr(validate, check, lambda config: None)
+    monkeypatch.setenv("RANK", "0")
+    for module, check in ((validate, "devices"), (validate_precision, "machine")):  # those of a machine with GPUs
+        monkeypatch.setattr(module, check, lambda config: None)
     monkeypatch.setattr(losses, "device", str)
     asked = []
     for words in calls:
