@@ -17,6 +17,7 @@ Options beside the sections of the configuration:
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
 import re
@@ -92,7 +93,22 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     for one in options if isinstance(options, list) else [options]:
         run(one)
+        leave_groups()
     setup.stop()
+
+
+def leave_groups() -> None:
+    """Ends the groups of a layout. Megatron does no more than forget them, and gloo's have threads that poll: those of
+    a dozen layouts would take more time than the layouts do."""
+    from megatron.core import parallel_state
+
+    made = parallel_state._global_process_group_list
+    groups = {id(group): group for group in made if isinstance(group, torch.distributed.ProcessGroup)}
+    parallel_state.destroy_model_parallel()
+    for group in groups.values():
+        torch.distributed.destroy_process_group(group)
+    del made, groups
+    gc.collect()  # the last references are in cycles of the model's
 
 
 def run(options: dict) -> None:
@@ -149,9 +165,6 @@ def run(options: dict) -> None:
     if options.get("copies"):
         result["copies_equal"] = copies_equal(chunks, world)
     print("RESULT " + json.dumps(result))
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":
