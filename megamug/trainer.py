@@ -240,8 +240,8 @@ def _check_resumable(task, store: CheckpointStore) -> bool:
     """
     from megamug.checkpoint.saver import STATE, read_state
 
-    newest = max(store.steps(), default=None)
-    if newest is None or not (store.path(newest) / STATE).is_file():
+    newest = next((step for step in store.steps() if (store.path(step) / STATE).is_file()), None)
+    if newest is None:
         return False
     try:
         contents = read_state(store.path(newest))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ from megamug.telemetry.peaks import peak_flops
 
 DTYPES = ("fp32", "bf16", "fp8")
 WARM_UP = 2  # steps
+PACKAGES = {"transformers": "transformers", "transformers_writer": "transformers", "webdataset": "webdataset"}
 
 
 def add_options(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
@@ -55,7 +57,7 @@ def race(report: Report, module: str, names: tuple[str, ...], dtype: str, unit: 
     A step has `units` of `unit` (images, tokens). The first contestant is megamug's, the others are compared with it.
     Prints a table, adds the figures to `report` and returns them by contestant.
     """
-    options = report.options
+    options, names = report.options, that_can_run(report, names)
     rates: list[float] = []
     with contestants(module, names, dtype, options) as workers:
         turns = take_turns(workers, options.steps, between=lambda: rates.append(product_rate(dtype)))
@@ -77,6 +79,14 @@ def race(report: Report, module: str, names: tuple[str, ...], dtype: str, unit: 
     if found:
         report.say(_profile.table(found))
     return results
+
+
+def that_can_run(report: Report, names: Sequence[str]) -> list[str]:
+    """The contestants without those whose package (see `PACKAGES`) is not installed, which is said."""
+    missing = {package for package in map(PACKAGES.get, names) if package and importlib.util.find_spec(package) is None}
+    for package in sorted(missing):
+        report.say(f"# {package} is not installed here (pip install {package}): it is left out")
+    return [name for name in names if PACKAGES.get(name) not in missing]
 
 
 def take_turns(

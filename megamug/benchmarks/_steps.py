@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterable
 
@@ -11,13 +10,9 @@ import torch
 from torch.profiler import record_function
 
 from megamug import validate, validate_precision
+from megamug.command_line import world_size
 from megamug.config import Config, load_config, resolve
 from megamug.errors import UserError
-
-
-def world_size() -> int:
-    """Processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

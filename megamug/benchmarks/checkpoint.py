@@ -28,7 +28,7 @@ import torch
 
 from megamug.benchmarks import _contest, _profile, _report, _steps
 from megamug.checkpoint.store import CheckpointStore
-from megamug.command_line import COUNT
+from megamug.command_line import COUNT, world_size
 from megamug.distributed import cpu_backend, setup
 from megamug.durable import fsync_folder
 from megamug.errors import UserError
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     own = [f"model.preset={options.preset}", "model.caption_loss_weight=0"]
-    config = _steps.settings(own, _steps.world_size(), options.dtype, options.overrides)
+    config = _steps.settings(own, world_size(), options.dtype, options.overrides)
     parent = Path(options.folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--folder {parent}: not a folder that this user can write to; name another one")

@@ -25,7 +25,7 @@ import types
 import torch
 
 from megamug.benchmarks import _contest, _report, _steps
-from megamug.command_line import COUNT, FROM_ZERO
+from megamug.command_line import COUNT, FROM_ZERO, world_size
 
 KINDS = ("decoder_lm", "jam_cross")
 PROMPT = 32  # tokens before those that are written
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     units = options.batch * options.tokens
-    if _steps.world_size() > 1:
+    if world_size() > 1:
         config = settings(options, (options.dtypes or ["fp32"])[0], options.model)
         build = functools.partial(_build, kind=options.model)
         _contest.in_layout("jam", options, config, build, "tokens", units)

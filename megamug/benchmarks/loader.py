@@ -88,10 +88,7 @@ def prepared(data: str, temporary: Path) -> str:
 
 def race(report: _report.Report, options: argparse.Namespace) -> None:
     """Turns of all contestants; figures and ratios go to the report."""
-    names = ["megamug", *options.peers]
-    if "webdataset" in names and not importable("webdataset"):
-        report.say("# webdataset is not installed here (pip install webdataset): it is left out")
-        names.remove("webdataset")
+    names = _contest.that_can_run(report, ["megamug", *options.peers])
     images = options.batch * options.batches
     with _contest.contestants(__name__, names, "uint8", options) as workers:
         turns, found = _contest.take_turns(workers, options.repeats), None
@@ -115,12 +112,6 @@ def race(report: _report.Report, options: argparse.Namespace) -> None:
         report.say(_profile.table(found))
 
 
-def importable(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
-
-
 def build_megamug(options: argparse.Namespace, _: str):
     """(a turn of `batches` batches, no FLOPs) of the loader that training uses."""
     from megamug.data.loader import PairLoader
@@ -140,8 +131,10 @@ def build_megamug(options: argparse.Namespace, _: str):
 
 
 def build_pillow(options: argparse.Namespace, _: str):
+    """(a turn, no FLOPs) of a PyTorch DataLoader with Pillow."""
     return _loader_peers.taking(_loader_peers.pillow(options), options), 0.0
 
 
 def build_webdataset(options: argparse.Namespace, _: str):
+    """(a turn, no FLOPs) of webdataset and its decoder."""
     return _loader_peers.taking(_loader_peers.webdataset(options), options), 0.0

@@ -24,7 +24,7 @@ import argparse
 import torch
 
 from megamug.benchmarks import _contest, _report, _steps
-from megamug.command_line import COUNT
+from megamug.command_line import COUNT, world_size
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     configs = [settings(options, dtype) for dtype in options.dtypes]
-    if _steps.world_size() > 1:
+    if world_size() > 1:
         _contest.in_layout("mug", options, configs[0], build_megamug, "images", options.batch)
         return
     report = _report.Report("mug", options, _steps.layout(configs[0]))
