@@ -36,11 +36,14 @@ def main() -> None:
 
     def texts():
         nonlocal count
-        found = itertools.chain(iterate_captions(sources) if sources else (), iterate_texts(documents))
-        for text in itertools.islice(found, MAX_TRAINING_CAPTIONS):
-            yield text
-            count += 1
+        captions = ([caption] for caption in iterate_captions(sources)) if sources else ()
+        for sample in itertools.chain(captions, iterate_texts(documents)):
+            for text in sample[: MAX_TRAINING_CAPTIONS - count]:
+                yield text
+                count += 1
             progress.update()
+            if count == MAX_TRAINING_CAPTIONS:
+                return
 
     first = next(found := texts(), None)
     if first is None:

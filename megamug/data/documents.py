@@ -85,16 +85,16 @@ def open_shard(path: Path) -> DocumentShard:
         raise UserError(f"{path}: the shard cannot be read: {error}") from error
 
 
-def iterate_texts(shards: list[DocumentShard]) -> Iterator[str]:
-    """Every text of the shards, captions of pairs among them: what a tokenizer is trained on."""
+def iterate_texts(shards: list[DocumentShard]) -> Iterator[list[str]]:
+    """The texts of every document in the shards, of a pair its caption: what a tokenizer is trained on."""
     for shard in shards:
         if shard.pairs:
             pairs = Shard(shard.path)
-            yield from map(pairs.caption, range(shard.count))
+            yield from ([pairs.caption(i)] for i in range(shard.count))
             pairs.close()
             continue
         for document in read_documents(shard.path, shard.samples, []):
-            yield from (segment.text for segment in document.segments if segment.text)
+            yield [segment.text for segment in document.segments if segment.text]
 
 
 def _scan(path: Path, quarantine: list[dict]) -> dict[str, Sample]:

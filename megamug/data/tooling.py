@@ -48,12 +48,12 @@ class Progress:
     def update(self, amount: int = 1, note: str = "") -> None:
         self.done += amount
         now = time.monotonic()
-        last = self.done >= self.total
+        last = self.done - amount < self.total <= self.done
         if not last and now - self._shown < (0.1 if self._terminal else self.every):
             return
         self._shown = now
         elapsed = now - self._started
-        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
+        left = elapsed / self.done * max(self.total - self.done, 0) if self.done else 0.0
         text = f"{self.label} {self.done}/{self.total} | {elapsed:.0f} s, {left:.0f} s left" + (note and f" | {note}")
         if self._terminal:
             filled = 30 * self.done // max(self.total, 1)

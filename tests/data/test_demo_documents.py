@@ -79,8 +79,10 @@ def test_shards_are_deterministic_and_read_as_documents(tmp_path):
     ]
     shards = [open_shard(path) for path in paths]
     assert [(shard.count, shard.quarantine) for shard in shards] == [(30, []), (3, []), (4, []), (3, [])]
-    texts = list(iterate_texts(shards))
-    assert len(texts) == 33 + 3 * 7 and len(set(texts[:30]) & set(texts[30:33])) == 0
+    samples = list(iterate_texts(shards))
+    assert [len(sample) for sample in samples] == [1] * 33 + [3] * 7
+    texts = [text for sample in samples for text in sample]
+    assert len(set(texts[:30]) & set(texts[30:33])) == 0
     with tarfile.open(paths[2]) as tar:
         assert len(json.load(tar.extractfile("00000000.json"))["segments"]) == 5
     with pytest.raises(UserError, match="holds demo data made with other parameters"):
