@@ -188,6 +188,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 resolve_sources(data)
         except UserError as error:
             raise UserError(f"--data: {error}") from None
+    _import_megatron()
     from megamug import evaluate
 
     figures = evaluate.run_task(
@@ -219,6 +220,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not allowed(value):
             raise UserError(f"{_option(name)} is {value:g}; it must be {wanted}")
+    _import_megatron()
     figures = (_generate_from_images if kind == "mug" else _generate_documents)(arguments)
     if _speaks():
         print(json.dumps(figures, indent=2, default=str))
@@ -252,6 +254,13 @@ def _generate_documents(arguments: argparse.Namespace) -> dict:
         guidance=arguments.guidance, contrastive=arguments.contrastive, contrastive_top_k=arguments.contrastive_top_k,
         samples=arguments.samples or 1, seed=arguments.seed, output=arguments.output, step=arguments.checkpoint,
     )
+
+
+def _import_megatron() -> None:
+    """Before the models do: without its advice about packages that are optional here."""
+    from megamug.distributed.cpu_backend import import_megatron
+
+    import_megatron()
 
 
 def _option(name: str) -> str:
