@@ -370,5 +370,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged or cut short ({error}); copy it again") from None
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """On a CPU computed channel by channel: torch's backward for pixels in a row (channels_last, which convolutions are
+    fastest with) takes thirteen times as long in bf16, two copies between the two orders a fifth of that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.is_contiguous():
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def _norm(channels: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, channels, eps=1e-6)

@@ -130,8 +130,8 @@ class ImageTokenizerTrainer:
 
     def _optimizer(self, module: torch.nn.Module) -> torch.optim.AdamW:
         parameters = [p for p in module.parameters() if p.requires_grad]
-        decay = self.options.weight_decay
-        return torch.optim.AdamW(parameters, lr=self.options.learning_rate, betas=(0.9, 0.99), weight_decay=decay)
+        rate, decay = self.options.learning_rate, self.options.weight_decay
+        return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
 
     def learning_rate(self) -> float:
         """Of the step to come."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, from_bytes, to_bytes
+from megamug.models.image_tokenizer import GroupNorm, ImageTokenizer, ImageTokenizerConfig, from_bytes, to_bytes
 from megamug.models.vq import Codebook
 
 SIZES = dict(
@@ -36,6 +36,26 @@ def test_shapes_of_f8_and_f16(multipliers, factor, normalise):
     assert images.shape == (3, 3, 32, 32) and images.dtype == torch.float32
     assert images.min() >= -1 and images.max() <= 1
     assert tokenizer.encode(torch.empty(0, 3, 32, 32)).shape == (0, config.grid, config.grid)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
+def test_norms_against_float64_in_both_orders_of_pixels(dtype, tolerance, memory):
+    torch.manual_seed(2)
+    norm, exact = GroupNorm(4, 8, eps=1e-6), torch.nn.GroupNorm(4, 8, eps=1e-6).double()
+    torch.nn.init.normal_(norm.weight)
+    exact.load_state_dict(norm.state_dict())
+    x = (torch.randn(2, 8, 6, 6) + 1).to(dtype).contiguous(memory_format=memory).requires_grad_()
+    y, gradient = x.detach().double().requires_grad_(), torch.randn(2, 8, 6, 6).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        made = norm(x)
+    wanted = exact(y)
+    assert made.dtype == dtype and made.is_contiguous(memory_format=memory)
+    made.backward(gradient)
+    wanted.backward(gradient.double())
+    pairs = [(made, wanted), (x.grad, y.grad), (norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad)]
+    for found, expected in pairs:
+        assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_published_sizes():
