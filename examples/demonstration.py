@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -10,16 +12,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments: str | Path, quiet: bool = False) -> None:
-    """One command of the project, shown and run in the demo's folder; its failure ends the demo.
-
-    `quiet`: what it prints is in files, too, and is not shown.
-    """
-    words = [str(a) for a in arguments]
+def show(words: list[str]) -> None:
+    """The command line `python WORDS`, as one would type it in the demo's folder."""
     shown = [os.path.relpath(w, ROOT) if w.startswith(str(ROOT)) else w for w in words]
     print("\n$ python " + " ".join(f'"{w}"' if " " in w else w for w in shown), flush=True)
-    stdout = subprocess.DEVNULL if quiet else None
-    code = subprocess.run([sys.executable, *words], check=False, stdout=stdout).returncode
+
+
+def run(*arguments: str | Path) -> None:
+    """One command of the project, shown and run in the demo's folder; its failure ends the demo."""
+    words = [str(a) for a in arguments]
+    show(words)
+    code = subprocess.run([sys.executable, *words], check=False).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def look(*arguments: str | Path) -> None:
+    """`python -m megamug` of a command that measures or writes, shown and run in this process: its imports would take
+    longer than it does. What it prints on stdout is in files, too, and is left out.
+    """
+    from megamug.cli import main
+
+    words = [str(a) for a in arguments]
+    show(["-m", "megamug", *words])
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = main(words)
     if code:
         raise SystemExit(code)
 

@@ -1,4 +1,4 @@
-"""JAM from nothing: an image tokenizer, two parents, three fusions of them, and a document of text and images.
+"""JAM from nothing: an image tokenizer, two parents, three fusions of them, and documents of text and images.
 
     python examples/jam/demo.py [--folder demo-jam] [--quick]
 
@@ -9,6 +9,8 @@ Everything is written below the folder; started again, it goes on where it stopp
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demonstration import ROOT, precision, run  # noqa: E402
+from demonstration import ROOT, look, precision, run  # noqa: E402
 
 from megamug.command_line import Parser, output_folder  # noqa: E402
 from megamug.data.tooling import run_tool  # noqa: E402
@@ -25,7 +27,13 @@ from megamug.data.tooling import run_tool  # noqa: E402
 TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"
 PERPLEXITIES = ("text", "caption_given_image", "image_given_caption")
 SETS = {"pairs": "pairs", "text": "documents/text", "instructions": "documents/instructions"}
-PROMPT = "draw this: a large red circle left of a small blue ring. then turn the blue ring green."
+RIGHT = ("the scene is told", "the scene, changed, is told", "the scene is drawn", "the scene, changed, is drawn")
+PROMPTS = (
+    "draw this: a large red circle left of a small blue ring. then turn the blue ring green.",
+    "draw this: there is a small yellow cross under a large purple ring. then turn the purple ring into a circle.",
+    "draw this: a small green cross above a small orange circle. then turn the green cross blue.",
+    "draw this: there is a large blue circle to the right of a large red cross. then turn the blue circle into a ring.",
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +42,17 @@ class Amounts:
 
     pairs: int = 8000
     texts: int = 12000
-    instructions: int = 4000
-    heldout: int = 128
-    tokenizer_steps: int = 700
+    instructions: int = 8000
+    heldout: int = 256
+    tokenizer_steps: int = 1800
     text_steps: int = 500
     image_steps: int = 1400
     fused_steps: int = 450
-    instruction_steps: int = 600
+    instruction_steps: int = 1500
+    judged: int = 64  # held-out instructions that are written out
 
 
-QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2)  # to see that everything runs; it learns nothing
+QUICK = Amounts(96, 96, 24, 8, 2, 2, 2, 2, 2, 3)  # to see that everything runs; it learns nothing
 
 
 def train(folder: str, steps: int, *overrides: str) -> None:
@@ -54,8 +63,8 @@ def train(folder: str, steps: int, *overrides: str) -> None:
 def perplexities(folder: str) -> dict[str, float]:
     """On the held-out texts and pairs, by the newest checkpoint of a run; measured once."""
     if not list(Path(folder, "evaluate").glob("step-*/perplexity.json")):
-        run("-m", "megamug", "evaluate", folder, "--task", "perplexity", "--data", "documents/text_heldout",
-            "documents/pairs_heldout", quiet=True)  # fmt: skip
+        look("evaluate", folder, "--task", "perplexity", "--data", "documents/text_heldout",
+             "documents/pairs_heldout")  # fmt: skip
     newest = max(Path(folder, "evaluate").glob("step-*/perplexity.json"))
     figures = json.loads(newest.read_text())["modalities"]
     return {name: figures[name]["perplexity"] for name in PERPLEXITIES}
@@ -64,15 +73,15 @@ def perplexities(folder: str) -> dict[str, float]:
 def make_data(amounts: Amounts) -> None:
     """Shards, text tokenizer, image tokenizer, vocabulary, tokenised documents."""
     run(TOOLS / "make_demo_data.py", "data/pairs", "--train", str(amounts.pairs), "--heldout", str(amounts.heldout),
-        "--tidy", "--size", "64")  # fmt: skip
+        "--tidy", "--size", "32")  # fmt: skip
     run(TOOLS / "make_demo_documents.py", "data/documents", "--text", str(amounts.texts), "--instructions",
-        str(amounts.instructions), "--heldout", str(amounts.heldout), "--tidy", "--size", "64")  # fmt: skip
+        str(amounts.instructions), "--heldout", str(amounts.heldout), "--tidy", "--size", "32")  # fmt: skip
     if not Path("tokenizer.model").exists():
         shards = [f"data/{name}/train" for name in SETS.values()]
         run(TOOLS / "train_tokenizer.py", *shards, "--output", "tokenizer.model", "--vocab-size", "384")
     run(TOOLS / "train_image_tokenizer.py", "data/pairs/train", "--validation", "data/pairs/heldout",
         "--output", "image_tokenizer", "--steps", str(amounts.tokenizer_steps), "--quantise-from",
-        str(amounts.tokenizer_steps // 9), "--dtype", precision(), *IMAGE_TOKENIZER)  # fmt: skip
+        str(amounts.tokenizer_steps // 3), "--dtype", precision(), *IMAGE_TOKENIZER)  # fmt: skip
     if not Path("vocabulary").exists():
         run(TOOLS / "make_vocabulary.py", "--text", "tokenizer.model", "--image-tokenizer", "image_tokenizer",
             "--sentinels", "32", "--output", "vocabulary")  # fmt: skip
@@ -83,10 +92,10 @@ def make_data(amounts: Amounts) -> None:
 
 
 IMAGE_TOKENIZER = (
-    "--image-size", "64", "--f", "16", "--codes", "128", "--code-width", "8", "--normalise-codes", "--channels", "16",
-    "--multipliers", "1", "1", "2", "2", "4", "--residual-blocks", "1", "--latent-channels", "32", "--norm-groups", "4",
-    "--no-middle-attention", "--batch-size", "16", "--learning-rate", "2e-3", "--warmup-steps", "20",
-    "--ema-decay", "0.95", "--no-flip", "--smallest-crop", "1",
+    "--image-size", "32", "--f", "16", "--codes", "128", "--code-width", "32", "--channels", "8",
+    "--multipliers", "1", "2", "4", "8", "8", "--residual-blocks", "1", "--latent-channels", "64", "--norm-groups", "4",
+    "--no-middle-attention", "--batch-size", "16", "--learning-rate", "1e-3", "--warmup-steps", "20",
+    "--ema-decay", "0.95", "--no-flip", "--smallest-crop", "1", "--log-every", "200",
 )  # fmt: skip
 
 
@@ -119,10 +128,40 @@ def main() -> None:
         "{path: documents/text_train, weight: 1}]"
     )
     train_fused("continued/cross", "instructed", amounts.instruction_steps, mixed, "data.loss_on=response",
-                "optimizer.learning_rate=1e-3")  # fmt: skip
-    run("-m", "megamug", "generate", "instructed", "--prompt", PROMPT, "--max-images", "2", "--temperature", "0.7",
-        "--top-p", "0.9", "--guidance", "2", "--output", "document", quiet=True)  # fmt: skip
-    report(folder, table, time.monotonic() - started)
+                "optimizer.learning_rate=1.5e-3")  # fmt: skip
+    look("generate", "instructed", "--prompt", *PROMPTS, "--max-images", "2", "--temperature", "0.7", "--top-p", "0.9",
+         "--guidance", "2", "--output", "document")  # fmt: skip
+    followed = judge(amounts.judged)
+    report(folder, table, followed, time.monotonic() - started)
+
+
+def judge(count: int) -> dict[str, float]:
+    """Of held-out instructions the shares whose texts and pictures are exactly those asked for (see `RIGHT`)."""
+    import numpy as np
+    from PIL import Image
+
+    from megamug.data.demo import read_tidy
+    from megamug.data.documents import open_shard, read_documents
+    from megamug.generation.command import generate_documents
+
+    shards = [open_shard(path) for path in sorted(Path("data/documents/instructions/heldout").glob("*.tar"))]
+    asked = [document for shard in shards for document in read_documents(shard.path, shard.samples, [])][:count]
+    texts = [[segment.text for segment in document.segments if segment.text] for document in asked]
+    print(f"\n{len(texts)} held-out instructions are written out into {Path('judged').absolute()}", flush=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # the names of a hundred pictures
+        written = generate_documents("instructed", [prompt for prompt, _, _ in texts], max_images=2, temperature=0.7,
+                                     top_p=0.9, guidance=2.0, output="judged")  # fmt: skip
+    right = np.zeros((len(asked), len(RIGHT)))
+    for row, document, (prompt, *answers) in zip(right, written["documents"], texts, strict=True):
+        said = [segment["text"] for segment in document["segments"] if "text" in segment]
+        shown = [read_tidy(np.asarray(Image.open(Path("judged", segment["image"]))))
+                 for segment in document["segments"] if "image" in segment]  # fmt: skip
+        for step, answer in enumerate(answers):  # "first, CAPTION." and "then, CAPTION."
+            caption = answer.partition(", ")[2].removesuffix(".")
+            whole = f"{prompt} {answer}" if step == 0 else answer
+            row[step] = len(said) > step and said[step] == whole
+            row[2 + step] = len(shown) > step and shown[step] is not None and shown[step].caption() == caption
+    return dict(zip(RIGHT, right.mean(axis=0).tolist(), strict=True))
 
 
 def train_fused(start: str, folder: str, steps: int, *overrides: str) -> None:
@@ -132,14 +171,18 @@ def train_fused(start: str, folder: str, steps: int, *overrides: str) -> None:
         *overrides)  # fmt: skip
 
 
-def report(folder: Path, table: dict[str, dict[str, float]], seconds: float) -> None:
-    """Perplexities of parents and fusions, and where the document is."""
+def report(folder: Path, table: dict[str, dict[str, float]], followed: dict[str, float], seconds: float) -> None:
+    """Perplexities of parents and fusions, how instructions are followed, and where the document is."""
     (folder / "perplexities.json").write_text(json.dumps(table, indent=1) + "\n")
+    (folder / "followed.json").write_text(json.dumps(followed, indent=1) + "\n")
     print(f"\nDone in {seconds / 60:.1f} minutes. Perplexity a token on held-out documents (lower is better):\n")
     titles = [name.replace("_", " ") for name in PERPLEXITIES]
     print(f"  {'':<24}" + "".join(f"{title:>22}" for title in titles))
     for name, figures in table.items():
         print(f"  {name:<24}" + "".join(f"{figures[key]:>22.2f}" for key in PERPLEXITIES))
+    print("\nOf instructions that it never saw, the instructed JAM-Cross follows (exactly, in every word or thing):\n")
+    for name, share in followed.items():
+        print(f"  {name:<32}{share:>6.0%}")
     print(f"\nRead  {folder / 'document' / 'document.html'}\n      (written by the instructed JAM-Cross, text and "
           "pictures in turn)")
 

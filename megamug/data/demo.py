@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 
-DEMO_VERSION = 2
+DEMO_VERSION = 3
 SCENES_PER_SHARD = 2000
 COLOURS = {
     "red": (222, 42, 40), "green": (38, 160, 62), "blue": (44, 84, 224), "yellow": (244, 212, 44),
@@ -32,10 +33,10 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "ring", "cross")
 RADII = {"small": (0.135, 0.145), "large": (0.215, 0.225)}  # of the picture's side
-TIDY_RADII = {"small": 0.07, "large": 0.115}  # both inside one cell of the grid
+TIDY_RADII = {"small": 0.169, "large": 0.23}  # both inside one cell of the grid
 BACKGROUNDS = ("gradient", "gradient", "clouds", "stripes")  # a gradient lies under the others too
 TIDY_GREYS = {False: 210.0, True: 48.0}  # the background of a tidy scene, by `Scene.dark`
-_GRID = 4  # cells a side of a tidy scene: of 64 pixels, the patches of an image tokenizer of factor 16
+_GRID = 2  # cells a side of a tidy scene: of 32 pixels, the patches of an image tokenizer of factor 16
 _HOLE = 0.5  # radius of a ring's hole, of its own
 _ARM = 0.3  # half the width of a cross's arms, of its radius
 _SUPERSAMPLING = 4
@@ -118,12 +119,10 @@ def _places(r1: float, r2: float, numbers: Iterator[float]) -> list[tuple[float,
 
 def _cells(numbers: Iterator[float]) -> list[tuple[float, float]]:
     """As `_places`, in the middles of cells of the grid, a cell to each thing."""
-    pairs = [(one, other) for one in range(_GRID) for other in range(one + 1, _GRID)]
+    pairs = list(itertools.combinations(range(_GRID), 2))
     along = pairs[int(next(numbers) * len(pairs))]
-    first = int(next(numbers) * _GRID)
-    aside = int(next(numbers) * 3) - 1 if along[1] - along[0] > 2 else 0  # so that one relation is the plainest
-    across = first, min(max(first + aside, 0), _GRID - 1)
-    return [((a + 0.5) / _GRID, (b + 0.5) / _GRID) for a, b in zip(along, across, strict=True)]
+    across = int(next(numbers) * _GRID)  # of both, so that one relation is the plainest
+    return [((place + 0.5) / _GRID, (across + 0.5) / _GRID) for place in along]
 
 
 def render(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.ndarray:
@@ -134,6 +133,42 @@ def render(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.nda
         colour = np.array(COLOURS[thing.colour], np.float64)
         picture = picture * (1 - cover) + colour * cover
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def read_tidy(picture: np.ndarray) -> Scene | None:
+    """The tidy scene that a picture uint8 [S, S, 3] shows, S a multiple of the grid; None where it is none.
+
+    Each cell is read as the nearest of all that it can be, by squared error. A scene has two things of two colours,
+    side by side or one above the other.
+    """
+    side = len(picture) // _GRID
+    names, patterns = _patterns(side)
+    cells = picture.reshape(_GRID, side, _GRID, side, 3).swapaxes(1, 2).reshape(_GRID**2, -1).astype(np.float32)
+    nearest = ((cells[:, None] - patterns) ** 2).sum(-1).argmin(1)
+    dark = 2 * sum(names[i][1] for i in nearest) > len(nearest)
+    places = [((n % _GRID + 0.5) / _GRID, (n // _GRID + 0.5) / _GRID) for n in range(_GRID**2)]
+    things = [replace(names[i][0], x=x, y=y) for i, (x, y) in zip(nearest, places, strict=True) if names[i][0]]
+    if len(things) != 2 or things[0].colour == things[1].colour:
+        return None
+    first, second = things  # row by row: the first is the left or the upper one
+    if first.y != second.y and first.x != second.x:
+        return None
+    return Scene(first, second, first.y == second.y, dark, "plain")
+
+
+@functools.cache
+def _patterns(side: int) -> tuple[list[tuple[Thing | None, bool]], np.ndarray]:
+    """All that a cell of a tidy scene can be, [(thing or None, dark)], and its pixels, float32 [n, side * side * 3]."""
+    names, patterns = [], []
+    for dark, grey in TIDY_GREYS.items():
+        names.append((None, dark))
+        patterns.append(np.full((side, side, 3), grey))
+        for size, colour, shape in itertools.product(RADII, COLOURS, SHAPES):
+            thing = Thing(size, colour, shape, 0.5, 0.5, TIDY_RADII[size], 0.0)
+            cover = _cover(replace(thing, radius=thing.radius * _GRID), side)[..., None]
+            names.append((thing, dark))
+            patterns.append(grey * (1 - cover) + np.array(COLOURS[colour]) * cover)
+    return names, np.stack(patterns).reshape(len(names), -1).astype(np.float32)
 
 
 def _background(scene: Scene, u: np.ndarray, clouds: np.ndarray, size: int) -> np.ndarray:

@@ -136,7 +136,7 @@ class DemoDocuments:
     seed: int = 1
     size: int = 72  # pixels a side
     tidy: bool = False  # see `demo.compose`
-    version: int = 2
+    version: int = 3
 
 
 def _members(job: _Job, seed: int, size: int, tidy: bool) -> Iterator[tuple[str, bytes]]:

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from megamug.data.demo import (
     COLOURS,
@@ -13,6 +13,7 @@ from megamug.data.demo import (
     DemoParameters,
     compose,
     make_demo_data,
+    read_tidy,
     render,
     scenes,
 )
@@ -62,13 +63,30 @@ def test_tidy_scenes_are_made_of_few_different_cells():
     """A grey one, and one for each size, colour, shape and grey: what a tokenizer of factor 16 makes codes of."""
     cells, things = set(), set()
     for scene, u in some_scenes(1500, tidy=True):
-        picture = render(scene, u, np.full((7, 7), 0.5), 64)
+        picture = render(scene, u, np.full((7, 7), 0.5), 32)
         assert (picture[0, 0] == TIDY_GREYS[scene.dark]).all()
-        parts = picture.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, -1)
+        parts = picture.reshape(2, 16, 2, 16, 3).swapaxes(1, 2).reshape(4, -1)
         cells.update(part.tobytes() for part in parts)
         assert sum(len(set(part)) > 1 for part in parts) == 2  # the things; no cell has a part of both
         things.update((thing.words(), scene.dark) for thing in (scene.first, scene.second))
     assert len(things) == 2 * 6 * 3 * 2 and len(cells) == len(things) + 2
+
+
+def test_a_tidy_picture_is_read_as_its_scene():
+    """Through a JPEG too, and a blurred one; what shows no scene is not read as one."""
+    for scene, u in some_scenes(150, tidy=True):
+        image = Image.fromarray(render(scene, u, np.full((7, 7), 0.5), 32))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=92, subsampling=0)
+        for shown in (image, Image.open(file), image.filter(ImageFilter.GaussianBlur(0.7))):
+            read = read_tidy(np.asarray(shown))
+            assert read is not None and read.caption() == scene.caption()
+            assert (read.first.x, read.second.y) == pytest.approx((scene.first.x, scene.second.y))
+        pixels = np.array(image)
+        assert read_tidy(pixels[::-1, ::-1]).caption() != scene.caption()
+        row, column = int(scene.first.y * 2) * 16, int(scene.first.x * 2) * 16
+        pixels[row : row + 16, column : column + 16] = TIDY_GREYS[scene.dark]
+        assert read_tidy(pixels) is None  # one thing alone
 
 
 def test_scenes_are_pure_functions_of_their_number():

@@ -26,3 +26,7 @@ def test_the_demo_runs_to_the_document(tmp_path):
     assert "draw this" in page.read_text()  # a model of two steps may end before it draws
     table = json.loads((tmp_path / "perplexities.json").read_text())
     assert all(figure > 1 for row in table.values() for figure in row.values())
+    followed = json.loads((tmp_path / "followed.json").read_text())
+    assert len(followed) == 4 and all(0 <= share <= 1 for share in followed.values())
+    assert len(json.loads((tmp_path / "judged/document.json").read_text())["documents"]) == 3
+    assert "UserWarning" not in result.stderr  # of packages that are optional here
