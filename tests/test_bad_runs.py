@@ -54,15 +54,19 @@ def refused(capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["mug", "learned"])
 @pytest.mark.parametrize("pointer", [True, False])
 def test_weights_alone_are_not_gone_on_with(folder, tmp_path, name, pointer, refused):
+    """Without a pointer there is a newer folder as well, of a save that was cut off before it had a state."""
     run = folder / "weights" / name
     (tmp_path / "recipe.yaml").write_text(to_yaml(load_config(run / "config.yaml")))
     latest = run / "checkpoints" / "latest"
     if not pointer:
         latest.unlink()
+        (run / "checkpoints" / "step-00000007").mkdir()
     error = refused("train", tmp_path / "recipe.yaml", f"run_dir={run}")
     assert f"run_dir: {run} holds weights alone" in error
     assert f"set run_dir to a new folder and model.initial={run}" in error
     latest.write_text("step-00000000\n")
+    if not pointer:
+        (run / "checkpoints" / "step-00000007").rmdir()
 
 
 def test_a_language_model_without_a_vocabulary(folder, tmp_path, refused):

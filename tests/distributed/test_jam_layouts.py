@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.layouts import TOLERANCE, references, run, worst, worst_gradient
 
-STEPS, CUT = 5, 3
+STEPS, CUT = 10, 5
 PAIRS = ("equal", "unlike")
 
 LAYOUTS: dict[int, dict[str, dict]] = {
@@ -23,6 +23,7 @@ LAYOUTS: dict[int, dict[str, dict]] = {
     },
     4: {
         "PP4": {"pipeline": 4},
+        "TP2 x PP2": {"tensor": 2, "pipeline": 2},
         "TP2 + SP x PP2, recomputed": {"tensor": 2, "sequence": True, "pipeline": 2, "recompute": "full"},
     },
 }
