@@ -27,6 +27,7 @@ from megamug.data.tooling import run_tool  # noqa: E402
 TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"
 PERPLEXITIES = ("text", "caption_given_image", "image_given_caption")
 SETS = {"pairs": "pairs", "text": "documents/text", "instructions": "documents/instructions"}
+SAMPLING = {"max_images": 2, "temperature": 0.7, "top_p": 0.9, "guidance": 2.0}  # of what the instructed model writes
 RIGHT = ("the scene is told", "the scene, changed, is told", "the scene is drawn", "the scene, changed, is drawn")
 PROMPTS = (
     "draw this: a large red circle left of a small blue ring. then turn the blue ring green.",
@@ -129,18 +130,14 @@ def main() -> None:
     )
     train_fused("continued/cross", "instructed", amounts.instruction_steps, mixed, "data.loss_on=response",
                 "optimizer.learning_rate=1.5e-3")  # fmt: skip
-    look("generate", "instructed", "--prompt", *PROMPTS, "--max-images", "2", "--temperature", "0.7", "--top-p", "0.9",
-         "--guidance", "2", "--output", "document")  # fmt: skip
+    options = [word for name, value in SAMPLING.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    look("generate", "instructed", "--prompt", *PROMPTS, *options, "--output", "document")
     followed = judge(amounts.judged)
     report(folder, table, followed, time.monotonic() - started)
 
 
 def judge(count: int) -> dict[str, float]:
     """Of held-out instructions the shares whose texts and pictures are exactly those asked for (see `RIGHT`)."""
-    import numpy as np
-    from PIL import Image
-
-    from megamug.data.demo import read_tidy
     from megamug.data.documents import open_shard, read_documents
     from megamug.generation.command import generate_documents
 
@@ -149,19 +146,28 @@ def judge(count: int) -> dict[str, float]:
     texts = [[segment.text for segment in document.segments if segment.text] for document in asked]
     print(f"\n{len(texts)} held-out instructions are written out into {Path('judged').absolute()}", flush=True)
     with contextlib.redirect_stderr(io.StringIO()):  # the names of a hundred pictures
-        written = generate_documents("instructed", [prompt for prompt, _, _ in texts], max_images=2, temperature=0.7,
-                                     top_p=0.9, guidance=2.0, output="judged")  # fmt: skip
-    right = np.zeros((len(asked), len(RIGHT)))
-    for row, document, (prompt, *answers) in zip(right, written["documents"], texts, strict=True):
-        said = [segment["text"] for segment in document["segments"] if "text" in segment]
-        shown = [read_tidy(np.asarray(Image.open(Path("judged", segment["image"]))))
-                 for segment in document["segments"] if "image" in segment]  # fmt: skip
-        for step, answer in enumerate(answers):  # "first, CAPTION." and "then, CAPTION."
-            caption = answer.partition(", ")[2].removesuffix(".")
-            whole = f"{prompt} {answer}" if step == 0 else answer
-            row[step] = len(said) > step and said[step] == whole
-            row[2 + step] = len(shown) > step and shown[step] is not None and shown[step].caption() == caption
-    return dict(zip(RIGHT, right.mean(axis=0).tolist(), strict=True))
+        written = generate_documents("instructed", [text[0] for text in texts], output="judged", **SAMPLING)
+    verdicts = [follows(document, *text, Path("judged"))
+                for document, text in zip(written["documents"], texts, strict=True)]  # fmt: skip
+    return {name: sum(column) / len(verdicts) for name, column in zip(RIGHT, zip(*verdicts, strict=True), strict=True)}
+
+
+def follows(document: dict, prompt: str, first: str, then: str, folder: Path) -> list[bool]:
+    """Which of `RIGHT` hold for an entry of document.json whose pictures are in `folder`; `first` and `then` are the
+    texts asked for, "first, CAPTION." and "then, CAPTION."."""
+    import numpy as np
+    from PIL import Image
+
+    from megamug.data.demo import read_tidy
+
+    segments = document["segments"]
+    said = [segment["text"] for segment in segments if "text" in segment]
+    pictures = [Image.open(folder / segment["image"]) for segment in segments if "image" in segment]
+    scenes = [read_tidy(np.asarray(picture)) for picture in pictures]
+    shown = [scene and scene.caption() for scene in scenes]
+    captions = [text.partition(", ")[2].removesuffix(".") for text in (first, then)]
+    told = [said[:1] == [f"{prompt} {first}"], said[1:2] == [then]]
+    return [*told, *(shown[step : step + 1] == [caption] for step, caption in enumerate(captions))]
 
 
 def train_fused(start: str, folder: str, steps: int, *overrides: str) -> None:

@@ -371,8 +371,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """On a CPU computed channel by channel: torch's backward for pixels in a row (channels_last, which convolutions are
-    fastest with) takes thirteen times as long in bf16, two copies between the two orders a fifth of that."""
+    """On a CPU computed channel by channel. Of pixels in a row (channels_last, which convolutions are fastest with)
+    torch's forward and backward take 5.7 ms in bf16, channel by channel 1.7 ms with the copies ([16, 16, 64, 64]).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.is_contiguous():

@@ -8,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from megamug.data.demo import render
+from megamug.data.demo_documents import instruction_document
+from megamug.data.random import uniform
 from tests.distributed.launch import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,3 +36,28 @@ def test_the_demo_runs_to_the_document(tmp_path):
     assert len(followed) == 4 and all(0 <= share <= 1 for share in followed.values())
     assert len(json.loads((tmp_path / "judged/document.json").read_text())["documents"]) == 3
     assert "UserWarning" not in result.stderr  # of packages that are optional here
+
+
+def test_what_follows_an_instruction(tmp_path, monkeypatch):
+    """Texts and pictures as asked are right; each change of one of them is found where it is, and nowhere else."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples/jam"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import demo
+
+    layout, choices = uniform(3, "layout", 0, np.arange(1), 48)[0], uniform(3, "choices", 0, np.arange(1), 32)[0]
+    segments, scenes = instruction_document(layout, choices, tidy=True)
+    for name, scene in zip(("one.png", "two.png"), scenes, strict=True):
+        Image.fromarray(render(scene, layout, np.zeros((7, 7)), 32)).save(tmp_path / name)
+    prompt, first, then = (segment["text"] for segment in segments if "text" in segment)
+
+    def verdict(*parts: str) -> list[bool]:
+        written = [{"image": part} if part.endswith(".png") else {"text": part} for part in parts]
+        return demo.follows({"segments": written}, prompt, first, then, tmp_path)
+
+    whole = f"{prompt} {first}"
+    assert verdict(whole, "one.png", then, "two.png") == [True, True, True, True]
+    assert verdict(prompt, "one.png", then, "two.png") == [False, True, True, True]
+    assert verdict(whole, "one.png", first, "two.png") == [True, False, True, True]
+    assert verdict(whole, "two.png", then, "two.png") == [True, True, False, True]
+    assert verdict(whole, "one.png", then, "one.png") == [True, True, True, False]
+    assert verdict(whole) == [True, False, False, False]
