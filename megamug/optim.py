@@ -10,20 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megamug import adam
+from megamug import adam, gradients
 from megamug.config import Config, OptimizerConfig, TrainConfig
+from megamug.gradients import GradientBuffers
 from megamug.models.specs import FP8_RECIPES
 from megamug.pipeline import finalise_gradients
 
@@ -42,14 +43,14 @@ def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> 
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def wrap_chunks(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: list[torch.nn.Module], config: Config) -> list[GradientBuffers]:
     """Megatron's gradient buffers and reductions around each chunk of this rank; gradients are summed in fp32.
 
     Tells the configuration that Megatron's schedules read (the first chunk's) what they need of all.
     """
     parallel = config.parallel
     models = [
-        DistributedDataParallel(
+        GradientBuffers(
             config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -92,7 +93,7 @@ def _megatron_options(config: Config) -> MegatronOptimizerConfig:
 class Optimizer:
     """AdamW of one rank: rate and decay of the step, gradient norm, clipping; a bad gradient need not be applied."""
 
-    def __init__(self, config: Config, models: list[DistributedDataParallel]):
+    def __init__(self, config: Config, models: list[GradientBuffers]):
         """`models` are this rank's chunks. Parameters that need no gradient (frozen) have no state and no update."""
         options = config.optimizer
         self.options, self.train = options, config.train
@@ -106,6 +107,9 @@ class Optimizer:
                 use_gloo_process_groups=False,
             )  # fmt: skip
         self.parts = [o for o in self.megatron.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]
+        for part in self.parts:
+            if not self.fp8_parameters:  # those are rounded by Transformer Engine, many at once
+                part._copy_main_params_to_model_params = partial(_copy_main_parameters, part)
         for group in self._groups():
             if "fused" in group:  # torch's AdamW: one pass over the states instead of one per operation
                 group["fused"], group["foreach"] = True, False
@@ -130,14 +134,13 @@ class Optimizer:
             group["lr"] = rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.options.weight_decay * group.get("wd_mult", 1.0)
         self.megatron.prepare_grads()
-        return float(self.megatron.get_grad_norm()), rate
+        return gradients.norm(self.megatron), rate
 
     def apply(self, norm: float) -> None:
         """Clips to `clip_grad` by the given norm and updates the parameters."""
-        if self.options.clip_grad > 0:
-            for part in self.parts:
-                if parameters := part.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, self.options.clip_grad, norm)
+        factor = self.options.clip_grad / (norm + 1e-6)
+        if 0 < factor < 1:
+            gradients.scale_(self.megatron.get_parameters(), factor)
         self.megatron.step_with_ready_grads()
 
     def gather_parameters(self) -> None:
@@ -223,6 +226,22 @@ class MainState:
 def _is_torch(optimizer: torch.optim.Optimizer) -> bool:
     """torch's AdamW counts steps per parameter; Transformer Engine's and apex's count per group."""
     return isinstance(optimizer, torch.optim.Adam)
+
+
+@torch.no_grad()
+def _copy_main_parameters(part) -> None:
+    """The updated fp32 values into the model's bf16 parameters (of the distributed optimizer: into this rank's part of
+    the buffers that are gathered next). As Megatron's own method, but all in one call."""
+    if not isinstance(part, DistributedOptimizer):
+        pairs = [(p.data, main.data) for p, main in _pairs(part) if p is not main]
+    else:
+        pairs = []
+        for parameter, main in _pairs(part):
+            buffer, _, bucket = part.model_param_gbuf_map[parameter]
+            span = part._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+            assert span.size == main.nelement(), (span.size, main.nelement())
+            pairs.append((part.buffers[buffer].buckets[bucket].param_data.view(-1)[span.start : span.end], main.data))
+    gradients.copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 def _pairs(part) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,5 @@
-"""Micro-batches through Megatron's schedules. The one place that knows their (output, loss_func) contract.
+"""Micro-batches of a step: one after another where one stage holds the model, through Megatron's schedules under a
+pipeline. The one place that knows the schedules' (output, loss_func) contract.
 
 A loss is `(sum, count)`. Sums are divided by the count of the whole *global* batch, which is known before the first
 micro-batch runs; so gradients are simply added, over micro-batches, stages and data-parallel ranks, and nothing depends
@@ -8,7 +9,8 @@ on how the batch was split.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch import Tensor
 from megamug.models.stages import attach_loss
 
 Sums = dict[str, list[Tensor]]
+Totals = dict[str, float] | dict[str, Tensor]
 
 
 def finalise_gradients(models: list, num_tokens=None, **groups) -> None:
@@ -54,14 +57,18 @@ def bare(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def run_batch(models: list[torch.nn.Module], batches: list, totals: dict[str, float], backward: bool) -> Sums:
+def run_batch(
+    models: list[torch.nn.Module], batches: list, totals: Totals, backward: bool, reduce: bool = True
+) -> Sums:
     """Runs the micro-batches of one step through this rank's chunks, forward and, if asked, backward.
 
     Args:
         models: this rank's chunks (one, or `parallel.virtual` of them), each wrapped in Megatron's
             DistributedDataParallel when training.
         batches: this data-parallel rank's micro-batches; with virtual stages a multiple of the pipeline's size.
-        totals: by loss name, the count of the whole global batch.
+        totals: by loss name, the count of the whole global batch; float64 scalars on the device in a step that is
+            recorded and replayed.
+        reduce: gradients are finalised, too; without a pipeline `finalise_gradients` may be called afterwards instead.
 
     Returns:
         By loss name, the (sum, count) pairs, flattened, of the losses that these chunks computed; `reduce_losses` joins
@@ -77,7 +84,7 @@ def run_batch(models: list[torch.nn.Module], batches: list, totals: dict[str, fl
         for name, (total, count) in losses.items():
             sums.setdefault(name, []).append(total.detach())
             sums.setdefault(f"{name}_count", []).append(count)
-            term = total * (plan.loss_weights[name] / max(totals[name], 1.0))
+            term = total * _factor(plan.loss_weights[name], totals[name])
             scaled = term if scaled is None else scaled + term
         if output is not None and interleaved:
             output = _padded(output, rows, config.hidden_size)
@@ -86,6 +93,12 @@ def run_batch(models: list[torch.nn.Module], batches: list, totals: dict[str, fl
         # (loss, number of tokens, report): the loss is already what has to be differentiated, see the module's text.
         return (scaled if output is None else output), lambda loss: (loss, loss.new_ones((), dtype=torch.int), {})
 
+    if plan.pipeline == 1:
+        _one_after_another(models[0], batches, forward_step, backward)
+        if backward and reduce:
+            finalise_gradients(models)
+        return sums
+    assert reduce
     if interleaved:  # Megatron makes of seq_length and the configuration's sizes the shape [rows, 1, width]
         rows = _common_rows(plan, config.hidden_size)
         arguments = {
@@ -95,9 +108,8 @@ def run_batch(models: list[torch.nn.Module], batches: list, totals: dict[str, fl
         }
     else:
         arguments = {"model": models[0], "data_iterator": iter(batches), "seq_length": 1}
-        if plan.pipeline > 1:
-            shapes = [[b.packed_shape] if b else [(1,)] for b in (first.incoming, first.outgoing)]
-            arguments["adjust_tensor_shapes_fn"] = lambda receive, send: shapes
+        shapes = [[b.packed_shape] if b else [(1,)] for b in (first.incoming, first.outgoing)]
+        arguments["adjust_tensor_shapes_fn"] = lambda receive, send: shapes
     assert config.calculate_per_token_loss
     get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -107,6 +119,27 @@ def run_batch(models: list[torch.nn.Module], batches: list, totals: dict[str, fl
         **arguments,
     )
     return sums
+
+
+def _factor(weight: float, total: float | Tensor) -> float | Tensor:
+    """What a loss's sum is multiplied by: its weight over the number of its terms in the global batch."""
+    if isinstance(total, Tensor):
+        return (weight / total.clamp(min=1.0)).float()
+    return weight / max(total, 1.0)
+
+
+def _one_after_another(model: torch.nn.Module, batches: list, forward_step: Callable, backward: bool) -> None:
+    """Micro-batches through a model that is one stage, as Megatron's schedule without a pipeline runs them: reductions
+    that overlap with backward go with the last one, and FP8 weights are cast at the first one and kept."""
+    bare(model).set_is_first_microbatch()
+    data = iter(batches)
+    for number in range(len(batches)):
+        last = number == len(batches) - 1
+        with nullcontext() if last or not backward else model.no_sync():
+            loss, _ = forward_step(data, model)
+            if backward and loss.requires_grad:  # of a model that is frozen whole it needs none
+                loss.backward()
+                model.collect()
 
 
 def _common_rows(plan, width: int) -> int:

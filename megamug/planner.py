@@ -60,7 +60,7 @@ def _given_up(config: Config, layout: Layout) -> dict[str, object]:
         off["precision.fp8_parameters"] = False
     if parallel.overlap_tensor and not layout.sequence:
         off["parallel.overlap_tensor"] = False
-    if parallel.cuda_graphs and layout.recompute:
+    if parallel.cuda_graphs and layout.tensor * layout.pipeline > 1:
         off["parallel.cuda_graphs"] = False
     return off
 

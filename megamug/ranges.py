@@ -64,6 +64,7 @@ CHOICES = {
     "precision.dtype": ("fp32", "bf16"),
     "precision.fp8": ("none", "delayed", "current", "blockwise"),
     "precision.layers": ("auto", "local", "te"),
+    "precision.compile": ("auto", "always", "never"),
     "optimizer.fused": ("auto", "te", "apex", "torch"),
 }
 

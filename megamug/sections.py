@@ -125,7 +125,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False  # gather parameters during forward; needs distributed_optimizer
     overlap_tensor: bool = False  # tensor-parallel messages during matrix products; GPUs, layers te, sequence
     recompute: str = "none"  # none | full: recompute activations layer by layer in backward
-    cuda_graphs: bool = False  # capture each layer once and replay it: one launch for dozens; GPUs, recompute none
+    cuda_graphs: bool = False  # forward and backward of a step as one launch; GPUs, tensor and pipeline 1
     timeout_minutes: float = 10.0  # of every collective
 
 
@@ -138,7 +138,8 @@ class PrecisionConfig:
     first_layers_bf16: int = 0  # layers at the start of every stack that FP8 leaves in bf16; not with delayed
     last_layers_bf16: int = 0  # layers at the end of every stack that FP8 leaves in bf16; not with delayed
     fp8_parameters: bool = False  # keep and gather weights in FP8; needs distributed_optimizer and bf16
-    layers: str = "auto"  # auto | local | te: Transformer Engine layers where there is a GPU and the package
+    layers: str = "auto"  # auto | local | te (Transformer Engine); auto: te for FP8 and tensor parallelism on a GPU
+    compile: str = "auto"  # auto | always | never: layers by torch.compile; auto: on GPUs, in runs of 200 steps or more
 
 
 @dataclass

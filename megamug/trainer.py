@@ -17,10 +17,10 @@ from megamug.checkpoint.store import CheckpointStore
 from megamug.config import Config, save_config
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
-from megamug.gpu_execution import GraphCapture, tensor_overlap
 from megamug.resilience import BadStepGuard, StopRequest, Watchdog
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
+from megamug.tensor_overlap import tensor_overlap
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Trainer:
     def __init__(self, config: Config, task, store: CheckpointStore, world, stop: StopRequest, watchdog: Watchdog):
         from megamug.checkpoint import initial, saver, state
         from megamug.optim import Optimizer, wrap_chunks
+        from megamug.step_graph import step_runner
 
         self.config, self.task, self.world, self.stop, self.watchdog = config, task, world, stop, watchdog
         if world.is_first:
@@ -72,7 +73,7 @@ class Trainer:
         self.models = wrap_chunks(self.chunks, config)
         self.optimizer = Optimizer(config, self.models)
         self.saver = saver.Saver(store, world, config.checkpoint.asynchronous)
-        self.guard, self.capture = BadStepGuard(), GraphCapture(config)
+        self.guard, self.runner = BadStepGuard(), step_runner(config, self.models, world)
         self._say_hello()
         self.step, cursor = 0, None
         if found is not None:
@@ -130,14 +131,13 @@ class Trainer:
 
     def _train_step(self) -> bool:
         """One optimizer step over the global batch. Returns whether to stop after it."""
-        from megamug.pipeline import reduce_losses, run_batch
+        from megamug.pipeline import reduce_losses
 
         pairs = self.loader.next()
         self.optimizer.zero_grad()
         batches = [self.task.batch(micro) for micro in pairs.micro_batches]
         totals = self.task.totals(pairs, batches, self.world)
-        with self.capture.first_step(self.loader):
-            sums = run_batch(self.models, batches, totals, backward=True)
+        sums = self.runner.run(batches, totals, self.loader)
         losses = self._losses(reduce_losses(sums, self.task.loss_names, self.world))
         norm, rate = self.optimizer.prepare(self.step)
         stop = self.stop.agreed()
@@ -214,7 +214,8 @@ class Trainer:
             world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", stages,
             world.dp_size, world.reason,
         )  # fmt: skip
-        logger.info("layers: %s (%s)", self.task.spec, self.task.spec_reason)
+        task, how = self.task, "compiled" if self.task.compiled else "not compiled"
+        logger.info("layers: %s (%s), %s (%s)", task.spec, task.spec_reason, how, task.compiled_reason)
         logger.info("optimizer: %s (%s)", adam.NAMES[self.optimizer.kernel], self.optimizer.kernel_reason)
         flops = self.task.flops_per_sample / 1e9
         told = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""

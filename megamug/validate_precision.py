@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 
 from megamug.config import Config, towers
 from megamug.counts import decoder_tokens, round_up, stack_layers, visible_tokens
@@ -26,6 +25,7 @@ def check(config: Config, here: bool = True) -> None:
     switches(config)
     overlap_tensor(config)
     cuda_graphs(config)
+    compilation(config)
     if here:
         machine(config)
     if config.precision.fp8 != "none":
@@ -91,11 +91,25 @@ def overlap_tensor(config: Config) -> None:
 
 
 def cuda_graphs(config: Config) -> None:
-    """Megatron captures a layer whole: recomputation would have to run in the graph's place."""
-    if config.parallel.cuda_graphs and config.parallel.recompute != "none":
-        raise UserError(f"parallel.cuda_graphs(true) cannot hold layers that are computed again in backward, and"
-                        f" parallel.recompute is {config.parallel.recompute}; set parallel.recompute=none"
-                        f" or parallel.cuda_graphs=false")
+    """A graph holds forward and backward of one process, without messages to others."""
+    parallel = config.parallel
+    if not parallel.cuda_graphs:
+        return
+    for key, alone in (("tensor", 1), ("pipeline", 1), ("overlap_grad_reduce", False), ("overlap_param_gather", False)):
+        value = getattr(parallel, key)
+        if value != alone:
+            said = str(value).lower()
+            raise UserError(f"parallel.cuda_graphs(true) repeats forward and backward without messages to other"
+                            f" processes, and parallel.{key}({said}) sends some; set"
+                            f" parallel.{key}={str(alone).lower()} or parallel.cuda_graphs=false")
+
+
+def compilation(config: Config) -> None:
+    """`local` layers are compiled where one rank holds them whole."""
+    precision, tensor = config.precision, config.parallel.tensor
+    if precision.compile == "always" and precision.layers == "local" and tensor > 1:
+        raise UserError(f"precision.compile(always) takes layers that one rank holds whole, and parallel.tensor is"
+                        f" {tensor}; set precision.compile=auto or parallel.tensor=1")
 
 
 def machine(config: Config) -> None:
@@ -128,12 +142,6 @@ def machine(config: Config) -> None:
         found = f"{capability[0]}.{capability[1]}"
         raise UserError(f"precision.fp8({precision.fp8}) needs compute capability 9.0 (Hopper) and this GPU has"
                         f" {found}; set precision.fp8=none")
-    segments = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    registered = os.environ.get("NCCL_GRAPH_REGISTER") != "0"
-    if parallel.cuda_graphs and "expandable_segments:True" in segments and registered and capability < (10, 0):
-        raise UserError("parallel.cuda_graphs(true): with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True NCCL may not"
-                        " register the memory of graphs; set NCCL_GRAPH_REGISTER=0 in the environment, or"
-                        " parallel.cuda_graphs=false")
 
 
 def _package(which: str, setting: str, fix: str) -> None:

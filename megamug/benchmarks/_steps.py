@@ -72,9 +72,11 @@ def training_step(task, config: Config, made: Callable) -> tuple[Callable[[], fl
     `made(world)` -> (this rank's micro-batches, totals by loss) are used where no `data.train` is named; from there
     the batches come otherwise, and the step returns the seconds that it waited for them.
     """
-    from megamug.pipeline import reduce_losses, run_batch
+    from megamug.pipeline import reduce_losses
+    from megamug.step_graph import step_runner
 
     world, _, models, optimizer = built(task, config)
+    runner = step_runner(config, models, world)
     loader = task.loader(world, train=True) if config.data.train is not None else None
     batches, totals = made(world) if loader is None else (None, None)
     done = 0
@@ -89,7 +91,7 @@ def training_step(task, config: Config, made: Callable) -> tuple[Callable[[], fl
             totals = task.totals(pairs, batches, world)
         with record_function("optimizer"):
             optimizer.zero_grad()
-        sums = run_batch(models, batches, totals, backward=True)
+        sums = runner.run(batches, totals, loader)
         torch.stack(list(reduce_losses(sums, task.loss_names, world).values())).tolist()
         with record_function("optimizer"):
             norm, _ = optimizer.prepare(done)

@@ -96,13 +96,12 @@ def _model(config, options: argparse.Namespace):
     from megamug.distributed import cpu_backend, setup
 
     cpu_backend.apply()
-    from megamug.models import specs
     from megamug.models.init import initialise
     from megamug.models.lm_task import model_of
 
     plan_type, model_type = model_of(config.model.kind)
     world = setup.start(config.parallel, config.seed)
-    plan = plan_type(config, options.vocabulary, specs.choose("auto")[0])
+    plan = plan_type(config, options.vocabulary, "local")
     model = model_type(plan, 0).to(world.device)
     initialise(model.sharded_state_dict(), config.seed, plan.init_std)
     return model, world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
         get_embedding_ranks=_ranks_of(embedding_stages),
     )
     # No module of ours draws from these; Megatron's regions require that they exist.
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=parallel.cuda_graphs)
+    # Under CUDA graphs Transformer Engine's own are wanted: the others are read back by the host.
+    graphed = parallel.cuda_graphs and importlib.util.find_spec("transformer_engine") is not None
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=graphed and torch.cuda.is_available())
     return World(
         rank=rank, size=size, device=device, reason=reason,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=parallel.tensor,

@@ -17,8 +17,9 @@ AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; anywhere but on a CPU it is torch's."""
-    on_cpu = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype
+    """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; anywhere but on a CPU it is torch's, and in a graph
+    that torch compiles."""
+    on_cpu = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.compiler.is_compiling()
     if on_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel():
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _forward(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -6,6 +6,8 @@ Axes: s tokens, b rows, n heads, d head width, f feed-forward width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,17 @@ def _turned(x: Tensor, table: Tensor, direction: int) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Heads x [s, b, n, d] turned by a `rotation_table` [s, 1, 1, d] of their type. Numbers i and i + d/2 of a head are
     one plane. Differentiable in x; backward turns the other way and keeps the table alone."""
+    if torch.compiler.is_compiling():  # a compiler makes one pass of it, and knows what backward needs
+        (first, second), (cos, sin) = x.chunk(2, dim=-1), table.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotate.apply(x, table)
     return _turned(x, table, 1)
+
+
+def rotated(_: None, x: Tensor, table: Tensor) -> Tensor:
+    """`rotate` in the form of what `compiled` takes: a function of a module (there is none) and tensors."""
+    return rotate(x, table)
 
 
 def rotation_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,18 +79,27 @@ def _swiglu(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up)
 
 
+def swiglu(_: None, x: Tensor) -> Tensor:
+    """silu(gate) * up of x [..., 2 f] = [gate; up] -> [..., f]; only x is kept for backward."""
+    if torch.compiler.is_compiling():
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _SwiGLU.apply(x)
+    return _swiglu(x)
+
+
 class SwiGLU(torch.nn.Module):
-    """silu(gate) * up of [..., 2 f] = [gate; up] -> [..., f] (Shazeer 2020, arXiv 2002.05202). Megatron's MLP builds it
-    from the configuration; only its input is kept for backward."""
+    """`swiglu` (Shazeer 2020, arXiv 2002.05202) as a module. Megatron's MLP builds it from the configuration."""
 
     def __init__(self, config):
         super().__init__()
         assert config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+        self.elementwise_function: Callable[..., Tensor] = swiglu  # `compiled` replaces it
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _SwiGLU.apply(x)
-        return _swiglu(x)
+        plain = torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled())
+        return swiglu(None, x) if plain else self.elementwise_function(None, x)
 
     def sharded_state_dict(self, *_, **__) -> dict:
         """Nothing; Megatron's MLP asks each of its modules."""

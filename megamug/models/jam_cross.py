@@ -13,6 +13,7 @@ vocabulary. Hidden states are [s, b, h]; under sequence parallelism each tensor-
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
@@ -24,9 +25,9 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megamug.models import forward_only, specs
+from megamug.models import functional, specs
 from megamug.models.jam_plan import JamPart, JamPlan
-from megamug.models.layers import LocalColumnParallelLinear, context_linear, replicated
+from megamug.models.layers import LocalColumnParallelLinear, context_linear, recomputed, replicated
 from megamug.models.lm_losses import language_losses
 from megamug.models.shapes import TOWERS
 from megamug.models.stages import Stage, tensors_alone
@@ -80,8 +81,8 @@ class Reading(Gate):
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """hidden [s, b, h], context [s, b, h'], mask as in `TowerPlan.layer_inputs` -> [s, b, h]."""
         hidden_normed, context = self.norm(hidden), self.context_norm(context)
-        if self.local and forward_only.applies(self):
-            return self.add(hidden, forward_only.cross_attention(self.attention, hidden_normed, mask, context), None)
+        if self.local:
+            return self.add(hidden, functional.cross_attention(self.attention, hidden_normed, mask, context), None)
         return self.add(hidden, *self.attention(hidden_normed, mask, key_value_states=context))
 
 
@@ -97,8 +98,8 @@ class FeedForward(Gate):
         self.mlp = MLP(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.local and forward_only.applies(self):
-            return self.add(hidden, forward_only.feed_forward(self.mlp, self.norm(hidden)), None)
+        if self.local:
+            return self.add(hidden, functional.feed_forward(self.mlp, self.norm(hidden)), None)
         return self.add(hidden, *self.mlp(self.norm(hidden)))
 
 
@@ -115,6 +116,11 @@ class CrossHalf(MegatronModule):
         return hidden if self.ffn is None else self.ffn(hidden)
 
 
+def cross_half(half: CrossHalf, hidden: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    """One direction of a cross block as a function of its module."""
+    return half(hidden, context, mask)
+
+
 class CrossBlock(MegatronModule):
     """Both towers read each other as they were before the block."""
 
@@ -124,9 +130,17 @@ class CrossBlock(MegatronModule):
         with get_fp8_context(plan.text.config, is_init=True):  # weights in FP8 where the layers' are
             self.text = CrossHalf(plan.text, plan.image, fusion.gate, fusion.cross_ffn)
             self.image = CrossHalf(plan.image, plan.text, fusion.gate, fusion.cross_ffn)
+        self.local = plan.text.spec == "local"
+        self.layer_function = cross_half  # `compiled` replaces it
 
     def forward(self, text: Tensor, image: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not (self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()):
+        training = self.training and torch.is_grad_enabled()
+        again = training and self.config.recompute_granularity == "full"
+        if self.local:
+            function = self.layer_function if training else cross_half
+            run = partial(recomputed, function) if again else function
+            return run(self.text, text, image, mask), run(self.image, image, text, mask)
+        if not again:
             return self._forward(text, image, mask)
         if self.config.fp8:
             from megatron.core.extensions.transformer_engine import te_checkpoint

@@ -7,7 +7,7 @@ tensor-parallel rank holds s / tp of the sequence.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -16,12 +16,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from megamug.models import cpu_attention, cpu_linear, forward_only
-from megamug.models.elementwise import rotate
+from megamug.models import cpu_attention, cpu_linear, functional
+from megamug.models.elementwise import rotated
 from megamug.models.norms import HeadNorm
 
 
@@ -182,6 +182,10 @@ class RotarySelfAttention(SelfAttention):
 
     table: Tensor | None = None  # of the forward that runs
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.elementwise_function: Callable[..., Tensor] = rotated  # `compiled` replaces it
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb=None, **more):
         self.table = rotary_pos_emb
         return super().forward(hidden_states, attention_mask, **more)
@@ -191,7 +195,8 @@ class RotarySelfAttention(SelfAttention):
         if self.head_norms is not None and self.q_layernorm is None:  # Megatron's own have been
             query, key = (norm(x) for norm, x in zip(self.head_norms, (query, key), strict=True))
         if self.table is not None:
-            query, key = rotate(query, self.table), rotate(key, self.table)
+            function = self.elementwise_function if self.training and torch.is_grad_enabled() else rotated
+            query, key = (function(None, x, self.table) for x in (query, key))
         return query, key, value
 
     @property
@@ -256,20 +261,7 @@ def key_value_cache(model: nn.Module, capacity: int) -> Iterator[None]:
             attention.keep, attention.kept = False, None
 
 
-class Layer(TransformerLayer):
-    """Megatron's layer. Where CUDA graphs are on, what trains is captured and replayed, the rest runs as it is.
-
-    Validation and generation have other shapes than the graphs. Cross-attention's context is an input that several
-    layers share and give on; Megatron's graphs count the uses of a tensor by its place among inputs or outputs, and
-    such a one is both.
-    """
-
-    def _should_call_local_cudagraph(self, *args, **kwargs) -> bool:
-        alone = isinstance(self.cross_attention, IdentityOp)
-        return self.training and alone and super()._should_call_local_cudagraph(*args, **kwargs)
-
-
-class ResPostNormLayer(Layer):
+class ResPostNormLayer(TransformerLayer):
     """A layer whose residual sums are `norms.NormedResidual`. Megatron runs them with gradients on, also where the
     caller has switched them off: with parameters in them, that would keep a graph of all layers while nothing is
     trained."""
@@ -296,6 +288,16 @@ def config_of_run(config: TransformerConfig, first: int, last: int) -> Transform
     return run
 
 
+def accumulating(config: TransformerConfig, layer_specs: list) -> TransformerConfig:
+    """The same, with products that add the weight's gradient to its fp32 sum themselves, where the layers are
+    Transformer Engine's: two passes over every weight less."""
+    if not layer_specs or issubclass(layer_specs[0].submodules.mlp.submodules.linear_fc2, RowParallelLinear):
+        return config
+    config = copy.copy(config)
+    config.gradient_accumulation_fusion = True
+    return config
+
+
 class LayerRun(TransformerBlock):
     """Layers [first, last) of a stack of `config.num_layers`, as one pipeline stage holds them.
 
@@ -306,24 +308,27 @@ class LayerRun(TransformerBlock):
     def __init__(self, config, layer_specs: list, norm, first: int, last: int, final_norm: bool = True):
         self.first_layer = first
         super().__init__(
-            config=config_of_run(config, first, last),
+            config=accumulating(config_of_run(config, first, last), layer_specs),
             spec=TransformerBlockSubmodules(layer_specs=layer_specs[first:last], layer_norm=norm),
             post_layer_norm=final_norm,
             pre_process=True,
             post_process=final_norm and first < last == config.num_layers,
         )
         self.local = all(isinstance(layer.self_attention.core_attention, LocalAttention) for layer in self.layers)
+        self.layer_function: Callable[..., Tensor] = functional.transformer_layer  # `compiled` replaces it
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, context: Tensor | None = None, rotary_pos_emb=None
     ) -> Tensor:
-        """[s (/ tp), b, h] -> the same; what the layers need besides is that of `transformer_layer` in forward_only."""
-        if not (self.local and forward_only.applies(self)):
+        """[s (/ tp), b, h] -> the same; what the layers need besides is that of `functional.transformer_layer`."""
+        if not self.local:
             return super().forward(hidden_states, attention_mask, context=context, rotary_pos_emb=rotary_pos_emb)
+        training = self.training and torch.is_grad_enabled()
+        again = training and self.config.recompute_granularity == "full"
+        function = self.layer_function if training else functional.transformer_layer
         for layer in self.layers:
-            hidden_states = forward_only.transformer_layer(
-                layer, hidden_states, attention_mask, rotary_pos_emb, context
-            )
+            arguments = layer, hidden_states, attention_mask, rotary_pos_emb, context
+            hidden_states = recomputed(function, *arguments) if again else function(*arguments)
         return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -343,6 +348,12 @@ class LayerRun(TransformerBlock):
             )
             state.update(norm)
         return state
+
+
+def recomputed(function: Callable[..., Tensor], *arguments) -> Tensor:
+    """What `function` returns; backward computes it once more instead of keeping what it needs. Nothing here is random,
+    so no generator's state is kept either."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def replicated(module: nn.Module, partial_gradient: bool) -> nn.Module:

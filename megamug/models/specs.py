@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayerSubmodules
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import (
     CrossAttentionSubmodules,
     SelfAttentionSubmodules,
@@ -75,17 +75,22 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
     )
 
 
-def choose(requested: str) -> tuple[str, str]:
-    """Resolves `precision.layers`: ("local" | "te", reason)."""
+def choose(config: Config) -> tuple[str, str]:
+    """Resolves `precision.layers`: ("local" | "te", reason). What is faster was measured: docs/benchmarks/gpu.md."""
+    requested, parallel = config.precision.layers, config.parallel
     if requested != "auto":
         return requested, f"precision.layers={requested}"
     if not torch.cuda.is_available():
         return "local", "no CUDA device"
+    if config.precision.fp8 != "none":
+        return "te", f"precision.fp8={config.precision.fp8} needs them"
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
         return "local", "Transformer Engine is not installed"
-    return "te", "CUDA device and Transformer Engine found"
+    if parallel.tensor > 1:
+        return "te", f"parallel.tensor={parallel.tensor}: layers that are split are not compiled"
+    return "local", "without FP8 and tensor parallelism faster than Transformer Engine's"
 
 
 # Norms of a layer, and their names in checkpoints: where Transformer Engine folds one into a linear, as it calls that.
@@ -142,7 +147,7 @@ def transformer_layer(
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
-        module=layers.ResPostNormLayer if res_post_norm else layers.Layer,
+        module=layers.ResPostNormLayer if res_post_norm else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm_before,
             self_attention=ModuleSpec(
@@ -198,8 +203,6 @@ def execution(config: Config) -> dict[str, object]:
     if parallel.overlap_tensor:
         # Connections are made over NCCL, which is there; Transformer Engine would look for MPI first.
         switches |= {"tp_comm_overlap": True, "tp_comm_bootstrap_backend": "nccl"}
-    if parallel.cuda_graphs:
-        switches["cuda_graph_impl"] = "local"  # Megatron's own: a graph for each layer, made after the first step
     return switches
 
 

@@ -7,7 +7,7 @@ import torch
 from megamug.config import Config
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.errors import UserError
-from megamug.models import specs
+from megamug.models import compiled, specs
 from megamug.models.init import initialise
 from megamug.models.stages import Plan
 
@@ -25,7 +25,8 @@ class Task:
     def __init__(self, config: Config):
         """`config` is resolved and validated. Needs no process group."""
         self.config = config
-        self.spec, self.spec_reason = specs.choose(config.precision.layers)
+        self.spec, self.spec_reason = specs.choose(config)
+        self.compiled, self.compiled_reason = compiled.choose(config, self.spec)
 
     def join(self, world) -> None:
         """Learns this process's place in the tensor-parallel group."""
@@ -41,6 +42,8 @@ class Task:
         if initialised:
             for chunk in chunks:
                 initialise(chunk.sharded_state_dict(), self.config.seed, self.plan.init_std)
+        if self.compiled:
+            compiled.compile_layers(chunks)
         return chunks
 
     def identity(self) -> dict:

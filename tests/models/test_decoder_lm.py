@@ -200,7 +200,7 @@ def test_a_key_value_cache_gives_the_same_logits(world, options):
 
 @pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, CHAMELEON, GRID, OPT], ids=str)
 def test_evaluation_gives_the_logits_of_training(world, options):
-    """Without gradients layers run without Megatron's forward (`forward_only`)."""
+    """Without gradients layers run without Megatron's forward (`functional`)."""
     chunk, tokens = build(options), rows()
     segments = torch.arange(CONTEXT, dtype=torch.int32).div(9, rounding_mode="floor").expand(2, -1).contiguous()
     for documents in (None, segments):

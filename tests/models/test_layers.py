@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megamug.models import forward_only, layers, specs
+from megamug.models import functional, layers, specs
 from megamug.models.layers import LocalAttention, Norm, sincos_positions
 
 
@@ -165,7 +165,7 @@ def test_without_gradients_a_layer_is_the_same(world, context_width):
     x = torch.randn(6, 2, 32, generator=generator)
     context = None if context_width is None else torch.randn(9, 2, context_width, generator=generator)
     with torch.no_grad():
-        found = forward_only.transformer_layer(layer, x, None, None, context)
+        found = functional.transformer_layer(layer, x, None, None, context)
         assert torch.equal(found, layer(x, attention_mask=None, context=context)[0])
 
 
@@ -192,13 +192,13 @@ def test_a_run_of_layers_keeps_its_numbers(world):
 def test_only_a_run_in_evaluation_without_gradients_goes_the_short_way(world, monkeypatch):
     config = config_of()
     run = layers.LayerRun(config, [specs.transformer_layer("local", config, causal=True)] * 2, layers.Norm, 0, 2)
-    taken, short = [], forward_only.transformer_layer
+    taken, short = [], functional.transformer_layer
 
     def watched(layer, *more):
         taken.append(layer)
         return short(layer, *more)
 
-    monkeypatch.setattr(forward_only, "transformer_layer", watched)
+    monkeypatch.setattr(functional, "transformer_layer", watched)
     x = torch.zeros(3, 1, 32)
     run.train()
     run(x, attention_mask=None)

@@ -1,9 +1,11 @@
-"""Passes through `local` layers that no gradient follows: evaluation, and above all writing token by token.
+"""`local` layers as functions of their module and hidden states: what training, evaluation and writing run, and what
+torch.compile takes whole (`compiled.py`).
 
-Megatron's forward asks at every call for all that a training run may have on (offloading, recomputation, packed
-sequences, fused communication, profiling ranges, dropout); with one token at hand that takes as long as the products of
-a small model. Here the same modules compute the same things in the same order, and nothing is asked. Tensor parallelism
-is in the linears, caches are in the attention; there is no dropout, and a `local` linear adds its own bias.
+Megatron's forward asks at every call for all that a run may have on (offloading, packed sequences, fused communication,
+profiling ranges, dropout); with one token at hand that takes as long as the products of a small model, and a compiler
+stumbles over it. Here the same modules compute the same things in the same order, and nothing is asked. Tensor and
+sequence parallelism are in the linears, caches are in the attention; there is no dropout, and a `local` linear adds its
+own bias.
 
 Axes: s tokens, t tokens of a context, b rows, h width, n heads on this rank, g heads of keys, d head width.
 """
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from megatron.core.transformer import TransformerLayer
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -20,12 +21,6 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from megamug.models.elementwise import rotate
-
-
-def applies(module: nn.Module) -> bool:
-    """Whether `module` is in evaluation mode and no gradients are recorded. (The first pass of a recomputation records
-    none either, but it has to compute what the second will: the module is in training mode then.)"""
-    return not (module.training or torch.is_grad_enabled())
 
 
 def transformer_layer(
@@ -46,21 +41,24 @@ def _normed_behind(add: Callable | nn.Module, update: Tensor) -> Tensor:
 
 
 def self_attention(attention: SelfAttention, x: Tensor, mask: Tensor | None, table: Tensor | None) -> Tensor:
-    """[s, b, h] -> [s, b, h]; a head of keys lies behind its heads of queries, one of values behind that."""
-    s, b, _ = x.shape
+    """[s (/ tp), b, h] -> the same; a head of keys lies behind its heads of queries, one of values behind that."""
     heads = attention.num_query_groups_per_partition, -1, attention.hidden_size_per_attention_head
-    mixed = attention.linear_qkv(x)[0].view(s, b, *heads)
+    mixed = attention.linear_qkv(x)[0]
+    mixed = mixed.view(*mixed.shape[:2], *heads)
+    queries = mixed.shape[3] - 2  # that share a key
     norms = attention.head_norms
+    # Splits, not slices: their gradients are put together in one pass.
     if norms is None and table is not None:
-        turned = rotate(mixed[:, :, :, :-1], table.unsqueeze(1))  # of queries and keys at once
-        query, key = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]
+        turned, value = mixed.split([queries + 1, 1], dim=3)
+        query, key = rotate(turned, table.unsqueeze(1)).split([queries, 1], dim=3)
     else:
-        query, key = mixed[:, :, :, :-2].flatten(2, 3), mixed[:, :, :, -2]
-        if norms is not None:
-            query, key = norms[0](query), norms[1](key)
+        query, key, value = mixed.split([queries, 1, 1], dim=3)
+    query, key, value = (part.flatten(2, 3) for part in (query, key, value))
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
-    return attention.linear_proj(attention.core_attention(query, key, mixed[:, :, :, -1], mask))[0]
+    return attention.linear_proj(attention.core_attention(query, key, value, mask))[0]
 
 
 def cross_attention(attention: CrossAttention, x: Tensor, mask: Tensor | None, context: Tensor) -> Tensor:

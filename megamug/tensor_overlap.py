@@ -1,5 +1,5 @@
-"""What a run does around its steps for `parallel.overlap_tensor` and `parallel.cuda_graphs`, as Megatron's own training
-loop does: both are switches of its layers that want something set up outside of them. GPUs only.
+"""Tensor-parallel messages during matrix products (`parallel.overlap_tensor`): the buffers that Transformer Engine's
+layers want set up around a run, as Megatron's own training loop does. GPUs only.
 """
 
 from __future__ import annotations
@@ -46,27 +46,3 @@ def tensor_overlap(config: Config) -> Iterator[None]:
     finally:
         base.destroy_ub()
 
-
-class GraphCapture:
-    """CUDA graphs are made at the end of a run's first step, from what that step did.
-
-    While a graph is captured no other thread may allocate GPU memory, so the loader holds still. Megatron takes the
-    main thread to a stream of its own from the first layer's construction to the end of that step; before and after it
-    the device is waited for, so that nothing is read on one stream before it is written on another.
-    """
-
-    def __init__(self, config: Config):
-        self.pending = config.parallel.cuda_graphs
-
-    @contextmanager
-    def first_step(self, loader) -> Iterator[None]:
-        """Around forward and backward of every step; does something in the first."""
-        if not self.pending:
-            yield
-            return
-        self.pending = False
-        with loader.paused():
-            torch.cuda.synchronize()
-            yield
-            torch.cuda.synchronize()
-        logger.info("CUDA graphs of the layers are made; the steps that follow replay them")
