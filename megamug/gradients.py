@@ -7,6 +7,8 @@ one kernel for dozens of tensors, whatever packages Megatron found to import).
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -29,14 +31,16 @@ class GradientBuffers(DistributedDataParallel):
         super().__init__(config=config, ddp_config=ddp_config, module=module)
         self._waiting: dict[Tensor, None] = {}  # in order; by identity
         self._bytes = 0
+        self._begun: set[Tensor] = set()  # parameters whose sums hold something
         if ddp_config.overlap_grad_reduce or config.pipeline_model_parallel_size > 1:
             return
         # Megatron's hooks go with the autograd nodes that it keeps for them. (Without those nodes, every forward makes
         # its own, on the stream that it runs on: a CUDA graph may not wait for another stream.)
         self.grad_accs.clear()
+        mine = weakref.ref(self)  # a hook is kept where no collector of cycles looks
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._wait)
+                parameter.register_post_accumulate_grad_hook(lambda done: mine()._wait(done))
 
     def _wait(self, parameter: Tensor) -> None:
         """Backward has made `parameter.grad`. A gradient that is in the buffer already (`grad_added_to_main_grad`, set
@@ -50,29 +54,29 @@ class GradientBuffers(DistributedDataParallel):
         if self._bytes >= PIECE:
             self.collect()
 
+    def zero_grad_buffer(self) -> None:
+        super().zero_grad_buffer()
+        self._begun.clear()
+        for parameter in self.params_with_grad:
+            parameter.main_grad_begun = False
+
     @torch.no_grad()
     def collect(self) -> None:
         """Adds the gradients that wait to their sums. At the end of each micro-batch's backward."""
-        if not self._waiting:
-            return
-        sums = [parameter.main_grad for parameter in self._waiting]
-        gradients = [parameter.grad for parameter in self._waiting]
-        for parameter in self._waiting:
+        waiting, self._waiting, self._bytes = list(self._waiting), {}, 0
+        # A sum that holds nothing yet takes the gradient as it is. (`main_grad_begun`: set by whoever adds to one.)
+        begun = [p in self._begun or getattr(p, "main_grad_begun", False) for p in waiting]
+        self._begun.update(waiting)
+        first = [p for p, has in zip(waiting, begun, strict=True) if not has]
+        later = [p for p, has in zip(waiting, begun, strict=True) if has]
+        copy_([p.main_grad for p in first], [p.grad.view(p.main_grad.shape) for p in first])
+        add_([p.main_grad for p in later], [p.grad.view(p.main_grad.shape) for p in later])
+        for parameter in waiting:
             parameter.grad = None
-        self._waiting.clear()
-        self._bytes = 0
-        for dtype in {gradient.dtype for gradient in gradients}:
-            pairs = [(total, g.view(total.shape)) for total, g in zip(sums, gradients, strict=True) if g.dtype == dtype]
-            totals, parts = [total for total, _ in pairs], [part for _, part in pairs]
-            if dtype != totals[0].dtype:  # adding tensors of two types would go one by one
-                wide = [torch.empty_like(total) for total in totals]
-                torch._foreach_copy_(wide, parts)
-                parts = wide
-            torch._foreach_add_(totals, parts)
 
 
-def norm(optimizer) -> float:
-    """The 2-norm of the whole model's gradients, the same on every rank; it waits for the device once.
+def norm(optimizer) -> Tensor:
+    """The 2-norm of the whole model's gradients, the same on every rank: a float32 scalar on the device.
 
     `optimizer` is Megatron's chain, whose parameters have their gradients (`prepare_grads`). Copies are counted once:
     of a tied weight (`shared`), and of parameters that every tensor-parallel rank holds whole.
@@ -87,7 +91,7 @@ def norm(optimizer) -> float:
     group = optimizer.get_grad_stats_parallel_group()
     if dist.get_world_size(group) > 1:
         dist.all_reduce(squares, group=group)
-    return float(squares.sqrt())
+    return squares.sqrt()
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
@@ -98,11 +102,21 @@ def square_sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
-def scale_(parameters: list[Tensor], factor: float) -> None:
-    """Multiplies the gradients of the parameters in place."""
+def scale_(parameters: list[Tensor], factor: Tensor) -> None:
+    """Multiplies the gradients of the parameters in place by a scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
+
+
+def add_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Adds tensor by tensor, of any two types."""
+    if any(target.dtype != source.dtype for target, source in zip(targets, sources, strict=True)):
+        wide = [torch.empty_like(target) for target in targets]  # adding tensors of two types would go one by one
+        copy_(wide, sources)
+        sources = wide
+    if targets:
+        torch._foreach_add_(targets, sources)
 
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:

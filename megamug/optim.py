@@ -124,10 +124,10 @@ class Optimizer:
     def _groups(self) -> Iterator[dict]:
         return chain.from_iterable(part.param_groups for part in self.parts)
 
-    def prepare(self, step: int) -> tuple[float, float]:
+    def prepare(self, step: int) -> tuple[Tensor, float]:
         """Sets rate and decay of update `step`; (gradient norm before clipping, learning rate). Changes no parameter.
 
-        The norm is that of the whole model, the same on every rank.
+        The norm is that of the whole model, the same on every rank: a float32 scalar on the device, not waited for.
         """
         rate = learning_rate(step, self.options, self.train)
         for group in self._groups():
@@ -136,12 +136,25 @@ class Optimizer:
         self.megatron.prepare_grads()
         return gradients.norm(self.megatron), rate
 
-    def apply(self, norm: float) -> None:
-        """Clips to `clip_grad` by the given norm and updates the parameters."""
-        factor = self.options.clip_grad / (norm + 1e-6)
-        if 0 < factor < 1:
-            gradients.scale_(self.megatron.get_parameters(), factor)
+    def apply(self, norm: Tensor, finite: Tensor | None = None) -> Tensor:
+        """Clips to `clip_grad` by the given norm and updates the parameters; nothing changes where the norm is not
+        finite, or `finite` (a scalar: whether the losses are) is false. Returns a scalar: whether there was an update.
+
+        torch's AdamW decides and clips on the device, so that the host need not wait and the device never does; with
+        the others the host looks first.
+        """
+        fine = norm.isfinite() if finite is None else norm.isfinite() & finite
+        divisor = ((norm + 1e-6) / self.options.clip_grad).clamp(min=1.0) if self.options.clip_grad > 0 else None
+        if self.kernel == "torch":
+            bad = fine.logical_not().float()
+            for part in self.parts:
+                part.optimizer.grad_scale, part.optimizer.found_inf = divisor, bad
+        elif not fine:
+            return fine
+        elif divisor is not None:
+            gradients.scale_(self.megatron.get_parameters(), 1 / divisor)
         self.megatron.step_with_ready_grads()
+        return fine
 
     def gather_parameters(self) -> None:
         """Fetches now what overlapped gathering leaves to the next forward pass: this rank then holds all updates."""

@@ -154,7 +154,7 @@ class OptimizerConfig:
     beta2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
-    fused: str = "auto"  # auto | te | apex | torch: whose AdamW kernel; auto: the first that a GPU has, torch on a CPU
+    fused: str = "auto"  # auto | te | apex | torch: whose AdamW kernel; auto: torch's
 
 
 @dataclass

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamug import pipeline
 from megamug.config import Config
-from megamug.pipeline import Sums, finalise_gradients, run_batch
+from megamug.pipeline import Sums
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class StepRunner:
         self.models = models
 
     def run(self, batches: list, totals: dict[str, float], loader) -> Sums:
-        return run_batch(self.models, batches, totals, backward=True)
+        return pipeline.run_batch(self.models, batches, totals, backward=True)
 
 
 class GraphRunner(StepRunner):
@@ -73,7 +74,7 @@ class GraphRunner(StepRunner):
             sums = self._by_graph(batches, totals) if fits else self._plainly(batches, totals)
         else:
             sums = self._unproven(batches, totals, loader)
-        finalise_gradients(self.models)
+        pipeline.finalise_gradients(self.models)
         return sums
 
     def _unproven(self, batches: list, totals: dict[str, float], loader) -> Sums:
@@ -122,7 +123,7 @@ class GraphRunner(StepRunner):
 
     def _plainly(self, batches: list, totals: dict[str, float]) -> Sums:
         with self.memory.used() if self.memory else nullcontext():
-            return run_batch(self.models, batches, totals, backward=True, reduce=False)
+            return pipeline.run_batch(self.models, batches, totals, backward=True, reduce=False)
 
     def _by_graph(self, batches: list, totals: dict[str, float]) -> Sums:
         self._fill(batches, totals)
@@ -136,7 +137,7 @@ class GraphRunner(StepRunner):
         self._fill(batches, totals)
         try:
             self.repeat, self.sums = self.record(
-                lambda: run_batch(self.models, self.batches, self.totals, backward=True, reduce=False)
+                lambda: pipeline.run_batch(self.models, self.batches, self.totals, backward=True, reduce=False)
             )
         except (RuntimeError, ValueError) as error:  # CUDA's, and those of whatever layers cannot be recorded
             logger.debug("recording a CUDA graph failed", exc_info=True)
@@ -193,23 +194,30 @@ def _difference(wanted: dict[str, Tensor], found: dict[str, Tensor], names: list
 
 class _SharedMemory:
     """One pool of memory for a graph and for the same step run without it: as the one ends before the other begins,
-    their intermediate results may lie in the same place, and proving a graph takes no more memory than using it."""
+    their intermediate results may lie in the same place, and proving a graph takes no more memory than using it.
+
+    Memory that was freed on a stream is given out again on that stream alone, so both run on one."""
 
     def __init__(self):
-        self.pool = torch.cuda.MemPool()
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
 
     @contextmanager
     def used(self) -> Iterator[None]:
+        self.stream.wait_stream(torch.cuda.current_stream())
         # A pool belongs to the thread that asks for it: backward must not go to another.
-        with torch.autograd.set_multithreading_enabled(False), torch.cuda.use_mem_pool(self.pool):
+        alone = torch.autograd.set_multithreading_enabled(False)
+        with torch.cuda.stream(self.stream), alone, torch.cuda.use_mem_pool(self.pool):
             yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, function: Callable[[], Sums]) -> tuple[Callable[[], None], Sums]:
         graph = torch.cuda.CUDAGraph()
         gc.collect()
         torch.cuda.synchronize()
         # "thread_local": what other threads do (decoding) is not part of the graph, and no fault.
-        captured = torch.cuda.graph(graph, pool=self.pool.id, capture_error_mode="thread_local")
+        captured = torch.cuda.graph(
+            graph, pool=self.pool.id, stream=self.stream, capture_error_mode="thread_local"
+        )  # fmt: skip
         with torch.autograd.set_multithreading_enabled(False), captured:
             sums = function()
         return graph.replay, sums

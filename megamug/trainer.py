@@ -138,22 +138,26 @@ class Trainer:
         batches = [self.task.batch(micro) for micro in pairs.micro_batches]
         totals = self.task.totals(pairs, batches, self.world)
         sums = self.runner.run(batches, totals, self.loader)
-        losses = self._losses(reduce_losses(sums, self.task.loss_names, self.world))
+        sums = reduce_losses(sums, self.task.loss_names, self.world)
         norm, rate = self.optimizer.prepare(self.step)
+        updated = self.optimizer.apply(norm, torch.stack(list(sums.values())).isfinite().all())
         stop = self.stop.agreed()
+        losses, norm, updated = self._read(sums, norm, updated)
         skipped = self.guard.is_bad(self.step, losses["loss"], norm)
-        if not skipped:
-            self.optimizer.apply(norm)
+        assert skipped != updated, (losses, norm, updated)
         self.metrics.record(self.step, {
             **losses, "grad_norm": norm, "learning_rate": rate, "samples_seen": pairs.samples, "skipped": skipped,
             "data_failures": pairs.failures, "data_seconds": pairs.wait_seconds,
         })  # fmt: skip
         return stop
 
-    def _losses(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _read(self, sums: dict[str, torch.Tensor], *more: torch.Tensor) -> tuple:
+        """(losses as `_losses` gives them, further scalars as numbers): the one wait for the device in a step."""
+        values = torch.stack([*sums.values(), *(scalar.double() for scalar in more)]).tolist()
+        return self._losses(dict(zip(sums, values[: len(sums)], strict=True))), *values[len(sums) :]
+
+    def _losses(self, sums: dict[str, float]) -> dict[str, float]:
         """The weighted loss and its parts, from global sums and counts."""
-        keys, values = list(sums), torch.stack(list(sums.values())).tolist()  # the one wait for the device
-        sums = dict(zip(keys, values, strict=True))
         parts = {name: sums[name] / max(sums[f"{name}_count"], 1.0) for name in self.task.loss_names}
         weighted = sum(self.task.plan.loss_weights[name] * value for name, value in parts.items())
         return {"loss": weighted, **{f"{name}_loss": value for name, value in parts.items()}}
@@ -177,7 +181,7 @@ class Trainer:
         finally:
             torch.nn.ModuleList(self.chunks).train()
             loader.close()
-        losses = self._losses(reduce_losses(gathered, self.task.loss_names, self.world))
+        (losses,) = self._read(reduce_losses(gathered, self.task.loss_names, self.world))
         seconds = time.perf_counter() - started
         self.metrics.validation(self.step, {**losses, "samples": loader.total_samples, "seconds": seconds})
         if pictures:

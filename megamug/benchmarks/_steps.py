@@ -92,10 +92,11 @@ def training_step(task, config: Config, made: Callable) -> tuple[Callable[[], fl
         with record_function("optimizer"):
             optimizer.zero_grad()
         sums = runner.run(batches, totals, loader)
-        torch.stack(list(reduce_losses(sums, task.loss_names, world).values())).tolist()
+        losses = torch.stack(list(reduce_losses(sums, task.loss_names, world).values()))
         with record_function("optimizer"):
             norm, _ = optimizer.prepare(done)
-            optimizer.apply(norm)
+            optimizer.apply(norm, losses.isfinite().all())
+        losses.tolist()
         return None if pairs is None else pairs.wait_seconds
 
     return step, config.data.global_batch_size * task.flops_per_sample

@@ -152,6 +152,7 @@ def _weight_gradient(weight: Tensor, gradient: Tensor, grad: Tensor) -> Tensor:
     """
     if getattr(weight, "main_grad", None) is not None:
         weight.main_grad.addcmul_(gradient, grad)
+        weight.main_grad_begun = True
         return torch.zeros_like(weight)
     return gradient.mul_(grad).to(weight.dtype)
 

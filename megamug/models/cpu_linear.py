@@ -14,13 +14,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# oneDNN multiplies bfloat16 only where the processor has AVX-512 (or what came after it).
+TYPES = [torch.float32]
+if AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    TYPES.append(torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; anywhere but on a CPU it is torch's, and in a graph
-    that torch compiles."""
+    """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; it is torch's anywhere but on a CPU, and in what
+    torch compiles."""
     on_cpu = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype and not torch.compiler.is_compiling()
-    if on_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel():
+    if on_cpu and x.dtype in TYPES and x.numel():
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _forward(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megamug.models import cpu_attention, cpu_linear, functional
@@ -119,10 +121,19 @@ class LocalAttention(nn.Module):
             query = query.permute(1, 2, 0, 3)
         dropout = self.dropout if self.training else 0.0
         key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **mask)
+        with kernel_order() if query.is_cuda and not torch.compiler.is_compiling() else nullcontext():
+            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **mask)
         if s == 1:
             return context.reshape(1, b, n * d)
         return context.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+def kernel_order() -> AbstractContextManager:
+    """Inside, torch's attention on a GPU takes cuDNN's kernels where they can be had: on Hopper they take half of the
+    time of its FlashAttention-2 (docs/benchmarks/gpu.md), and leave the result as Megatron wants it, [s, b, n, d]."""
+    kinds = SDPBackend
+    order = [kinds.CUDNN_ATTENTION, kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -166,8 +177,10 @@ class LocalRowParallelLinear(RowParallelLinear):
         return cpu_linear.linear(input_, self.weight, self.bias), None
 
 
+@cache
 def context_linear(base: type, context_width: int) -> type:
-    """A column-parallel linear class for keys and values whose input is a context of another width than the layer's."""
+    """A column-parallel linear class for keys and values whose input is a context of another width than the layer's:
+    one for each width, since a compilation is made for classes."""
 
     class ContextColumnParallelLinear(base):
         def __init__(self, input_size: int, output_size: int, **kwargs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -69,10 +70,23 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
         norm=layers.PlainNorm if plain_norm else te.TENorm,
         head_norm=te.TENorm,
         attention=te.TEDotProductAttention,
-        column_linear=te.TEColumnParallelLinear,
-        row_linear=te.TERowParallelLinear,
-        norm_linear=None if plain_norm else te.TELayerNormColumnParallelLinear,
+        column_linear=_adding_bias(te.TEColumnParallelLinear),
+        row_linear=_adding_bias(te.TERowParallelLinear),
+        norm_linear=None if plain_norm else _adding_bias(te.TELayerNormColumnParallelLinear),
     )
+
+
+@cache
+def _adding_bias(linear: type) -> type:
+    """A linear of Transformer Engine that adds its bias in the product, as the `local` ones do: callers that ask for
+    `skip_bias_add` would add it in a pass of its own, and sum its gradient in another."""
+
+    class Adding(linear):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "skip_bias_add": False})
+
+    Adding.__name__ = Adding.__qualname__ = linear.__name__
+    return Adding
 
 
 def choose(config: Config) -> tuple[str, str]:

@@ -145,7 +145,7 @@ def run(options: dict) -> None:
                 torch.save(gradients, options["gradients"])
         norm, _ = optimizer.prepare(step + 1)
         optimizer.apply(norm)
-        records.append([*(losses[n] / losses[f"{n}_count"] for n in names), norm])
+        records.append([*(losses[n] / losses[f"{n}_count"] for n in names), float(norm)])
     validation = None
     if options.get("validate"):
         batches, _ = case.micro_batches(1000, plan, config, world)

@@ -1,7 +1,6 @@
-"""Switches of `precision` and `parallel` in the layers: which of them FP8 leaves in bf16, which a CUDA graph holds.
+"""Switches of `precision` and `parallel` in the layers: which of them FP8 leaves in bf16, what Megatron is told.
 
-Nothing here needs a GPU: Megatron decides both where layers are built and in a run's first step, which is not yet
-replayed. The replay, and FP8 itself, are not tested here.
+Nothing here needs a GPU: Megatron decides that where layers are built. FP8 itself is not tested here.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
-from megatron.core.transformer import cuda_graphs as megatron_graphs
 
 from megamug.config import Config
 from megamug.models import layers, specs
@@ -80,84 +78,5 @@ def test_switches_reach_megatron():
     )  # fmt: skip
     assert found.fp8 and found.fp8_recipe == "blockwise" and found.fp8_param
     assert found.tp_comm_overlap and found.tp_comm_bootstrap_backend == "nccl"
-    scope = found.cuda_graph_modules if hasattr(found, "cuda_graph_modules") else found.cuda_graph_scope
-    assert found.cuda_graph_impl == "local" and scope == []  # the whole layer
+    assert found.cuda_graph_impl == "none"  # a step is recorded whole, by `step_graph`
     assert set(specs.execution(Config())) == {"fp8_param"}
-
-
-# ---------------------------------------------------------------------------------------------- CUDA graphs
-
-
-@pytest.fixture
-def recording(monkeypatch):
-    """Megatron's recording phase on a CPU: what it asks of CUDA when layers are built, and the end of it, where graphs
-    would be captured: (kind, layer) in the order of execution is kept instead."""
-    from megatron.core.pipeline_parallel import schedules
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    record, seen = megatron_graphs._CudagraphGlobalRecord, []
-
-    def create() -> None:
-        seen.append([(entry[1], entry[0].base_module) for entry in record.cudagraph_record])
-        record.cudagraph_record = []
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
-    monkeypatch.setattr(get_cuda_rng_tracker(), "use_cudagraphable_rng", True)
-    monkeypatch.setattr(schedules, "create_cudagraphs", create)
-    yield seen
-    record.cudagraph_record = []
-    megatron_graphs.CudaGraphManager.global_mempool = None
-    if hasattr(record, "_disable_saved_tensors_observer"):  # Megatron-core 0.19
-        record._disable_saved_tensors_observer()
-
-
-def losses_and_gradients(case, options: dict, world, train: bool) -> tuple[dict, dict, torch.nn.Module]:
-    from megamug.pipeline import run_batch
-
-    config = case.tiny(options)
-    task = case.make_task(config)
-    task.join(world)
-    (chunk,) = task.build(world)
-    batches, totals = case.micro_batches(1, task.plan, config, world)
-    for parameter in chunk.parameters():
-        parameter.main_grad = torch.zeros_like(parameter)
-    if not train:
-        with torch.no_grad():
-            sums = run_batch([chunk.eval()], batches, totals, backward=False)
-    else:
-        chunk.config.finalize_model_grads_func = None
-        sums = run_batch([chunk], batches, totals, backward=True)
-    gradients = {name: p.grad for name, p in chunk.named_parameters() if p.grad is not None}
-    return sums, gradients, chunk
-
-
-@pytest.mark.parametrize("case, options, graphed", [
-    (mug_case, {}, 2 + 3 + 1),  # not the two text layers with cross-attention
-    (jam_case, {"pair": "unlike"}, 4 + 6),
-], ids=["mug", "jam"])  # fmt: skip
-def test_the_first_step_records_each_layer_once(world, recording, case, options, graphed):
-    on = options | {"parallel": {"cuda_graphs": True}}
-    _, wanted, _ = losses_and_gradients(case, options, world, train=True)
-    assert recording == []
-    sums, found, model = losses_and_gradients(case, on, world, train=True)
-    assert found.keys() == wanted.keys() and len(found) > 20
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
-    (order,) = recording
-    mine = [module for module in model.modules() if isinstance(module, layers.Layer)]
-    forward = [layer for kind, layer in order if kind == "fwd"]
-    backward = [layer for kind, layer in order if kind == "bwd"]
-    assert len(forward) == len(set(forward)) == graphed and set(forward) <= set(mine)
-    assert set(backward) == set(forward)
-    assert all(order.index(("fwd", layer)) < order.index(("bwd", layer)) for layer in forward)
-
-
-def test_validation_runs_without_graphs(world, recording):
-    on = {"parallel": {"cuda_graphs": True}}
-    wanted, _, _ = losses_and_gradients(mug_case, {}, world, train=False)
-    found, _, _ = losses_and_gradients(mug_case, on, world, train=False)
-    assert {k: [float(x) for x in v] for k, v in found.items()} == {k: [float(x) for x in v] for k, v in wanted.items()}
-    assert recording == [[]]
