@@ -36,6 +36,11 @@ class TokenBatch:
     most_documents: int | None = None  # no fewer than there are in all rows, padding counted; None: not known
 
 
+def no_fewer(documents: int) -> int:
+    """`most_documents` of a batch with so many: the next power of two, so that few shapes occur."""
+    return 1 << (documents - 1).bit_length()
+
+
 def row_makers(
     documents: list[DocumentSet], vocabulary: Vocabulary, *, context_length: int, cm3_spans: float, loss_on: str,
     seed: int, hidden_text: float = 0.0,
@@ -139,7 +144,7 @@ class TokenLoader:
         for i in range(0, part, self.micro_batch_size):
             rows = slice(i, i + self.micro_batch_size)
             tokens, labels, segments, positions = (tensor[rows] for tensor in tensors)
-            most = self.most_documents or 1 << (int(documents[rows].sum()) - 1).bit_length()
+            most = self.most_documents or no_fewer(int(documents[rows].sum()))
             if not self.separate_documents:
                 segments = positions = most = None
             micro_batches.append(TokenBatch(tokens, labels, segments, positions, most))

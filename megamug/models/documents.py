@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLASH_WIDEST = 256  # numbers of a head that torch's FlashAttention takes; a multiple of 8 of them
+FLASH_WIDEST = 256  # numbers of a head that torch's FlashAttention takes
 CAUSAL = 1  # of torch's `_efficient_attention_forward`: a query sees keys up to its own place, counted from the first
 
 
@@ -78,16 +78,21 @@ def within(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: i
     """`attention` on tokens row by row: [t, n, d] and twice [t, g, d] -> [t, n, d]; no document is above `longest`.
 
     By FlashAttention in bfloat16 and float16; by torch's memory-efficient kernels in float32 and for wide heads, a key
-    copied for each of its queries.
+    copied for each of its queries. Heads are filled up with zeros to the multiple of 8 that both want.
     """
     width = query.shape[-1]
-    if query.dtype in (torch.bfloat16, torch.float16) and width <= FLASH_WIDEST and width % 8 == 0:
-        return torch.ops.aten._flash_attention_forward(
+    if width % 8:
+        query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+        query = query * (query.shape[-1] / width) ** 0.5  # the kernels divide by the root of the width that they see
+    if query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= FLASH_WIDEST:
+        context = torch.ops.aten._flash_attention_forward(
             query, key, value, begins, begins, longest, longest, dropout, True, False
         )[0]
-    shared = query.shape[1] // key.shape[1]
-    if shared > 1:
-        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    return torch.ops.aten._efficient_attention_forward(
-        query[None], key[None], value[None], None, begins, begins, longest, longest, dropout, CAUSAL, True
-    )[0][0]
+    else:
+        if query.shape[1] != key.shape[1]:
+            shared = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+        context = torch.ops.aten._efficient_attention_forward(
+            query[None], key[None], value[None], None, begins, begins, longest, longest, dropout, CAUSAL, True
+        )[0][0]
+    return context[..., :width] if width % 8 else context

@@ -122,7 +122,7 @@ def test_local_attention_is_that_of_a_mask(by_starts, lengths, heads):
 
 @pytest.mark.parametrize("dtype, heads, width", [
     (torch.bfloat16, (4, 2), 64), (torch.float16, (4, 4), 256), (torch.float32, (4, 2), 64),
-    (torch.bfloat16, (2, 1), 20),
+    (torch.bfloat16, (2, 1), 20), (torch.float32, (2, 2), 12), (torch.bfloat16, (2, 1), 264),
 ])  # fmt: skip
 def test_the_kernels_take_what_they_are_given(dtype, heads, width):
     """Their shapes, forward and backward, as torch knows them without a device."""
