@@ -37,8 +37,8 @@ class TokenBatch:
 
 
 def no_fewer(documents: int) -> int:
-    """`most_documents` of a batch with so many: the next power of two, so that few shapes occur."""
-    return 1 << (documents - 1).bit_length()
+    """`most_documents` of a batch with so many: the next power of two, 16 at least, so that few shapes occur."""
+    return max(16, 1 << (documents - 1).bit_length())
 
 
 def row_makers(
