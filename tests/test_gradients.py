@@ -112,7 +112,8 @@ def test_a_step_has_no_operator_for_each_parameter(world):
 
 
 VIEWS = ("view", "reshape", "transpose", "permute", "expand", "detach", "slice", "select", "squeeze", "t.default",
-         "split", "alias", "chunk", "unbind", "as_strided", "narrow", "empty", "_local_scalar", "item", "set_")  # fmt: skip
+         "split", "alias", "chunk", "unbind", "as_strided", "narrow", "empty", "_local_scalar", "item",
+         "set_")  # fmt: skip
 
 
 def dispatched(layers: int) -> int:

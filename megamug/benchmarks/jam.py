@@ -111,7 +111,7 @@ def _build(options: argparse.Namespace, dtype: str, kind: str):
     from megamug.distributed import cpu_backend
 
     cpu_backend.apply()
-    from megamug.data.token_loader import TokenBatch
+    from megamug.data.token_loader import TokenBatch, no_fewer
     from megamug.models.lm_task import LmTask, model_of
     from megamug.models.task import Task
 
@@ -132,7 +132,12 @@ def _build(options: argparse.Namespace, dtype: str, kind: str):
         b, batches = config.data.micro_batch_size, []
         for _ in range(options.batch // world.dp_size // b):
             tokens = torch.randint(0, options.vocabulary, (b, options.tokens + 1), device=world.device)
-            batches.append(TokenBatch(tokens[:, :-1], tokens[:, 1:].contiguous(), None, None))
+            segments = most = None
+            if config.data.separate_documents:  # four a row in the mean
+                ends = torch.rand(b, options.tokens) < 3 / options.tokens
+                segments = ends.cumsum(1).int().to(world.device)
+                most = no_fewer(b + int(ends[:, 1:].sum()))
+            batches.append(TokenBatch(tokens[:, :-1], tokens[:, 1:].contiguous(), segments, None, most))
         return batches, dict.fromkeys(task.loss_names, float(options.batch * options.tokens))
 
     return _steps.training_step(task, config, made)

@@ -181,6 +181,11 @@ class RowMaker:
     def __len__(self) -> int:
         return len(self.packing)
 
+    @property
+    def most_documents(self) -> int:
+        """No fewer than the pieces of any row, padding counted as one."""
+        return int(np.diff(self.packing.row_starts).max()) + 1
+
     def fingerprint(self) -> str:
         """Of the documents and of how they are packed: other rows are another order."""
         description = [PACKING_VERSION, _WINDOW, self.documents.fingerprint(), self.columns, self.cm3_spans]

@@ -33,6 +33,12 @@ class TokenBatch:
     labels: torch.Tensor  # int64 [b, s]: the token to predict at each place; IGNORE: no loss
     segments: torch.Tensor | None  # int32 [b, s]: document in the row, padding one of its own; None: not separated
     positions: torch.Tensor | None  # int64 [b, s]: place in the document; None with segments
+    most_documents: int | None = None  # no fewer than there are in all rows, padding counted; None: not known
+
+
+def no_fewer(documents: int) -> int:
+    """`most_documents` of a batch with so many: the next power of two, 16 at least, so that few shapes occur."""
+    return max(16, 1 << (documents - 1).bit_length())
 
 
 def row_makers(
@@ -77,6 +83,7 @@ class TokenLoader:
         cm3_spans: float = 1.0,
         hidden_text: float = 0.0,
         separate_documents: bool = False,
+        same_shapes: bool = False,
         loss_on: str = "all",
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -85,7 +92,8 @@ class TokenLoader:
         state: dict | None = None,
         max_samples: int | None = None,
     ) -> None:
-        """`state`: what `state()` gave, or None to start at the first row.
+        """`state`: what `state()` gave, or None to start at the first row. `same_shapes`: all batches have the same
+        `most_documents`, as captured graphs need it; otherwise it is the next power of two above the truth.
 
         Raises `UserError`: rows too short, a state of other data or of another seed.
         """
@@ -105,6 +113,9 @@ class TokenLoader:
             cursor = Cursor.from_dict(state)
             self.order.check(cursor)
             self.samples = cursor.samples
+        self.most_documents: int | None = None  # of a micro-batch, the same for all
+        if same_shapes:
+            self.most_documents = micro_batch_size * max(maker.most_documents for maker in self.makers)
         self.total_samples: int | None = None  # of a validation pass
         if not train:
             first_pass = self.order.first_pass()
@@ -127,13 +138,16 @@ class TokenLoader:
         tokens, labels, segments, positions = self._rows(min(first, end - 1), max(valid, 1))
         fill = np.minimum(np.arange(part), len(tokens) - 1)
         labels = np.where((np.arange(part) < valid)[:, None], labels[fill], IGNORE)
+        documents = segments[fill, -1] + 1  # of each row: they are numbered from 0, padding last
         tensors = [torch.from_numpy(a).to(self.device) for a in (tokens[fill], labels, segments[fill], positions[fill])]
         micro_batches = []
         for i in range(0, part, self.micro_batch_size):
-            tokens, labels, segments, positions = (tensor[i : i + self.micro_batch_size] for tensor in tensors)
+            rows = slice(i, i + self.micro_batch_size)
+            tokens, labels, segments, positions = (tensor[rows] for tensor in tensors)
+            most = self.most_documents or no_fewer(int(documents[rows].sum()))
             if not self.separate_documents:
-                segments = positions = None
-            micro_batches.append(TokenBatch(tokens, labels, segments, positions))
+                segments = positions = most = None
+            micro_batches.append(TokenBatch(tokens, labels, segments, positions, most))
         self.samples = end
         return GlobalBatch(micro_batches, end, wait_seconds=time.perf_counter() - started)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamug.models import specs
+from megamug.models import documents, specs
 from megamug.models.layers import LocalColumnParallelLinear
 from megamug.models.lm_losses import language_losses
 from megamug.models.lm_plan import LmPlan
@@ -20,8 +20,9 @@ from megamug.models.tower import TowerEmbedding
 class DecoderLM(Stage):
     """One pipeline stage of a language model.
 
-    Batches have `tokens` and `labels` [b, s] int64, `segments` [b, s] (documents that may not read each other) or None,
-    `positions` [b, s] or None. `labels[t]` is the token to predict at t; `IGNORE` carries no loss.
+    Batches have `tokens` and `labels` [b, s] int64, `segments` [b, s] int32 (documents that may not read each other)
+    with their `most_documents`, or None, `positions` [b, s] or None; see `TokenBatch`. `labels[t]` is the token to
+    predict at t; `IGNORE` carries no loss.
     """
 
     def __init__(self, plan: LmPlan, stage: int = 0):
@@ -57,9 +58,13 @@ class DecoderLM(Stage):
         """Token ids [b, s] at `positions` [b, s] (None: first, first + 1, ...) -> [s, b, h], this rank's part."""
         return self.embedding(tokens, positions, first)
 
-    def run(self, hidden: Tensor, tokens: Tensor, segments: Tensor | None = None, first: int = 0) -> Tensor:
+    def run(
+        self, hidden: Tensor, tokens: Tensor, segments: Tensor | None = None, first: int = 0,
+        most_documents: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """This stage's layers (and the final norm, behind the last one) on `hidden` of `tokens`: [s, b, h]."""
-        return self.stack(hidden, **self.plan.tower.layer_inputs(tokens, segments, first))
+        apart = documents.for_attention(segments, most_documents)
+        return self.stack(hidden, **self.plan.tower.layer_inputs(tokens, apart, first))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [s, b, h] -> this rank's columns of the vocabulary, [s, b, V / tp]."""
@@ -75,7 +80,8 @@ class DecoderLM(Stage):
             hidden = self.embed(batch.tokens, batch.positions)
         else:
             hidden = self.incoming.unpack(self.received)["hidden"]
-        hidden = self.run(hidden, batch.tokens, batch.segments)
+        most = None if batch.segments is None else batch.most_documents
+        hidden = self.run(hidden, batch.tokens, batch.segments, most_documents=most)
         if self.output_layer is None:
             return self.outgoing.pack({"hidden": hidden}), {}
         return None, self.losses(hidden, batch.labels)

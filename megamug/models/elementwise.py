@@ -14,40 +14,46 @@ from torch import Tensor
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, table: Tensor, by_rows: bool) -> Tensor:
         ctx.save_for_backward(table)
-        return _turned(x, table, 1)
+        return _turned(x, table, 1, by_rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (table,) = ctx.saved_tensors
-        return _turned(gradient, table, -1), None
+        return _turned(gradient, table, -1), None, None
 
 
-def _turned(x: Tensor, table: Tensor, direction: int) -> Tensor:
+def _turned(x: Tensor, table: Tensor, direction: int, by_rows: bool = False) -> Tensor:
     (first, second), (cos, sin) = x.chunk(2, dim=-1), table.chunk(2, dim=-1)
-    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if by_rows:
+        s, b, *heads = x.shape
+        result = torch.empty(b, s, *heads, dtype=x.dtype, device=x.device).transpose(0, 1)
+    else:
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     of_first, of_second = result.chunk(2, dim=-1)
     torch.mul(first, cos, out=of_first).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=of_second).addcmul_(first, sin, value=direction)
     return result
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
+def rotate(x: Tensor, table: Tensor, by_rows: bool = False) -> Tensor:
     """Heads x [s, b, n, d] turned by a `rotation_table` [s, 1, 1, d] of their type. Numbers i and i + d/2 of a head are
-    one plane. Differentiable in x; backward turns the other way and keeps the table alone."""
+    one plane. Differentiable in x; backward turns the other way and keeps the table alone. `by_rows`: in memory the
+    result is [b, s, n, d]."""
     if torch.compiler.is_compiling():  # a compiler makes one pass of it, and knows what backward needs
         (first, second), (cos, sin) = x.chunk(2, dim=-1), table.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        result = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return result.transpose(0, 1).contiguous().transpose(0, 1) if by_rows else result
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, table)
-    return _turned(x, table, 1)
+        return _Rotate.apply(x, table, by_rows)
+    return _turned(x, table, 1, by_rows)
 
 
-def rotated(_: None, x: Tensor, table: Tensor) -> Tensor:
+def rotated(_: None, x: Tensor, table: Tensor, by_rows: bool = False) -> Tensor:
     """`rotate` in the form of what `compiled` takes: a function of a module (there is none) and tensors."""
-    return rotate(x, table)
+    return rotate(x, table, by_rows)
 
 
 def rotation_table(angles: Tensor, dtype: torch.dtype) -> Tensor:

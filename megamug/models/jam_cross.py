@@ -25,7 +25,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megamug.models import functional, specs
+from megamug.models import documents, functional, specs
 from megamug.models.jam_plan import JamPart, JamPlan
 from megamug.models.layers import LocalColumnParallelLinear, context_linear, recomputed, replicated
 from megamug.models.lm_losses import language_losses
@@ -65,7 +65,6 @@ class Reading(Gate):
         config = copy.copy(plan.config)
         config.num_query_groups, config.qk_layernorm = config.num_attention_heads, False
         config.tp_comm_overlap = False  # Transformer Engine has no buffers for the linears of cross-attention
-        masked = plan.separate_documents and plan.spec == "te"  # `local` takes a mask where it gets one
         self.norm = _norm(m.norm, config, config.hidden_size)
         self.context_norm = _norm(m.norm, config, context_width)
         self.attention = CrossAttention(
@@ -75,11 +74,11 @@ class Reading(Gate):
                 core_attention=m.attention, linear_proj=m.row_linear,
             ),
             layer_number=1,
-            attn_mask_type=AttnMaskType.arbitrary if masked else AttnMaskType.causal,
+            attn_mask_type=AttnMaskType.causal,
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden [s, b, h], context [s, b, h'], mask as in `TowerPlan.layer_inputs` -> [s, b, h]."""
+        """hidden [s, b, h], context [s, b, h'], mask as of `documents.for_attention` -> [s, b, h]."""
         hidden_normed, context = self.norm(hidden), self.context_norm(context)
         if self.local:
             return self.add(hidden, functional.cross_attention(self.attention, hidden_normed, mask, context), None)
@@ -227,18 +226,23 @@ class JamCross(Stage):
             states = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in states.items()}
         return states
 
-    def run(self, states: States, tokens: Tensor, segments: Tensor | None = None, first: int = 0) -> States:
+    def run(
+        self, states: States, tokens: Tensor, segments: Tensor | None = None, first: int = 0,
+        most_documents: int | None = None,
+    ) -> States:  # fmt: skip
         """This stage's layers and cross blocks on both towers' states of `tokens` [b, s], at places `first`, ...
 
-        Inside `layers.key_value_cache` the tokens are those that follow the ones before.
+        Inside `layers.key_value_cache` the tokens are those that follow the ones before. `segments` and
+        `most_documents` as in a `TokenBatch`.
         """
         towers = {"text": self.text_tower, "image": self.image_tower}
-        inputs = {name: tower.plan.layer_inputs(tokens, segments, first) for name, tower in towers.items()}
+        apart = documents.for_attention(segments, most_documents)
+        inputs = {name: tower.plan.layer_inputs(tokens, apart, first) for name, tower in towers.items()}
         for number, segment in enumerate(self.segments):
             states = {name: towers[name].runs[number](states[name], **inputs[name]) for name in TOWERS}
             if segment.cross is not None:
                 block = self.cross[str(segment.cross)]
-                text, image = block(states["text"], states["image"], inputs["text"]["attention_mask"])
+                text, image = block(states["text"], states["image"], apart)
                 states = {"text": text, "image": image}
         return states
 
@@ -264,7 +268,8 @@ class JamCross(Stage):
     def forward(self, batch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
         """Runs this stage on a TokenBatch: (packed states for the next stage or None, {"lm" | "z": (sum, count)})."""
         states = self.incoming.unpack(self.received) if self.incoming else self.embed(batch.tokens, batch.positions)
-        states = self.run(states, batch.tokens, batch.segments)
+        most = None if batch.segments is None else batch.most_documents
+        states = self.run(states, batch.tokens, batch.segments, most_documents=most)
         if self.outgoing is None:
             return None, self.losses(states, batch.labels)
         return self.outgoing.pack(states), {}

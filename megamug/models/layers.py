@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from megamug.models import cpu_attention, cpu_linear, functional
+from megamug.models import cpu_attention, cpu_linear, documents, functional
 from megamug.models.elementwise import rotated
 from megamug.models.norms import HeadNorm
 
@@ -91,21 +91,25 @@ class LocalAttention(nn.Module):
         """query [s, b, n, d], key and value [t, b, g, d] -> [s, b, n * d]; n / g queries share a key.
 
         `attention_mask` [b, 1, s, t] bool hides where it is True, as Megatron's masks do, and then has to hide what is
-        later, too. Or it is int32 [b, s], the numbers of documents that do not read each other (and nothing that is
-        later), each a run of one number. Cross-attention has none; its callers pass None.
+        later, too. Or it says which documents do not read each other (and nothing that is later) as
+        `documents.for_attention` does: int32 [b, s], each a run of one number, or where they begin, int32 [N + 1].
+        Cross-attention to a latent has none; its callers pass None.
         """
+        dropped = self.dropout if self.training else 0.0
+        if documents.are_starts(attention_mask):
+            assert self.cache is None, "documents are kept apart in whole rows alone"
+            return documents.attention(query, key, value, attention_mask, dropped)
         if self.cache is not None:
             key, value = self.cache.append(key, value)
-        dropped = self.dropout and self.training
         # One query against cached keys sees all of them: causality is in what the cache holds.
         causal = self.causal and len(query) > 1
         fits = attention_mask is not None or not causal or len(query) == len(key)
         assert fits, "several tokens at once only into an empty cache"
-        documents = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
-        if attention_mask is documents and not dropped and cpu_attention.pays(query):
-            return cpu_attention.attention(query, key, value, causal or documents is not None, documents)
-        if documents is not None:
-            attention_mask = document_mask(documents)
+        numbers = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
+        if attention_mask is numbers and not dropped and cpu_attention.pays(query):
+            return cpu_attention.attention(query, key, value, causal or numbers is not None, numbers)
+        if numbers is not None:
+            attention_mask = document_mask(numbers)
         if attention_mask is not None:
             return self._attend(query, key, value, attn_mask=attention_mask.logical_not())
         return self._attend(query, key, value, is_causal=causal)
@@ -136,11 +140,11 @@ def kernel_order() -> AbstractContextManager:
     return sdpa_kernel(order, set_priority=True)
 
 
-def document_mask(documents: Tensor) -> Tensor:
+def document_mask(numbers: Tensor) -> Tensor:
     """Document numbers [b, s] -> bool [b, 1, s, s], True where a token may not look: at another document, or ahead."""
-    s = documents.shape[1]
-    ahead = torch.ones(s, s, dtype=torch.bool, device=documents.device).triu(1)
-    return (documents.unsqueeze(1) != documents.unsqueeze(2)).logical_or_(ahead).unsqueeze(1)
+    s = numbers.shape[1]
+    ahead = torch.ones(s, s, dtype=torch.bool, device=numbers.device).triu(1)
+    return (numbers.unsqueeze(1) != numbers.unsqueeze(2)).logical_or_(ahead).unsqueeze(1)
 
 
 def _alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
@@ -194,13 +198,14 @@ class RotarySelfAttention(SelfAttention):
     Megatron's name `rotary_pos_emb` (for Megatron's own these would be angles); without one it is Megatron's."""
 
     table: Tensor | None = None  # of the forward that runs
+    by_rows = False  # whether its attention reads row after row (`documents`): turned heads are then written so
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.elementwise_function: Callable[..., Tensor] = rotated  # `compiled` replaces it
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, rotary_pos_emb=None, **more):
-        self.table = rotary_pos_emb
+        self.table, self.by_rows = rotary_pos_emb, documents.are_starts(attention_mask)
         return super().forward(hidden_states, attention_mask, **more)
 
     def get_query_key_value_tensors(self, *args, **kwargs):
@@ -209,7 +214,7 @@ class RotarySelfAttention(SelfAttention):
             query, key = (norm(x) for norm, x in zip(self.head_norms, (query, key), strict=True))
         if self.table is not None:
             function = self.elementwise_function if self.training and torch.is_grad_enabled() else rotated
-            query, key = (function(None, x, self.table) for x in (query, key))
+            query, key = (function(None, x, self.table, self.by_rows) for x in (query, key))
         return query, key, value
 
     @property

@@ -56,6 +56,7 @@ class LmTask(Task):
             cm3_spans=data.cm3_spans,
             hidden_text=data.hidden_text,
             separate_documents=data.separate_documents,
+            same_shapes=self.config.parallel.cuda_graphs or self.compiled,
             loss_on=data.loss_on,
             global_batch_size=data.global_batch_size,
             micro_batch_size=data.micro_batch_size,

@@ -66,10 +66,12 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
             "precision.layers=te needs Transformer Engine, which is not installed: pip install 'megamug[te]', "
             "or set precision.layers=local"
         ) from error
+    from megamug.models.te_attention import DocumentAttention
+
     return Modules(
         norm=layers.PlainNorm if plain_norm else te.TENorm,
         head_norm=te.TENorm,
-        attention=te.TEDotProductAttention,
+        attention=DocumentAttention,
         column_linear=_adding_bias(te.TEColumnParallelLinear),
         row_linear=_adding_bias(te.TERowParallelLinear),
         norm_linear=None if plain_norm else _adding_bias(te.TELayerNormColumnParallelLinear),
@@ -124,14 +126,13 @@ def transformer_layer(
     causal: bool,
     context_width: int | None = None,
     plain_norm: bool = False,
-    masked: bool = False,
     per_head_norm: bool = False,
     res_post_norm: bool = False,
 ) -> ModuleSpec:
     """A pre-norm transformer layer: self-attention, cross-attention to a context if `context_width` is given, MLP.
 
-    `masked`: callers pass an attention mask, which hides what is later as well. `per_head_norm`: the norms of queries
-    and keys are `norms.HeadNorm`. `res_post_norm`: norms stand behind attention and MLP, before the residual sum.
+    `per_head_norm`: the norms of queries and keys are `norms.HeadNorm`. `res_post_norm`: norms stand behind attention
+    and MLP, before the residual sum.
     """
     assert not (res_post_norm and context_width is not None), "cross-attention has its norm before it"
     m = modules(kind, plain_norm)
@@ -141,8 +142,6 @@ def transformer_layer(
     if res_post_norm:
         add = ModuleSpec(module=NormedResidual, params={"norm": m.norm, "config": config})
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    if masked and kind == "te":  # `local` takes a mask where it gets one
-        mask_type = AttnMaskType.arbitrary
     head_norm = m.head_norm if config.qk_layernorm else None
     cross = {}
     if context_width is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from megamug.config import Config, TowerConfig
 from megamug.models import specs
 from megamug.models.elementwise import rotation_table
-from megamug.models.layers import LayerRun, document_mask
+from megamug.models.layers import LayerRun
 from megamug.models.shapes import GRID_PREFIX
 from megamug.telemetry.flops import layer_flops, linear_flops
 
@@ -39,7 +39,6 @@ class TowerPlan:
         self.recompute, self.execution = config.parallel.recompute == "full", specs.execution(config)
         self.dtype = DTYPES[config.precision.dtype]
         self.context_length, self.micro_batch = config.data.context_length, config.data.micro_batch_size
-        self.separate_documents = config.data.separate_documents
         self.learned, self.plain_norm = tower.positions == "learned", tower.norm == "layernorm_plain"
         self.tensor_rank, self.tensor_group = 0, None
         self._rotary_table: Tensor | None = None
@@ -80,8 +79,8 @@ class TowerPlan:
     @property
     def layer(self) -> ModuleSpec:
         return specs.transformer_layer(
-            self.spec, self.config, causal=True, plain_norm=self.plain_norm, masked=self.separate_documents,
-            per_head_norm=self.tower.qk_norm_per_head, res_post_norm=self.tower.res_post_norm,
+            self.spec, self.config, causal=True, plain_norm=self.plain_norm, per_head_norm=self.tower.qk_norm_per_head,
+            res_post_norm=self.tower.res_post_norm,
         )  # fmt: skip
 
     def layers(self, first: int, last: int, final_norm: bool = True) -> LayerRun:
@@ -106,15 +105,14 @@ class TowerPlan:
 
     # ------------------------------------------------------------------------------------------ what layers need
 
-    def layer_inputs(self, tokens: Tensor, segments: Tensor | None = None, first: int = 0) -> dict[str, Tensor | None]:
-        """Keyword arguments of a run of layers for `tokens` [b, s] at positions first, first + 1, ...
+    def layer_inputs(self, tokens: Tensor, apart: Tensor | None = None, first: int = 0) -> dict[str, Tensor | None]:
+        """Keyword arguments of a run of layers for `tokens` [b, s] at positions first, first + 1, ...; `apart` keeps
+        documents apart, as `documents.for_attention` gives it.
 
         Rotary positions run on through a row: attention sees their differences alone, so documents need no restart.
         """
         rotary = None if self.learned else self.rotary(first, first + tokens.shape[1], tokens.device)
-        # Transformer Engine takes a mask; local attention keeps documents apart by their numbers.
-        mask = segments if segments is None or self.spec == "local" else document_mask(segments)
-        return {"attention_mask": mask, "rotary_pos_emb": rotary}
+        return {"attention_mask": apart, "rotary_pos_emb": rotary}
 
     def rotary(self, first: int, last: int, device: torch.device) -> Tensor:
         """What `elementwise.rotate` turns the heads of positions [first, last) by: [last - first, 1, 1, d].

@@ -54,6 +54,7 @@ def test_mug_under_tensor_parallelism(tmp_path):
 
 def test_jam_in_two_stages(tmp_path):
     words = ["--model", "jam_cross", "--batch", "4", "--steps", "1", "--dtypes", "fp32", "parallel.pipeline=2"]
+    words += ["data.separate_documents=true"]
     content = ranks(tmp_path, 2, "jam", *TINY_LM, *words, "data.micro_batch_size=2")
     assert content["layout"]["pipeline"] == 2 and content["results"][0]["tokens_per_second"] > 0
 

@@ -54,6 +54,25 @@ def test_shapes_and_labels(folders, vocabulary):
     assert (joined(together, "tokens") == tokens).all()
 
 
+def test_batches_say_how_many_documents_they_have_at_most(folders, vocabulary):
+    documents = open_documents(str(folders[0]), vocabulary)
+    near = make(documents, vocabulary, separate_documents=True)
+    same = make(documents, vocabulary, separate_documents=True, same_shapes=True)
+    said, counts = set(), set()
+    for _ in range(6):
+        batches = near.next().micro_batches, same.next().micro_batches
+        for one, other in zip(*batches, strict=True):
+            count = 2 + int((one.segments[:, 1:] != one.segments[:, :-1]).sum())
+            assert count <= one.most_documents <= max(16, 2 * count - 1) and one.most_documents.bit_count() == 1
+            assert count <= other.most_documents
+            counts.add(count)
+            said.add(other.most_documents)
+    assert len(said) == 1 and len(counts) > 1
+    packing = near.makers[0].packing
+    assert said == {2 * (int(np.diff(packing.row_starts).max()) + 1)}
+    assert make(documents, vocabulary, same_shapes=True).next().micro_batches[0].most_documents is None
+
+
 @pytest.mark.parametrize("dp_size", [2, 4])
 def test_the_batch_is_the_same_for_any_number_of_ranks(folders, vocabulary, dp_size):
     sets = [{"path": str(folders[0]), "weight": 3}, {"path": str(folders[1]), "weight": 1}]

@@ -33,6 +33,7 @@ class Batch:
     labels: torch.Tensor
     segments: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    most_documents: int | None = None
 
 
 def jam_config(text: dict, image: dict, fusion: dict | None = None, **sections) -> Config:

@@ -102,7 +102,7 @@ def test_te_and_local_keep_the_same_parameters(options, tmp_path):
     for code, output in launch(arguments, processes, timeout=200):
         assert code == 0, output[-4000:]
         found = json.loads(output.split("RESULT ")[1].splitlines()[0])
-        kinds = {"TERowParallelLinear", "TEDotProductAttention"}
+        kinds = {"TERowParallelLinear", "DocumentAttention"}
         kinds |= {"TEColumnParallelLinear" if options.get("family") == "cm3leon" or options.get("pair") == "equal"
                   else "TELayerNormColumnParallelLinear"}  # fmt: skip
         assert kinds <= set(found["kinds"]) and not any(kind.startswith("Local") for kind in found["kinds"])
