@@ -89,9 +89,8 @@ def step_time(model: Model, layout: Layout, gpu: Gpu, overlap_gradients: bool, o
     )  # fmt: skip
 
 
-def phases(model: Model, layout: Layout, gpu: Gpu) -> dict[str, tuple[Work, float, float]]:
-    """For explanations: what a micro-batch is on one GPU that holds the whole model, with the update's device and host
-    seconds."""
+def phases(model: Model, layout: Layout, gpu: Gpu) -> tuple[Work, float, float]:
+    """For explanations: a micro-batch on a GPU that holds every layer, and the update's device and host seconds."""
     return _rank(model, layout, gpu, [range(len(model.blocks))]), *_update(model, layout, gpu)
 
 
@@ -187,15 +186,16 @@ def _update(model: Model, layout: Layout, gpu: Gpu) -> tuple[float, float]:
 
 def _host_time(unit: Unit, layout: Layout) -> tuple[float, float]:
     """Seconds of launching a micro-batch's work."""
+    if layout.graphs and unit.layer:
+        return constants.GRAPH_LAUNCH, constants.GRAPH_LAUNCH
     kind, found = execution(layout), []
-    graphed = layout.graphs and unit.layer
     for phase in (0, 1):
         launches = sum(
             kind.product[phase] + (FP8[layout.fp8].launches[phase] if product.fp8 and layout.fp8 != "none" else 0)
             for product in unit.products
         )
         launches += kind.attention[phase] * len(unit.attentions)
-        found.append(constants.GRAPH_LAUNCH if graphed else launches * kind.launch)
+        found.append(launches * kind.launch)
     return found[0], found[1] + unit.tensors * unit.trained * kind.parameter[0]
 
 

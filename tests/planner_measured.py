@@ -2,7 +2,7 @@
 
     python -m tests.planner_measured            a line for each row: predicted, measured, and the parts
     python -m tests.planner_measured --fit      fits FREE to the rows, and prints the constants that it finds
-    python -m tests.planner_measured --table    the table of docs/layouts.md
+    python -m tests.planner_measured --write    puts figures and constants into the tables of docs/layouts.md
 
 A new figure is a new `Row`; `python tools/benchmark.py` measures them (docs/benchmarks/gpu.md has the commands).
 """
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -81,36 +84,50 @@ def language(kind: str, batch: int, *overrides: str) -> list[str]:
 TE = "precision.layers=te"
 PLAIN = "precision.layers=local"
 CAPTIONS = ["model.caption_loss_weight=0.1", "model.register_tokens=6", "model.decoder_register_tokens=3"]
+BEFORE = {"parameter": (30e-6, 45e-6)}  # one kernel a parameter for sums, norms, scaling and copies
 EVEN = ["model.register_tokens=7", "model.decoder_register_tokens=7"]
 
 # 2026-11-27, one NVIDIA H200 (driver 580.159), Python 3.12.3, torch 2.11.0+cu130, megatron-core 0.19.2, Transformer
 # Engine 2.11.0. The captions' vocabulary is that of the demo's tokenizer.
 MEASURED = [
-    Row("MAE ViT-L, 256 images, te", "h200", mug("vit_l16", 256, TE), 157.2, 21.7),
-    Row("MAE ViT-L, 256 images, local", "h200", mug("vit_l16", 256, PLAIN), 118.9, 21.7, layers="local"),
-    Row("MUG ViT-L with captions, 256 pairs, te", "h200", mug("vit_l16", 256, TE, *CAPTIONS), 296.3, 29.9, 384),
-    Row("MAE ViT-H, 128 images, te", "h200", mug("vit_h14", 128, TE, *EVEN), 222.2, 26.9),
+    Row("MAE ViT-L, 256 images, te", "h200", mug("vit_l16", 256, TE), 157.2, 21.7, then=BEFORE),
+    Row("MAE ViT-L, 256 images, local", "h200", mug("vit_l16", 256, PLAIN), 118.9, 21.7, layers="local",
+        then=BEFORE),
+    Row("MUG ViT-L with captions, 256 pairs, te", "h200", mug("vit_l16", 256, TE, *CAPTIONS), 296.3, 29.9, 384,
+        then=BEFORE),
+    Row("MAE ViT-H, 128 images, te", "h200", mug("vit_h14", 128, TE, *EVEN), 222.2, 26.9, then=BEFORE),
     Row("MAE ViT-H, 128 images, FP8 current", "h200",
-        mug("vit_h14", 128, "precision.fp8=current", *EVEN), 320.5, 25.3),
+        mug("vit_h14", 128, "precision.fp8=current", *EVEN), 320.5, 25.3, then=BEFORE),
     Row("MAE ViT-H, 128 images, FP8 delayed", "h200",
-        mug("vit_h14", 128, "precision.fp8=delayed", *EVEN), 234.9, 25.3),
-    Row("DecoderLM 24 x 2048, 8 x 2048 tokens, te", "h200", language("decoder_lm", 8, TE), 334.2, 48.1, 32000),
+        mug("vit_h14", 128, "precision.fp8=delayed", *EVEN), 234.9, 25.3, then=BEFORE),
+    Row("DecoderLM 24 x 2048, 8 x 2048 tokens, te", "h200", language("decoder_lm", 8, TE), 334.2, 48.1, 32000,
+        then=BEFORE),
     Row("DecoderLM 24 x 2048, 8 x 2048 tokens, FP8 current", "h200",
-        language("decoder_lm", 8, "precision.fp8=current"), 308.4, 47.0, 32000),
+        language("decoder_lm", 8, "precision.fp8=current"), 308.4, 47.0, 32000, then=BEFORE),
     Row("JAM-Cross 2 x 24 x 2048, 4 x 2048 tokens, FP8 current", "h200",
-        language("jam_cross", 4, "precision.fp8=current"), 727.2, 106.3, 32000),
+        language("jam_cross", 4, "precision.fp8=current"), 727.2, 106.3, 32000, then=BEFORE),
 ]  # fmt: skip
+
+
+@contextmanager
+def as_it_was(row: Row) -> Iterator[None]:
+    """Inside, the execution has the constants that held when the row was measured."""
+    name = row.layout.layers
+    now = constants.EXECUTIONS[name]
+    constants.EXECUTIONS[name] = replace(now, **row.then)
+    planner_memory._MEMO.clear()  # what was computed of the model, with other constants
+    try:
+        yield
+    finally:
+        constants.EXECUTIONS[name] = now
+        planner_memory._MEMO.clear()
 
 
 def predicted(row: Row) -> tuple[float, float]:
     """(milliseconds, GiB) that the plan has for it."""
     model, layout = row.model, row.layout
-    before = constants.EXECUTIONS[layout.layers]
-    try:
-        constants.EXECUTIONS[layout.layers] = replace(before, **row.then)
+    with as_it_was(row):
         seconds = step_time(model, layout, GPUS[row.gpu], overlap_gradients=False, overlap_parameters=False).total
-    finally:
-        constants.EXECUTIONS[layout.layers] = before
     return seconds * 1e3, memory(model, layout).allocated / GIB
 
 
@@ -198,6 +215,8 @@ NEMO = [
 
 # ---------------------------------------------------------------------------------------------- the program
 
+DOCUMENT = Path(__file__).parents[1] / "docs/layouts.md"
+
 
 def table() -> list[str]:
     """The rows of docs/layouts.md."""
@@ -213,6 +232,31 @@ def table() -> list[str]:
 
 def published_table() -> list[str]:
     return [f"| {p.name} | {p.rate} | {p.tflops():.0f} | {p.tflops() / p.rate - 1:+.0%} |" for p in PUBLISHED]
+
+
+def constants_table() -> list[str]:
+    """But for the last column, which says where they are from."""
+    return [
+        f"| `{kind.name}` | {kind.launch * 1e6:g} | {' | '.join(f'{factor:g}' for factor in kind.passes.values())} |"
+        for kind in constants.EXECUTIONS.values()
+    ]
+
+
+def write() -> None:
+    """A row of a table is known by its first cells; new ones go behind the last of their table."""
+    lines = DOCUMENT.read_text().splitlines()
+    for rows, cells in ((table(), 3), (published_table(), 2), (constants_table(), 1)):
+        last = None
+        for row in rows:
+            start = "|".join(row.split("|")[: cells + 1]) + "|"
+            at = next((i for i, line in enumerate(lines) if line.startswith(start)), None)
+            if at is not None:
+                kept = lines[at].split("|")[row.count("|") :]
+                lines[at], last = row + "|".join(kept), at
+            else:
+                last = (len(lines) if last is None else last) + 1
+                lines.insert(last, row)
+    DOCUMENT.write_text("\n".join(lines) + "\n")
 
 
 # Constants that --fit may change, by name: how to read and how to set them.
@@ -269,7 +313,6 @@ def fit(names: list[str], hold: float) -> None:
     def errors(logs: np.ndarray) -> np.ndarray:
         for name, value in zip(names, start * np.exp(logs), strict=True):
             FREE[name][1](float(value))
-        planner_memory._MEMO.clear()
         return np.concatenate([residuals(), hold * logs])
 
     logs, damping = np.zeros(len(names)), 1e-3
@@ -290,7 +333,8 @@ def fit(names: list[str], hold: float) -> None:
 def show() -> None:
     for row in MEASURED:
         (seconds, gib), layout = predicted(row), row.layout
-        work, update, update_host = phases(row.model, layout, GPUS[row.gpu])
+        with as_it_was(row):
+            work, update, update_host = phases(row.model, layout, GPUS[row.gpu])
         print(f"{row.name:<56} {seconds:7.1f} of {row.milliseconds:6.1f} ms ({seconds / row.milliseconds - 1:+4.0%})"
               f" {gib:6.1f} of {row.gib:6.1f} GiB ({gib / row.gib - 1:+4.0%})")  # fmt: skip
         for phase, name in enumerate(("forward", "backward")):
@@ -309,11 +353,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", nargs="*", metavar="CONSTANT", help=f"of {', '.join(FREE)}; none: all of them")
     parser.add_argument("--hold", type=float, default=0.1, help="how much constants stay as they are (default 0.1)")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--write", action="store_true", help=f"rows and constants into {DOCUMENT.name}")
     options = parser.parse_args()
     if options.fit is not None:
         fit(options.fit or list(FREE), options.hold)
-    print("\n".join([*table(), "", *published_table()])) if options.table else show()
+    show()
+    if options.write:
+        write()
 
 
 if __name__ == "__main__":
