@@ -99,9 +99,15 @@ def rank_parameters(model: Model, layout: Layout, rank: int) -> tuple[int, int]:
     return sum(stage.held for stage in own), sum(stage.trained for stage in own)
 
 
-def rank_tensors(model: Model, layout: Layout, rank: int) -> int:
-    """How many tensors the trained parameters of that process are."""
-    return sum(stage.tensors for stage in _stages(model, layout)[rank :: layout.pipeline])
+def most_trained(model: Model, layout: Layout) -> tuple[int, int]:
+    """(trained parameters, tensors that they are) of the pipeline ranks that have most of each."""
+
+    def make() -> tuple[int, int]:
+        stages = _stages(model, layout)
+        ranks = [stages[rank :: layout.pipeline] for rank in range(layout.pipeline)]
+        return max(sum(s.trained for s in own) for own in ranks), max(sum(s.tensors for s in own) for own in ranks)
+
+    return memo(model, ("trained", layout.pipeline, layout.virtual, layout.tensor), make)
 
 
 def stages_of(model: Model, stages: int) -> list[range]:

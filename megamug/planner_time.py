@@ -16,13 +16,14 @@ messages, evaluation.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megamug import planner_execution as constants
 from megamug.parameters import BYTES
 from megamug.planner_execution import EXECUTIONS, FP8, NODE, Execution, Gpu
 from megamug.planner_layers import SEQUENCE, Attention, Product, Unit, shared
-from megamug.planner_memory import Layout, memo, rank_parameters, rank_tensors, stages_of
+from megamug.planner_memory import Layout, memo, most_trained, stages_of
 from megamug.planner_model import Model
 from megamug.telemetry.peaks import peak_flops
 
@@ -77,8 +78,7 @@ def step_time(model: Model, layout: Layout, gpu: Gpu, overlap_gradients: bool, o
     forward, backward = slowest.takes(0), slowest.takes(1)
     handed = _handed(model, layout, gpu, stages)
     m, p = layout.micro_batches, layout.pipeline
-    held = max(rank_parameters(model, layout, rank)[1] for rank in range(p))
-    data = _exposed_data(layout, gpu, held, backward if overlap_gradients else 0.0,
+    data = _exposed_data(layout, gpu, most_trained(model, layout)[0], backward if overlap_gradients else 0.0,
                          forward if overlap_parameters else 0.0)  # fmt: skip
     update, update_host = _update(model, layout, gpu)
     compute = slowest.device(0) + slowest.device(1)
@@ -174,10 +174,9 @@ def _elementwise_time(unit: Unit, layout: Layout, gpu: Gpu) -> tuple[float, floa
 
 def _update(model: Model, layout: Layout, gpu: Gpu) -> tuple[float, float]:
     """(device, host) seconds of norm, clipping and AdamW on the rank with most parameters."""
-    ranks, shares = range(layout.pipeline), layout.data if layout.distributed_optimizer else 1
-    trained = max(rank_parameters(model, layout, rank)[1] for rank in ranks) / shares
-    tensors = max(rank_tensors(model, layout, rank) for rank in ranks)
-    device = trained * constants.UPDATE_BYTES / (gpu.copy * constants.UPDATE_SHARE)
+    trained, tensors = most_trained(model, layout)
+    updated = trained / (layout.data if layout.distributed_optimizer else 1)
+    device = updated * constants.UPDATE_BYTES / (gpu.copy * constants.UPDATE_SHARE)
     return device, tensors * execution(layout).parameter[1]
 
 
@@ -224,20 +223,27 @@ def _work(model: Model, unit: Unit, layout: Layout, gpu: Gpu) -> Work:
             return Work(*parts, messages=2.5 * sent)
         return Work(*(tuple(part) for part in parts), messages=1.5 * sent)
 
-    key = ("time", id(unit), gpu, layout.tensor, layout.sequence, layout.micro_batch, layout.micro_batches,
-           layout.recompute, layout.fp8, layout.dtype, layout.layers, layout.graphs)  # fmt: skip
+    steps = layout.micro_batches if layout.fp8 != "none" else 0  # weights are cast once for all of them
+    key = ("time", id(unit), gpu.name, layout.tensor, layout.sequence, layout.micro_batch, steps, layout.recompute,
+           layout.fp8, layout.dtype, layout.layers, layout.graphs, layout.gpus > 1)  # fmt: skip
     return memo(model, key, make)
 
 
 def _rank(model: Model, layout: Layout, gpu: Gpu, stages: list[range]) -> Work:
-    """Of all units of these stages."""
-    units = [unit for stage in stages for index in stage for unit in model.blocks[index].units]
-    parts = [_work(model, unit, layout, gpu) for unit in units]
+    """Of all units of these stages; most of them are one layer many times."""
+
+    def make() -> list[tuple[Unit, int]]:
+        units = [unit for stage in stages for index in stage for unit in model.blocks[index].units]
+        by_identity, times = {id(unit): unit for unit in units}, Counter(map(id, units))
+        return [(unit, times[key]) for key, unit in by_identity.items()]
+
+    counted = memo(model, ("units", *stages), make)
+    parts = [(_work(model, unit, layout, gpu), times) for unit, times in counted]
     pairs = {
-        name: (sum(getattr(part, name)[0] for part in parts), sum(getattr(part, name)[1] for part in parts))
+        name: tuple(sum(times * getattr(part, name)[phase] for part, times in parts) for phase in (0, 1))
         for name in ("products", "casts", "attention", "elementwise", "host")
     }
-    return Work(**pairs, messages=sum(part.messages for part in parts))
+    return Work(**pairs, messages=sum(times * part.messages for part, times in parts))
 
 
 def _handed(model: Model, layout: Layout, gpu: Gpu, stages: list[range]) -> float:
