@@ -3,8 +3,8 @@
 Weights, gradients, main parameters and moments are exact (`megamug.parameters.state_memory`). Activations are summed
 from what each layer keeps for backward (`planner_layers`), times the micro-batches in flight under Megatron's 1F1B or
 interleaved schedule (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Not modelled: fragmentation of the
-allocator beyond `RESERVED`, Transformer Engine's and NCCL's buffers beyond it, the batch itself, attention masks of
-`data.separate_documents`, and the padding of Megatron's buffers.
+allocator beyond `RESERVED`, Transformer Engine's and NCCL's buffers beyond it, the batch itself, the padding of
+Megatron's buffers, and the memory of CUDA graphs.
 """
 
 from __future__ import annotations

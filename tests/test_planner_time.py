@@ -175,7 +175,9 @@ def test_the_command_says_whether_fp8_pays(capsys):
     eight, plain = map(float, re.search(r"FP8 does not pay at these widths: ([\d.]+) s a step against ([\d.]+) without",
                                         told(capsys)).groups())  # fmt: skip
     assert eight > plain
-    wide = planner.plan(load_config(ROOT / "examples/jam/jam_2x7b_64node.yaml"), 64, "h100")
+    keys = {"parallel.tensor": 2, "parallel.pipeline": 4, "parallel.virtual": 1, "parallel.recompute": "none"}
+    config = load_config(ROOT / "examples/jam/jam_2x7b_64node.yaml", [f"{key}={value}" for key, value in keys.items()])
+    wide = planner.plan(config, 64, "h100", fixed=keys)
     assert wide.choices[0].layout.fp8 != "none" and wide.choices[0].layout.layers == "te"
     from megamug.planner_report import text
 
