@@ -14,9 +14,10 @@ from megamug import validate, validate_lm, validate_precision
 from megamug.config import Config, resolve
 from megamug.errors import UserError
 from megamug.models.shapes import padded_vocabulary
+from megamug.planner_execution import GPUS, NODE, Gpu, layers_of
 from megamug.planner_memory import GIB, Layout, Memory, memory
 from megamug.planner_model import Model, model_of
-from megamug.planner_time import GPUS, NODE, Gpu, Times, peak, step_time
+from megamug.planner_time import Times, peak, step_time
 from megamug.ranges import check_keys, check_values
 from megamug.telemetry.flops import TRAINING
 
@@ -93,7 +94,7 @@ def plan(
     config: Config, gpus: int, gpu: str, memory_gib: float | None = None, vocabulary: int | None = None,
     fixed: Collection[str] = (),
 ) -> Plan:
-    """All layouts of `config` (read, not necessarily resolved) on `gpus` GPUs of a kind of `planner_time.GPUS`.
+    """All layouts of `config` (read, not necessarily resolved) on `gpus` GPUs of a kind of `planner_execution.GPUS`.
 
     Args:
         memory_gib: of one GPU, in place of that kind's.
@@ -260,9 +261,11 @@ def _pipelines(space: _Space, gpus: int, model: Model, layout: Layout, pipeline:
         for fp8 in space.fp8():
             for shared in space.values("parallel.distributed_optimizer", [True, False] if data > 1 else [False]):
                 for recompute in space.values("parallel.recompute", ["none", "full"]):
+                    again = recompute == "full"
                     yield from _micro_batches(space, gpus, model, replace(
                         layout, pipeline=pipeline, virtual=chunks, data=data, fp8=fp8, distributed_optimizer=shared,
-                        recompute=recompute == "full",
+                        recompute=again, layers=layers_of(space.config, layout.tensor, fp8),
+                        graphs=space.config.parallel.cuda_graphs and not again,
                     ))  # fmt: skip
 
 
@@ -288,10 +291,15 @@ def _micro_batches(space: _Space, gpus: int, model: Model, layout: Layout) -> It
         yield _choice(config, model, layout, need, space.gpu)
 
 
-def _choice(config: Config, model: Model, layout: Layout, need: Memory, gpu: Gpu) -> Choice:
+def times_of(config: Config, model: Model, layout: Layout, gpu: Gpu) -> Times:
+    """A step of `config` under `layout`."""
     parallel = config.parallel
-    times = step_time(model, layout, gpu, parallel.overlap_grad_reduce,
-                      layout.distributed_optimizer and parallel.overlap_param_gather)  # fmt: skip
+    return step_time(model, layout, gpu, parallel.overlap_grad_reduce,
+                     layout.distributed_optimizer and parallel.overlap_param_gather)  # fmt: skip
+
+
+def _choice(config: Config, model: Model, layout: Layout, need: Memory, gpu: Gpu) -> Choice:
+    times = times_of(config, model, layout, gpu)
     rate = config.data.global_batch_size / times.total
     mfu = rate * TRAINING * model.forward_flops / (layout.gpus * peak(layout, gpu))
     return Choice(layout, need, times, rate, mfu)

@@ -17,6 +17,10 @@ TENSOR = "tensor"  # always
 SEQUENCE = "sequence"  # along the tokens, under sequence parallelism
 WHOLE = "whole"  # never
 
+# Kinds of elementwise work: norms, residual sums, biases, embeddings and losses; activations; rotary positions and
+# norms of heads. How many passes over memory each takes is the execution's (`planner_execution`).
+STREAM, GELU, SWIGLU, ROTARY = "stream", "gelu", "swiglu", "rotary"
+
 
 @dataclass(frozen=True)
 class Product:
@@ -42,6 +46,7 @@ class Attention:
     queries: int
     keys: int
     width: int
+    heads: int
     causal: bool
 
     @property
@@ -52,13 +57,15 @@ class Attention:
 @dataclass(frozen=True)
 class Kept:
     """Numbers of a sample that backward needs. `size`: "act" (the run's dtype), "fp8" (a byte where FP8 is on),
-    "fp8_copy" (a byte there, else nothing), or bytes. `logits`: belongs to the loss. `constant`: not per sample."""
+    "fp8_copy" (a byte there, else nothing), or bytes. `logits`: belongs to the loss. `constant`: not per sample.
+    `not_te`: Transformer Engine does not keep it."""
 
     numbers: int
     share: str
     size: str | int = "act"
     logits: bool = False
     constant: bool = False
+    not_te: bool = False
 
     def bytes(self, tensor: int, sequence: bool, dtype: int, fp8: bool) -> float:
         """Of one sample on one rank."""
@@ -69,15 +76,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer, embedding, final norm or head. `moved`: numbers that elementwise work reads and writes, as (share,
-    forward, backward). `messages`: numbers gathered or scattered forward. `input`: hidden numbers that enter."""
+    """A layer, embedding, final norm or head. `tensors`: parameters, each a tensor. `moved`: numbers that elementwise
+    work reads and writes if each step of it is one pass, as (share, forward, backward, kind). `messages`: numbers
+    gathered or scattered forward. `input`: hidden numbers that enter."""
 
     count: Count
+    tensors: int
     trained: bool = True
     products: tuple[Product, ...] = ()
     attentions: tuple[Attention, ...] = ()
     kept: tuple[Kept, ...] = ()
-    moved: tuple[tuple[str, int, int], ...] = ()
+    moved: tuple[tuple[str, int, int, str], ...] = ()
     messages: int = 0
     input: int = 0
     layer: bool = False  # `parallel.recompute=full` computes it again in backward
@@ -115,6 +124,15 @@ class Shape:
     def norm(self, width: int) -> Count:
         return Count(0, self.norm_parameters * width)
 
+    @property
+    def head_norm_tensors(self) -> int:
+        """Of the norms of queries and keys: weights and, but for RMSNorm, biases."""
+        return 2 * (1 if self.norm_parameters == 1 and not self.per_head else 2) * (self.head_norm_parameters > 0)
+
+    def tensors(self, linears: int, norms: int = 1) -> int:
+        """Parameters of so many linears and norms."""
+        return linears * (1 + self.bias) + norms * self.norm_parameters
+
 
 def norm_kept(tokens: int, width: int, share: str = SEQUENCE) -> tuple[Kept, ...]:
     """Its input, and mean and deviation of each token in fp32."""
@@ -126,8 +144,12 @@ def _attention(tokens: int, shape: Shape, causal: bool, trained: bool) -> Unit:
     h, kv, kept = shape.width, shape.key_value, [*norm_kept(tokens, shape.width)]
     count = shape.norm(h) + column_linear(h, h + 2 * kv, shape.bias) + row_linear(h, h, shape.bias)
     count += Count(shape.head_norm_parameters) if shape.per_head else Count(0, shape.head_norm_parameters)
-    kept += [Kept(tokens * (h + 2 * kv), TENSOR), Kept(tokens * h, TENSOR), Kept(tokens * shape.heads, TENSOR, 4)]
-    if shape.rotary or shape.head_norm_parameters:  # queries and keys once more
+    turned = shape.rotary or shape.head_norm_parameters > 0
+    # What the first linear gave: where queries and keys are made anew of it, all of it is kept for the values; but
+    # Transformer Engine copies those.
+    kept += [Kept(tokens * (h + kv), TENSOR, not_te=turned), Kept(tokens * kv, TENSOR)]
+    kept += [Kept(tokens * h, TENSOR), Kept(tokens * shape.heads, TENSOR, 4)]
+    if turned:
         kept.append(Kept(tokens * (h + kv), TENSOR))
     if shape.groups < shape.heads and (shape.head_norm_parameters or not shape.rotary):
         kept.append(Kept(tokens * h, TENSOR))  # queries lie apart from one another, so they are copied
@@ -137,12 +159,13 @@ def _attention(tokens: int, shape: Shape, causal: bool, trained: bool) -> Unit:
         kept.append(Kept(tokens * (h + kv), TENSOR))
     if trained:
         kept += [Kept(tokens * h, SEQUENCE, "fp8"), Kept(tokens * h, TENSOR, "fp8_copy")]
-    turned = tokens * (h + kv) * (2 * shape.rotary + 2 * (shape.head_norm_parameters > 0) + 2 * shape.per_head)
+    passed = tokens * (h + kv) * (2 * shape.rotary + 2 * (shape.head_norm_parameters > 0) + 2 * shape.per_head)
     return Unit(
-        count, trained,
+        count, shape.tensors(2) + shape.head_norm_tensors, trained,
         products=(Product(tokens, h, h + 2 * kv, "columns", trained), Product(tokens, h, h, "rows", trained)),
-        attentions=(Attention(tokens, tokens, h, causal),), kept=tuple(kept),
-        moved=((SEQUENCE, 5 * tokens * h, 5 * tokens * h), (TENSOR, turned, turned)), messages=2 * tokens * h,
+        attentions=(Attention(tokens, tokens, h, shape.heads, causal),), kept=tuple(kept),
+        moved=((SEQUENCE, 5 * tokens * h, 5 * tokens * h, STREAM), (TENSOR, passed, passed, ROTARY)),
+        messages=2 * tokens * h,
         input=tokens * h, layer=True,
     )  # fmt: skip
 
@@ -152,15 +175,15 @@ def cross_attention(tokens: int, shape: Shape, context_tokens: int, context_widt
     h = shape.width
     count = shape.norm(h) + column_linear(h, h, shape.bias) + column_linear(context_width, 2 * h, shape.bias)
     return Unit(
-        count + row_linear(h, h, shape.bias),
+        count + row_linear(h, h, shape.bias), shape.tensors(3),
         products=(Product(tokens, h, h, "columns"), Product(context_tokens, context_width, 2 * h, "columns"),
                   Product(tokens, h, h, "rows")),
-        attentions=(Attention(tokens, context_tokens, h, causal),),
+        attentions=(Attention(tokens, context_tokens, h, shape.heads, causal),),
         kept=(*norm_kept(tokens, h), Kept(tokens * h, SEQUENCE, "fp8"), Kept(tokens * h, TENSOR),
               Kept(2 * context_tokens * h, TENSOR), Kept(tokens * h, TENSOR), Kept(tokens * h, TENSOR, "fp8_copy"),
               Kept(tokens * shape.heads, TENSOR, 4)),
-        moved=((SEQUENCE, 5 * tokens * h, 5 * tokens * h),), messages=2 * tokens * h + context_tokens * context_width,
-        input=tokens * h, layer=True,
+        moved=((SEQUENCE, 5 * tokens * h, 5 * tokens * h, STREAM),),
+        messages=2 * tokens * h + context_tokens * context_width, input=tokens * h, layer=True,
     )  # fmt: skip
 
 
@@ -175,10 +198,11 @@ def mlp(tokens: int, shape: Shape, trained: bool) -> Unit:
         kept += [Kept(tokens * first, TENSOR)] + [Kept(tokens * f, TENSOR, "fp8")] * trained
     kept += [Kept(tokens * h, SEQUENCE, "fp8")] * trained
     return Unit(
-        shape.norm(h) + column_linear(h, first, shape.bias) + row_linear(f, h, shape.bias), trained,
+        shape.norm(h) + column_linear(h, first, shape.bias) + row_linear(f, h, shape.bias), shape.tensors(2), trained,
         products=(Product(tokens, h, first, "columns", trained), Product(tokens, f, h, "rows", trained)),
         kept=tuple(kept),
-        moved=((SEQUENCE, 5 * tokens * h, 5 * tokens * h), (TENSOR, tokens * (first + f), tokens * (2 * first + f))),
+        moved=((SEQUENCE, 5 * tokens * h, 5 * tokens * h, STREAM),
+               (TENSOR, tokens * (first + f), tokens * (2 * first + f), SWIGLU if first > f else GELU)),
         messages=2 * tokens * h, input=tokens * h, layer=True,
     )  # fmt: skip
 
@@ -187,7 +211,8 @@ def joined(units: list[Unit]) -> Unit:
     """Several as one, which is recomputed as one: its input is that of the first."""
     first = units[0]
     return Unit(
-        sum((u.count for u in units), Count()), first.trained, sum((u.products for u in units), ()),
+        sum((u.count for u in units), Count()), sum(u.tensors for u in units), first.trained,
+        sum((u.products for u in units), ()),
         sum((u.attentions for u in units), ()), sum((u.kept for u in units), ()), sum((u.moved for u in units), ()),
         sum(u.messages for u in units), first.input, first.layer,
     )  # fmt: skip

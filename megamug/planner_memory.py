@@ -3,8 +3,8 @@
 Weights, gradients, main parameters and moments are exact (`megamug.parameters.state_memory`). Activations are summed
 from what each layer keeps for backward (`planner_layers`), times the micro-batches in flight under Megatron's 1F1B or
 interleaved schedule (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Not modelled: fragmentation of the
-allocator beyond `RESERVED`, Transformer Engine's and NCCL's buffers beyond it, the batch itself, and the padding of
-Megatron's buffers.
+allocator beyond `RESERVED`, Transformer Engine's and NCCL's buffers beyond it, the batch itself, the padding of
+Megatron's buffers, and the memory of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Layout:
     distributed_optimizer: bool = False
     fp8: str = "none"
     dtype: str = "bf16"
+    layers: str = "local"  # one of `planner_execution.EXECUTIONS`
+    graphs: bool = False  # `parallel.cuda_graphs`
 
     @property
     def gpus(self) -> int:
@@ -62,6 +64,11 @@ class Memory:
     def total(self) -> int:
         return sum(vars(self).values())
 
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` tells: without the allowance."""
+        return self.total - RESERVED
+
 
 @dataclass(frozen=True)
 class _Stage:
@@ -77,6 +84,7 @@ class _Stage:
     fp8_copies: int
     held: int
     trained: int
+    tensors: int  # of the trained parameters
 
 
 def memory(model: Model, layout: Layout) -> Memory:
@@ -89,6 +97,17 @@ def rank_parameters(model: Model, layout: Layout, rank: int) -> tuple[int, int]:
     """(all, trained) parameters of a process of pipeline rank `rank`."""
     own = _stages(model, layout)[rank :: layout.pipeline]
     return sum(stage.held for stage in own), sum(stage.trained for stage in own)
+
+
+def most_trained(model: Model, layout: Layout) -> tuple[int, int]:
+    """(trained parameters, tensors that they are) of the pipeline ranks that have most of each."""
+
+    def make() -> tuple[int, int]:
+        stages = _stages(model, layout)
+        ranks = [stages[rank :: layout.pipeline] for rank in range(layout.pipeline)]
+        return max(sum(s.trained for s in own) for own in ranks), max(sum(s.tensors for s in own) for own in ranks)
+
+    return memo(model, ("trained", layout.pipeline, layout.virtual, layout.tensor), make)
 
 
 def stages_of(model: Model, stages: int) -> list[range]:
@@ -104,7 +123,8 @@ def stage_bytes(model: Model, layout: Layout) -> list[float]:
 def kept_bytes(unit: Unit, layout: Layout, logits: bool = False, constant: bool = False) -> float:
     """What backward keeps of a unit for one sample (`constant`: for no sample), recomputation apart."""
     arguments = layout.tensor, layout.sequence, BYTES[layout.dtype], layout.fp8 != "none"
-    return sum(k.bytes(*arguments) for k in unit.kept if (k.logits, k.constant) == (logits, constant))
+    wanted = [k for k in unit.kept if (k.logits, k.constant) == (logits, constant)]
+    return sum(k.bytes(*arguments) for k in wanted if not (k.not_te and layout.layers == "te"))
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -124,7 +144,7 @@ def memo(model: Model, key: tuple, make):
 
 def _stages(model: Model, layout: Layout) -> list[_Stage]:
     count = layout.pipeline * layout.virtual
-    key = (count, layout.tensor, layout.sequence, layout.recompute, layout.fp8 != "none", layout.dtype)
+    key = (count, layout.tensor, layout.sequence, layout.recompute, layout.fp8 != "none", layout.dtype, layout.layers)
     return memo(model, key, lambda: [_stage(model, layout, run) for run in stages_of(model, count)])
 
 
@@ -146,7 +166,7 @@ def _stage(model: Model, layout: Layout, run: range) -> _Stage:
         again=max(part.again for part in own), widest=max(part.widest for part in own),
         gradient=max(part.gradient for part in own), chunk=max(part.chunk for part in own),
         fp8_copies=sum(part.fp8_copies for part in own), held=held.on_rank(layout.tensor),
-        trained=trained.on_rank(layout.tensor),
+        trained=trained.on_rank(layout.tensor), tensors=sum(unit.tensors for unit in units if unit.trained),
     )  # fmt: skip
 
 
@@ -165,10 +185,11 @@ def _unit(model: Model, layout: Layout, unit: Unit) -> _Stage:
             widest=max((k.bytes(tensor, layout.sequence, size, fp8) for k in unit.kept if not k.constant), default=0.0),
             gradient=size * max(weights, default=0) * unit.trained,
             chunk=tokens * unit.chunked_logits * size / shared(TENSOR, tensor, layout.sequence),
-            fp8_copies=FP8_COPIES * quantised * fp8, held=0, trained=0,
+            fp8_copies=FP8_COPIES * quantised * fp8, held=0, trained=0, tensors=0,
         )  # fmt: skip
 
-    return memo(model, (id(unit), layout.tensor, layout.sequence, layout.recompute, layout.fp8, layout.dtype), make)
+    key = (id(unit), layout.tensor, layout.sequence, layout.recompute, layout.fp8, layout.dtype, layout.layers)
+    return memo(model, key, make)
 
 
 def _rank(stages: list[_Stage], layout: Layout, rank: int) -> Memory:

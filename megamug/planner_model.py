@@ -6,7 +6,7 @@ Nothing here imports torch or Megatron, whose import takes longer than planning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megamug import validate
 from megamug.config import Config, TowerConfig
@@ -14,6 +14,7 @@ from megamug.models.partition import depth_slots
 from megamug.parameters import Count, linear, norm
 from megamug.planner_layers import (
     SEQUENCE,
+    STREAM,
     TENSOR,
     WHOLE,
     Kept,
@@ -74,14 +75,16 @@ def _mug(config: Config, vocabulary: int) -> Model:
     def stack(part: str, tokens: int, units: list[Unit], final: tuple[Kept, ...], carried: int) -> None:
         last = units.pop()
         w = last.input // tokens
-        end = Unit(norm(w), kept=(*norm_kept(tokens, w), *final), moved=((SEQUENCE, 2 * tokens * w, 3 * tokens * w),))
+        moved = ((SEQUENCE, 2 * tokens * w, 3 * tokens * w, STREAM),)
+        end = Unit(norm(w), 2, kept=(*norm_kept(tokens, w), *final), moved=moved)
         blocks.extend(Block(part, "layer", (unit,)) for unit in units)
         blocks.append(Block(part, "layer", (last, end)))
         boundary.extend([carried] * (len(units) + 1))
 
-    embedding = Unit(linear(values, width) + Count(0, (1 + model.register_tokens) * width), kept=(
-        Kept(visible * values, WHOLE),), products=(Product(visible, values, width, WHOLE, fp8=False),),
-        moved=((WHOLE, 4 * latent, 2 * latent),))  # fmt: skip
+    embedding = Unit(linear(values, width) + Count(0, (1 + model.register_tokens) * width),
+                     3 + (model.register_tokens > 0), kept=(Kept(visible * values, WHOLE),),
+                     products=(Product(visible, values, width, WHOLE, fp8=False),),
+                     moved=((WHOLE, 4 * latent, 2 * latent, STREAM),))  # fmt: skip
     blocks.append(Block("encoder", "embedding", (embedding,)))
     boundary.append(0)
     shape = Shape(width, model.ffn_width, model.heads, model.heads)
@@ -92,24 +95,26 @@ def _mug(config: Config, vocabulary: int) -> Model:
         w, masked = model.decoder_width, patches - visible
         hidden = painted * w
         start = Unit(linear(width, w) + Count(0, (1 + model.decoder_register_tokens) * w),
+                     3 + (model.decoder_register_tokens > 0),
                      products=(Product(tokens, width, w, SEQUENCE, fp8=False),),
-                     moved=((WHOLE, 6 * hidden, 4 * hidden),))  # fmt: skip
+                     moved=((WHOLE, 6 * hidden, 4 * hidden, STREAM),))  # fmt: skip
         blocks.append(Block("image", "embedding", (start,)))
         boundary.append(latent)
         shape = Shape(w, 4 * w, model.decoder_heads, model.decoder_heads)
         rides = latent if model.caption_loss_weight > 0 else 0
         layers = [layer(painted, shape, causal=False)] * model.decoder_layers
         stack("image", painted, layers, (Kept(hidden, WHOLE),), rides + hidden)  # kept where hidden patches are taken
-        head = Unit(linear(w, values), products=(Product(masked, w, values, WHOLE, fp8=False),),
+        head = Unit(linear(w, values), 2, products=(Product(masked, w, values, WHOLE, fp8=False),),
                     kept=(Kept(masked * w, WHOLE), Kept(masked * values, WHOLE, logits=True)),
-                    moved=((WHOLE, 2 * masked * (w + values), 3 * masked * (w + values)),))  # fmt: skip
+                    moved=((WHOLE, 2 * masked * (w + values), 3 * masked * (w + values), STREAM),))  # fmt: skip
         blocks.append(Block("image", "head", (head,)))
         boundary.append(rides + hidden)
     if model.caption_loss_weight > 0:
         w = model.text_width
         hidden, words = written * w, Count(vocabulary * w)
         start = len(blocks)
-        table = Unit(words + Count(0, written * w), messages=hidden, moved=((SEQUENCE, 4 * hidden, 4 * hidden),))
+        moved = ((SEQUENCE, 4 * hidden, 4 * hidden, STREAM),)
+        table = Unit(words + Count(0, written * w), 2, messages=hidden, moved=moved)
         blocks.append(Block("text", "embedding", (table,)))
         boundary.append(latent)
         shape = Shape(w, 4 * w, model.text_heads, model.text_heads)
@@ -117,8 +122,9 @@ def _mug(config: Config, vocabulary: int) -> Model:
         layers += [layer(written, shape, True, context=(tokens, width))] * model.text_multimodal_layers
         stack("text", written, layers, (Kept(hidden, SEQUENCE),), latent + hidden)
         logits = Kept(written * vocabulary, TENSOR, logits=True)
-        head = Unit(words, kept=(logits,), products=(Product(written, w, vocabulary, "columns", fp8=False),),
-                    moved=((TENSOR, written * vocabulary, 2 * written * vocabulary),), messages=hidden)  # fmt: skip
+        head = Unit(words, not model.tie_vocabulary, kept=(logits,), messages=hidden,
+                    products=(Product(written, w, vocabulary, "columns", fp8=False),),
+                    moved=((TENSOR, written * vocabulary, 2 * written * vocabulary, STREAM),))  # fmt: skip
         blocks.append(Block("text", "head", (head,)))
         boundary.append(hidden)
         tied = (words, start, len(blocks) - 1) if model.tie_vocabulary else None
@@ -146,16 +152,18 @@ def _tower_embedding(tower: TowerConfig, tokens: int, vocabulary: int, words: bo
     count = Count(vocabulary * tower.width * words) + Count(0, tower.max_positions * tower.width) * (
         tower.positions == "learned"
     )
-    return Unit(count, trained, messages=hidden * words, moved=((SEQUENCE, 4 * hidden, 4 * hidden),))
+    return Unit(count, words + (tower.positions == "learned"), trained, messages=hidden * words,
+                moved=((SEQUENCE, 4 * hidden, 4 * hidden, STREAM),))  # fmt: skip
 
 
 def _final_norm(tower: TowerConfig, tokens: int, trained: bool = True) -> Unit:
     numbers = tokens * tower.width
-    return Unit(_shape(tower).norm(tower.width), trained, kept=norm_kept(tokens, tower.width),
-                moved=((SEQUENCE, 2 * numbers, 3 * numbers),))  # fmt: skip
+    shape = _shape(tower)
+    return Unit(shape.norm(tower.width), shape.norm_parameters, trained, kept=norm_kept(tokens, tower.width),
+                moved=((SEQUENCE, 2 * numbers, 3 * numbers, STREAM),))  # fmt: skip
 
 
-def _output(config: Config, tokens: int, width: int, vocabulary: int) -> Unit:
+def _output(config: Config, tokens: int, width: int, vocabulary: int, tied: bool) -> Unit:
     """Output projection and loss, joined unless the z-loss asks for the logits: of the joined form backward keeps both
     gradients, the weight's in fp32."""
     products = (Product(tokens, width, vocabulary, "columns", fp8=False),)
@@ -164,15 +172,15 @@ def _output(config: Config, tokens: int, width: int, vocabulary: int) -> Unit:
     else:
         gradient = Kept(vocabulary * width, TENSOR, 4, logits=True, constant=True)
         kept, chunked = (Kept(tokens * width, WHOLE, logits=True), gradient), vocabulary
-    return Unit(Count(vocabulary * width), products=products, kept=kept, messages=tokens * width,
-                moved=((TENSOR, 3 * tokens * vocabulary, 0),), chunked_logits=chunked)  # fmt: skip
+    return Unit(Count(vocabulary * width), not tied, products=products, kept=kept, messages=tokens * width,
+                moved=((TENSOR, 3 * tokens * vocabulary, 0, STREAM),), chunked_logits=chunked)  # fmt: skip
 
 
 def _lm(config: Config, vocabulary: int) -> Model:
     tower, tokens = config.lm, config.data.context_length
     block, hidden = layer(tokens, _shape(tower), causal=True), tokens * tower.width
     first = _tower_embedding(tower, tokens, vocabulary, True, True)
-    head = _output(config, tokens, tower.width, vocabulary)
+    head = _output(config, tokens, tower.width, vocabulary, tower.tie_vocabulary)
     middle = [Block("lm", "layer", (block,))] * (tower.layers - 1)
     last = Block("lm", "layer", (block, _final_norm(tower, tokens)))
     blocks = (Block("lm", "embedding", (first,)), *middle, last, Block("lm", "head", (head,)))
@@ -199,10 +207,11 @@ def _jam(config: Config, vocabulary: int) -> Model:
     )
     widths = sum(t.width for t in towers.values())
     width = fusion.output_width or max(t.width for t in towers.values())
-    mix = Unit(linear(widths, width, bias=False), products=(Product(tokens, widths, width, SEQUENCE, fp8=False),),
-               kept=(Kept(tokens * widths, SEQUENCE),), moved=((SEQUENCE, 2 * tokens * widths, 2 * tokens * widths),))
+    mix = Unit(linear(widths, width, bias=False), 1, products=(Product(tokens, widths, width, SEQUENCE, fp8=False),),
+               kept=(Kept(tokens * widths, SEQUENCE),),
+               moved=((SEQUENCE, 2 * tokens * widths, 2 * tokens * widths, STREAM),))
     norms = [_final_norm(t, tokens, trained[name]) for name, t in towers.items()]
-    head = Block("jam", "head", (*norms, mix, _output(config, tokens, width, vocabulary)))
+    head = Block("jam", "head", (*norms, mix, _output(config, tokens, width, vocabulary, False)))
     blocks = (Block("jam", "embedding", first), *slots, head)
     return Model(blocks, (0, *[tokens * widths] * (len(blocks) - 1)), None)
 
@@ -220,8 +229,9 @@ def _cross_block(config: Config, tokens: int) -> Unit:
         for index, part in enumerate(own_parts):
             extra = update + (of_context if index == 0 else ())
             count = part.count + Count(0, gate) + (_shape(own).norm(other.width) if index == 0 else Count())
-            parts.append(Unit(count, True, part.products, part.attentions, part.kept + extra, part.moved, part.messages,
-                              part.input, True))  # fmt: skip
+            tensors = part.tensors + gate + (_shape(own).norm_parameters if index == 0 else 0)
+            parts.append(Unit(count, tensors, True, part.products, part.attentions, part.kept + extra, part.moved,
+                              part.messages, part.input, True))  # fmt: skip
     unit = joined(parts)
     both = tokens * (config.text_tower.width + config.image_tower.width)
-    return Unit(unit.count, True, unit.products, unit.attentions, unit.kept, unit.moved, unit.messages, both, True)
+    return replace(unit, trained=True, input=both, layer=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from megamug.parameters import Count
-from megamug.planner import Choice, Plan, Rejected
-from megamug.planner_memory import GIB, Layout, Memory
-from megamug.planner_time import NODE
+from megamug.planner import Choice, Plan, Rejected, times_of
+from megamug.planner_execution import NODE
+from megamug.planner_memory import GIB, Layout, Memory, memory
 from megamug.telemetry.flops import TRAINING
 
-COLUMNS = ("tp", "sp", "pp", "vp", "dp", "micro", "recompute", "optimizer", "fp8")
+COLUMNS = ("tp", "sp", "pp", "vp", "dp", "micro", "recompute", "optimizer", "fp8", "layers")
+WORTH = 0.05  # of a step: what waits for launches for less, or wins less, is not spoken of
 
 
 def memory_parts(memory: Memory) -> dict[str, float]:
@@ -39,7 +41,8 @@ def described(layout: dict[str, object]) -> str:
 
 def text(plan: Plan, top: int) -> str:
     """The `top` fastest layouts as a table, how to use the first, and why the others do not fit."""
-    return "\n".join([*_head(plan), "", *_table(plan, top), "", *_first(plan), *_others(plan)])
+    first = [*_first(plan), *_launches(plan), *_fp8(plan)]
+    return "\n".join([*_head(plan), "", *_table(plan, top), "", *first, *_others(plan)])
 
 
 def as_json(plan: Plan) -> str:
@@ -96,16 +99,17 @@ def _layout_cells(layout: Layout) -> list[str]:
         str(layout.tensor), "yes" if layout.sequence else "no", str(layout.pipeline), str(layout.virtual),
         str(layout.data), str(layout.micro_batch), "full" if layout.recompute else "none",
         "shared" if layout.distributed_optimizer else "whole", layout.fp8,
+        layout.layers + ", graphs" * layout.graphs,
     ]  # fmt: skip
 
 
 def _table(plan: Plan, top: int) -> list[str]:
     unit = _unit(plan)
     rows = [["", *COLUMNS, "GiB", "weights", "gradients", "optimizer", "activations", "logits", "other", "step s",
-             "compute", "messages", "bubble", "update", f"{unit}s/s", "MFU"]]  # fmt: skip
+             "compute", "waiting", "messages", "bubble", "update", f"{unit}s/s", "MFU"]]  # fmt: skip
     for number, choice in enumerate(plan.choices[:top], start=1):
         parts, times = memory_parts(choice.memory), choice.times
-        seconds = (times.total, times.compute, times.communication, times.bubble, times.update)
+        seconds = (times.total, times.compute, times.waiting, times.communication, times.bubble, times.update)
         rows.append([
             str(number), *_layout_cells(choice.layout), f"{choice.memory.total / GIB:.1f}",
             *(f"{part:.1f}" for part in parts.values()), *(f"{x:.3f}" for x in seconds),
@@ -121,6 +125,46 @@ def _first(plan: Plan) -> list[str]:
         " leave out.",
         f"the first: {' '.join(plan.choices[0].overrides(plan.config))}",
     ]
+
+
+def _launches(plan: Plan) -> list[str]:
+    """Where the first layout waits for the host: that it does, and what would help by how much."""
+    choice = plan.choices[0]
+    layout, total = choice.layout, choice.times.total
+    if choice.times.waiting < WORTH * total:
+        return []
+    others = {}
+    if layout.tensor == 1 and layout.fp8 == "none" and layout.layers != "compiled":
+        others["compiled layers (precision.layers=auto)"] = {"layers": "compiled"}
+    if not layout.graphs and not layout.recompute:
+        others["parallel.cuda_graphs=true"] = {"graphs": True}
+    if layout.micro_batches % 2 == 0:
+        doubled = {"micro_batch": 2 * layout.micro_batch, "micro_batches": layout.micro_batches // 2}
+        if memory(plan.model, replace(layout, **doubled)).total <= plan.gpu.memory * GIB:
+            others[f"data.micro_batch_size={doubled['micro_batch']}"] = doubled
+    told = {}
+    for name, change in others.items():
+        seconds = times_of(plan.config, plan.model, replace(layout, **change), plan.gpu).total
+        if seconds < (1 - WORTH) * total:
+            told[name] = seconds
+    helps = "; ".join(f"{name} would make it {seconds:.3f} s" for name, seconds in told.items())
+    return [
+        f"its GPUs wait {choice.times.waiting:.3f} of {total:.3f} s for kernels to be launched: "
+        + (helps or "a larger data.global_batch_size on fewer GPUs keeps them at work")
+    ]
+
+
+def _fp8(plan: Plan) -> list[str]:
+    """What FP8 is worth, where layouts with it and without it fit."""
+    best: dict[bool, Choice] = {}
+    for choice in plan.choices:  # from the fastest on
+        best.setdefault(choice.layout.fp8 != "none", choice)
+    if len(best) < 2:
+        return []
+    eight, plain = best[True].times.total, best[False].times.total
+    if eight < plain:
+        return [f"FP8 ({best[True].layout.fp8}) pays at these widths: {eight:.3f} s a step against {plain:.3f} without"]
+    return [f"FP8 does not pay at these widths: {eight:.3f} s a step against {plain:.3f} without"]
 
 
 def _others(plan: Plan) -> list[str]:

@@ -1,70 +1,41 @@
 """Time of an optimizer step under a layout, by parts.
 
 A step is m micro-batches on the slowest pipeline rank, the pipeline's bubble, what of the gradients' and parameters'
-messages is not hidden, and the update. A micro-batch is its matrix products at an efficiency that falls with small
-sizes, attention, elementwise work at the memory's bandwidth, and the tensor- and pipeline-parallel messages.
+messages is not hidden, and the update. Forward, backward and update each take as long as the device computes or as
+long as the host launches, whichever is longer:
 
-    efficiency(M, N, K) = PRODUCT_EFFICIENCY * SUSTAINED / ((1 + h/M) (1 + h/N) (1 + h/K)),   h = HALF_SIZE
+    device = products + casts for FP8 + attention + elementwise work + sums of gradients
+    host   = launches x seconds a launch
 
-Not modelled: the data loader, checkpoints, kernel launches (they rule where a layer's products take less than some ten
-microseconds: CUDA graphs), stragglers, a network that others use as well, context parallelism, overlapped
-tensor-parallel messages.
+with the constants of `planner_execution`. A product [M, K] x [K, N] has the rate that was measured for 8192^3, less at
+small sizes: divided by (1 + h/M) (1 + h/N) (1 + h/K), h = HALF_SIZE.
+
+Not modelled: the data loader, checkpoints, stragglers, a network that others use as well, overlapped tensor-parallel
+messages, evaluation.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from megamug import planner_execution as constants
 from megamug.parameters import BYTES
-from megamug.planner_layers import SEQUENCE, Product, Unit, shared
-from megamug.planner_memory import Layout, memo, rank_parameters, stages_of
+from megamug.planner_execution import EXECUTIONS, FP8, NODE, Execution, Gpu
+from megamug.planner_layers import SEQUENCE, Attention, Product, Unit, shared
+from megamug.planner_memory import Layout, memo, most_trained, stages_of
 from megamug.planner_model import Model
 from megamug.telemetry.peaks import peak_flops
-
-NODE = 8  # GPUs that NVLink joins
-FP32_PEAK = {"h100": 67e12, "h200": 67e12, "a100": 19.5e12}  # data sheets: vector units, which torch uses by default
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU in a node of eight. Bandwidths in bytes a second, of one GPU and direction."""
-
-    name: str
-    memory: float  # GiB that a process finds (torch.cuda.mem_get_info), not the data sheet's decimal figure
-    memory_bandwidth: float  # data sheets (A100 2021, H100 2023, H200 2024)
-    nvlink: float  # data sheets: 600 and 900 GB/s in both directions
-    network: float  # one adapter a GPU: 200 Gb/s (DGX A100), 400 Gb/s (DGX H100)
-
-
-GPUS = {
-    "h100": Gpu("H100", 79.1, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("H200", 139.8, 4.8e12, 450e9, 50e9),
-    "a100": Gpu("A100", 79.2, 2.04e12, 300e9, 25e9),
-}
-
-# 790 TFLOP/s of 989 measured on an H200 for an 8192^3 bf16 product alone; HALF_SIZE is a product's edge at which an
-# eighth of the rate is left, a choice of the size of one tile.
-PRODUCT_EFFICIENCY, HALF_SIZE = 0.84, 128
-# Products in training against the same ones alone (power limit, gaps): fitted to the three published points of
-# docs/layouts.md, the only number here that is.
-SUSTAINED = 0.78
-# A product with its casts against bf16, Transformer Engine on an H100.
-FP8_SPEED = {"delayed": 1.69, "current": 1.57, "blockwise": 1.41}
-# Share of the bf16 peak in attention forward and backward (FlashAttention-3, arXiv 2407.08608, figures 5 and 6: heads
-# of 128, long rows), and the keys at which half of it is reached (a choice).
-ATTENTION_FORWARD, ATTENTION_BACKWARD, ATTENTION_HALF_KEYS = 0.60, 0.50, 256
-ATTENTION_BACKWARD_FLOPS = 2.5  # of forward: scores once more (Dao 2023, arXiv 2307.08691, section 3.2)
-BANDWIDTH_SHARE = 0.85  # of a data sheet's bandwidth that large copies and collectives reach
-# Bytes a weight moves per micro-batch: its bf16 gradient read, its fp32 sum read and written.
-ACCUMULATION_BYTES = 10
-UPDATE_BYTES = 34  # AdamW in fp32: gradient twice, main parameter and two moments read and written, weight written
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step. `exposed_*`: messages that nothing hides, of tensor, pipeline and data parallelism."""
+    """Seconds of a step. `compute`: the device's work of all micro-batches; `waiting`: the device's for launches, in
+    forward, backward and update. `exposed_*`: messages that nothing hides, of tensor, pipeline and data parallelism.
+    `update`: the device's."""
 
     compute: float
+    waiting: float
     exposed_tensor: float
     exposed_pipeline: float
     exposed_data: float
@@ -80,99 +51,199 @@ class Times:
         return sum(vars(self).values())
 
 
+@dataclass(frozen=True)
+class Work:
+    """Seconds that a micro-batch takes of a unit or of a rank: the device's by kind, forward and backward, the host's,
+    and tensor-parallel messages."""
+
+    products: tuple[float, float] = (0.0, 0.0)
+    casts: tuple[float, float] = (0.0, 0.0)
+    attention: tuple[float, float] = (0.0, 0.0)
+    elementwise: tuple[float, float] = (0.0, 0.0)
+    host: tuple[float, float] = (0.0, 0.0)
+    messages: float = 0.0
+
+    def device(self, phase: int) -> float:
+        return self.products[phase] + self.casts[phase] + self.attention[phase] + self.elementwise[phase]
+
+    def takes(self, phase: int) -> float:
+        return max(self.device(phase), self.host[phase])
+
+
 def step_time(model: Model, layout: Layout, gpu: Gpu, overlap_gradients: bool, overlap_parameters: bool) -> Times:
     """Of one optimizer step; the overlaps are those of `parallel.overlap_grad_reduce` and `overlap_param_gather`."""
     stages = stages_of(model, layout.pipeline * layout.virtual)
     ranks = [_rank(model, layout, gpu, stages[rank :: layout.pipeline]) for rank in range(layout.pipeline)]
-    forward, backward, messages = max(ranks, key=sum)
+    slowest = max(ranks, key=lambda work: work.takes(0) + work.takes(1) + work.messages)
+    forward, backward = slowest.takes(0), slowest.takes(1)
     handed = _handed(model, layout, gpu, stages)
     m, p = layout.micro_batches, layout.pipeline
-    micro = forward + backward + messages + handed
-    held = [rank_parameters(model, layout, rank)[1] for rank in range(p)]
-    data = _exposed_data(layout, gpu, max(held), backward if overlap_gradients else 0.0,
+    data = _exposed_data(layout, gpu, most_trained(model, layout)[0], backward if overlap_gradients else 0.0,
                          forward if overlap_parameters else 0.0)  # fmt: skip
-    updated = max(held) / (layout.data if layout.distributed_optimizer else 1)
+    update, update_host = _update(model, layout, gpu)
+    compute = slowest.device(0) + slowest.device(1)
     return Times(
-        compute=m * (forward + backward), exposed_tensor=m * messages, exposed_pipeline=m * handed, exposed_data=data,
-        bubble=(p - 1) / layout.virtual * micro, update=updated * UPDATE_BYTES / _memory_rate(gpu),
+        compute=m * compute, waiting=m * (forward + backward - compute) + max(0.0, update_host - update),
+        exposed_tensor=m * slowest.messages, exposed_pipeline=m * handed, exposed_data=data,
+        bubble=(p - 1) / layout.virtual * (forward + backward + slowest.messages + handed), update=update,
     )  # fmt: skip
 
 
-def _memory_rate(gpu: Gpu) -> float:
-    return gpu.memory_bandwidth * BANDWIDTH_SHARE
+def phases(model: Model, layout: Layout, gpu: Gpu) -> tuple[Work, float, float]:
+    """For explanations: a micro-batch on a GPU that holds every layer, and the update's device and host seconds."""
+    return _rank(model, layout, gpu, [range(len(model.blocks))]), *_update(model, layout, gpu)
+
+
+def execution(layout: Layout) -> Execution:
+    return EXECUTIONS[layout.layers]
 
 
 def link(gpu: Gpu, ranks_apart: int) -> float:
     """Bytes a second between processes whose numbers differ by less than `ranks_apart`."""
-    return (gpu.nvlink if ranks_apart <= NODE else gpu.network) * BANDWIDTH_SHARE
-
-
-def efficiency(rows: float, columns: float, inner: float) -> float:
-    """Share of the peak that a bf16 product [rows, inner] x [inner, columns] reaches in training."""
-    sizes = (1 + HALF_SIZE / rows) * (1 + HALF_SIZE / columns) * (1 + HALF_SIZE / inner)
-    return PRODUCT_EFFICIENCY * SUSTAINED / sizes
+    return (gpu.nvlink if ranks_apart <= NODE else gpu.network) * constants.LINK_SHARE
 
 
 def peak(layout: Layout, gpu: Gpu) -> float:
-    """Dense FLOP/s of the run's dtype: the denominator of MFU."""
-    return FP32_PEAK[gpu.name.lower()] if layout.dtype == "fp32" else peak_flops(gpu.name, "bf16")
+    """Dense FLOP/s of the run's dtype by the data sheet: the denominator of MFU."""
+    return gpu.fp32 if layout.dtype == "fp32" else peak_flops(gpu.name, "bf16")
+
+
+# ---------------------------------------------------------------------------------------------- the device
+
+
+def _rate(layout: Layout, gpu: Gpu) -> float:
+    """FLOP/s of a large product."""
+    if layout.dtype == "fp32":
+        return gpu.fp32
+    return gpu.products * (constants.SUSTAINED if layout.gpus > 1 else 1.0)
+
+
+def _on_rank(product: Product, layout: Layout) -> tuple[float, float, float]:
+    """(rows, columns, inner) of a linear's forward for a micro-batch on one rank."""
+    rows, columns, inner = product.rows * layout.micro_batch, product.outputs, product.inputs
+    if product.split == "columns":
+        return rows, columns / layout.tensor, inner
+    if product.split == "rows":
+        return rows, columns, inner / layout.tensor
+    return rows / shared(product.split, layout.tensor, layout.sequence), columns, inner
 
 
 def _product_time(product: Product, layout: Layout, gpu: Gpu) -> float:
-    """Seconds of a linear's forward for a micro-batch; either product of backward takes as long."""
-    rows, columns, inner = product.rows * layout.micro_batch, product.outputs, product.inputs
-    if product.split == "columns":
-        columns /= layout.tensor
-    elif product.split == "rows":
-        inner /= layout.tensor
-    else:
-        rows /= shared(product.split, layout.tensor, layout.sequence)
-    speed = FP8_SPEED[layout.fp8] if product.fp8 and layout.fp8 != "none" else 1.0
-    return 2 * rows * columns * inner / (peak(layout, gpu) * efficiency(rows, columns, inner) * speed)
+    """Seconds of a linear's forward for a micro-batch, casts apart; either product of backward takes as long."""
+    half, rate = constants.HALF_SIZE, _rate(layout, gpu)
+    if product.fp8 and layout.fp8 != "none":
+        half, rate = constants.FP8_HALF_SIZE, rate * FP8[layout.fp8].rate
+    rows, columns, inner = _on_rank(product, layout)
+    return 2 * (rows + half) * (columns + half) * (inner + half) / rate
 
 
-def _unit_times(model: Model, unit: Unit, layout: Layout, gpu: Gpu) -> tuple[float, float, float]:
-    """Seconds of a unit for a micro-batch: forward, backward, tensor-parallel messages."""
+def _cast_time(product: Product, layout: Layout, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of casting to FP8: the input and the weight forward, the gradient backward."""
+    if not product.fp8 or layout.fp8 == "none":
+        return 0.0, 0.0
+    rows, columns, inner = _on_rank(product, layout)
+    seconds = FP8[layout.fp8].bytes / (gpu.copy * constants.CAST_SHARE)
+    weight = columns * inner / layout.micro_batches  # once a step
+    return seconds * (rows * inner + weight), seconds * rows * columns
 
-    def make() -> tuple[float, float, float]:
-        size, tensor, micro = BYTES[layout.dtype], layout.tensor, layout.micro_batch
-        forward = backward = 0.0
+
+def _attention_time(attention: Attention, layout: Layout, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of a micro-batch. Rows are padded to tiles, heads to HEAD."""
+    tile = execution(layout).tile
+    queries, keys = (-(-size // tile) * tile for size in (attention.queries, attention.keys))
+    head = max(constants.HEAD, attention.width // attention.heads)
+    flops = 4 * layout.micro_batch * queries * keys * head * attention.heads / layout.tensor
+    seconds = flops * (1 + constants.ATTENTION_HALF_KEYS / keys) / _rate(layout, gpu) / (2 if attention.causal else 1)
+    return (seconds / constants.ATTENTION_FORWARD,
+            seconds * constants.ATTENTION_BACKWARD_FLOPS / constants.ATTENTION_BACKWARD)  # fmt: skip
+
+
+def _elementwise_time(unit: Unit, layout: Layout, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of a micro-batch, sums of weight gradients included."""
+    forward = backward = 0.0
+    for share, once, back, kind in unit.moved:
+        numbers = layout.micro_batch / shared(share, layout.tensor, layout.sequence)
+        seconds = execution(layout).passes[kind] * numbers * BYTES[layout.dtype] / gpu.copy
+        forward += once * seconds
+        backward += back * seconds
+    if unit.trained:
+        moved = unit.count.on_rank(layout.tensor) * constants.ACCUMULATION_BYTES
+        backward += moved / (gpu.copy * constants.UPDATE_SHARE) + unit.tensors * constants.KERNEL
+    return forward, backward
+
+
+def _update(model: Model, layout: Layout, gpu: Gpu) -> tuple[float, float]:
+    """(device, host) seconds of norm, clipping and AdamW on the rank with most parameters."""
+    trained, tensors = most_trained(model, layout)
+    updated = trained / (layout.data if layout.distributed_optimizer else 1)
+    device = updated * constants.UPDATE_BYTES / (gpu.copy * constants.UPDATE_SHARE)
+    return device, tensors * execution(layout).parameter[1]
+
+
+# ---------------------------------------------------------------------------------------------- the host
+
+
+def _host_time(unit: Unit, layout: Layout) -> tuple[float, float]:
+    """Seconds of launching a micro-batch's work."""
+    if layout.graphs and unit.layer:
+        return constants.GRAPH_LAUNCH, constants.GRAPH_LAUNCH
+    kind, found = execution(layout), []
+    for phase in (0, 1):
+        launches = sum(
+            kind.product[phase] + (FP8[layout.fp8].launches[phase] if product.fp8 and layout.fp8 != "none" else 0)
+            for product in unit.products
+        )
+        launches += kind.attention[phase] * len(unit.attentions)
+        found.append(launches * kind.launch)
+    return found[0], found[1] + unit.tensors * unit.trained * kind.parameter[0]
+
+
+# ---------------------------------------------------------------------------------------------- units and ranks
+
+
+def _work(model: Model, unit: Unit, layout: Layout, gpu: Gpu) -> Work:
+    """Of a unit for a micro-batch."""
+
+    def make() -> Work:
+        products, casts, attentions = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         for product in unit.products:
             seconds = _product_time(product, layout, gpu)
-            forward += seconds
-            backward += seconds * (2 if product.trained else 1)
+            products[0] += seconds
+            products[1] += seconds * (2 if product.trained else 1)
+            casts = [a + b for a, b in zip(casts, _cast_time(product, layout, gpu), strict=True)]
         for attention in unit.attentions:
-            share = attention.keys / (attention.keys + ATTENTION_HALF_KEYS) * peak(layout, gpu) * tensor
-            seconds = micro * attention.flops / (2 if attention.causal else 1) / share
-            forward += seconds / ATTENTION_FORWARD
-            backward += seconds * ATTENTION_BACKWARD_FLOPS / ATTENTION_BACKWARD
-        for share, once, back in unit.moved:
-            seconds = micro * size / shared(share, tensor, layout.sequence) / _memory_rate(gpu)
-            forward += once * seconds
-            backward += back * seconds
-        if unit.trained:
-            backward += unit.count.on_rank(tensor) * ACCUMULATION_BYTES / _memory_rate(gpu)
+            attentions = [a + b for a, b in zip(attentions, _attention_time(attention, layout, gpu), strict=True)]
         # Forward, every linear's input is gathered and its output scattered (without sequence parallelism one
         # all-reduce, as long). Backward sends the same; half of it hides behind the weight gradients' products.
-        sent = micro * unit.messages * size * (tensor - 1) / tensor / link(gpu, tensor)
-        messages = 1.5 * sent
+        tensor = layout.tensor
+        sent = layout.micro_batch * unit.messages * BYTES[layout.dtype] * (tensor - 1) / tensor / link(gpu, tensor)
+        parts = [products, casts, attentions, _elementwise_time(unit, layout, gpu), _host_time(unit, layout)]
         if layout.recompute and unit.layer:
-            backward, messages = backward + forward, messages + sent
-        return forward, backward, messages
+            parts = [(forward, backward + forward) for forward, backward in parts]
+            return Work(*parts, messages=2.5 * sent)
+        return Work(*(tuple(part) for part in parts), messages=1.5 * sent)
 
-    key = ("time", id(unit), gpu.name, layout.tensor, layout.sequence, layout.micro_batch, layout.recompute,
-           layout.fp8, layout.dtype)  # fmt: skip
+    steps = layout.micro_batches if layout.fp8 != "none" else 0  # weights are cast once for all of them
+    key = ("time", id(unit), gpu.name, layout.tensor, layout.sequence, layout.micro_batch, steps, layout.recompute,
+           layout.fp8, layout.dtype, layout.layers, layout.graphs, layout.gpus > 1)  # fmt: skip
     return memo(model, key, make)
 
 
-def _rank(model: Model, layout: Layout, gpu: Gpu, stages: list[range]) -> tuple[float, float, float]:
-    found = [0.0, 0.0, 0.0]
-    for stage in stages:
-        for index in stage:
-            for unit in model.blocks[index].units:
-                for place, seconds in enumerate(_unit_times(model, unit, layout, gpu)):
-                    found[place] += seconds
-    return tuple(found)
+def _rank(model: Model, layout: Layout, gpu: Gpu, stages: list[range]) -> Work:
+    """Of all units of these stages; most of them are one layer many times."""
+
+    def make() -> list[tuple[Unit, int]]:
+        units = [unit for stage in stages for index in stage for unit in model.blocks[index].units]
+        by_identity, times = {id(unit): unit for unit in units}, Counter(map(id, units))
+        return [(unit, times[key]) for key, unit in by_identity.items()]
+
+    counted = memo(model, ("units", *stages), make)
+    parts = [(_work(model, unit, layout, gpu), times) for unit, times in counted]
+    pairs = {
+        name: tuple(sum(times * getattr(part, name)[phase] for part, times in parts) for phase in (0, 1))
+        for name in ("products", "casts", "attention", "elementwise", "host")
+    }
+    return Work(**pairs, messages=sum(times * part.messages for part, times in parts))
 
 
 def _handed(model: Model, layout: Layout, gpu: Gpu, stages: list[range]) -> float:
@@ -195,7 +266,7 @@ def _exposed_data(layout: Layout, gpu: Gpu, trained: int, backward: float, forwa
     members = min(layout.data, max(1, NODE // layout.tensor))
     rate = link(gpu, layout.tensor * layout.data)
     if layout.tensor * layout.data > NODE:
-        rate = min(gpu.nvlink * BANDWIDTH_SHARE, members * rate)
+        rate = min(gpu.nvlink * constants.LINK_SHARE, members * rate)
     once = (layout.data - 1) / layout.data / rate * trained
     if not layout.distributed_optimizer:
         return max(0.0, 2 * 4 * once - backward)
