@@ -14,7 +14,7 @@ from megamug import validate, validate_lm, validate_precision
 from megamug.config import Config, resolve
 from megamug.errors import UserError
 from megamug.models.shapes import padded_vocabulary
-from megamug.planner_execution import GPUS, NODE, Gpu, layers_of
+from megamug.planner_execution import GPUS, NODE, Gpu, graphs_of, layers_of
 from megamug.planner_memory import GIB, Layout, Memory, memory
 from megamug.planner_model import Model, model_of
 from megamug.planner_time import Times, peak, step_time
@@ -265,7 +265,7 @@ def _pipelines(space: _Space, gpus: int, model: Model, layout: Layout, pipeline:
                     yield from _micro_batches(space, gpus, model, replace(
                         layout, pipeline=pipeline, virtual=chunks, data=data, fp8=fp8, distributed_optimizer=shared,
                         recompute=again, layers=layers_of(space.config, layout.tensor, fp8),
-                        graphs=space.config.parallel.cuda_graphs and not again,
+                        graphs=graphs_of(space.config, gpus, layout.tensor * pipeline),
                     ))  # fmt: skip
 
 

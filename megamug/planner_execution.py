@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megamug.config import Config
 from megamug.planner_layers import GELU, ROTARY, STREAM, SWIGLU
+from megamug.sections import LONG
 
 NODE = 8  # GPUs that NVLink joins
 
@@ -101,10 +102,16 @@ EXECUTIONS = {
 GRAPH_LAUNCH = 30e-6  # seconds of host time a layer, forward or backward, under `parallel.cuda_graphs`: a choice
 
 
+def graphs_of(config: Config, gpus: int, split: int) -> bool:
+    """Whether a step is a CUDA graph on so many GPUs, over `split` of which a model is split (`step_graph.choose`)."""
+    asked = config.parallel.cuda_graphs
+    return gpus == 1 and config.train.steps >= LONG if asked is None else asked and split == 1
+
+
 def layers_of(config: Config, tensor: int, fp8: str) -> str:
     """The execution of `precision.layers` under a layout on GPUs with Transformer Engine, as `models.specs.choose` has
-    it: FP8 and tensor parallelism take Transformer Engine's layers; others are compiled on one tensor-parallel rank (see
-    `models.compiled.choose`)."""
+    it: FP8 and tensor parallelism take Transformer Engine's layers; others are compiled on one tensor-parallel rank
+    (see `models.compiled.choose`)."""
     layers = config.precision.layers
     if layers == "auto":
         layers = "te" if fp8 != "none" or tensor > 1 else "local"

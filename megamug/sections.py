@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LONG = 200  # steps of a run from which it pays to compile and to record, which takes up to a minute
 Sources = str | list[dict]  # a folder of shards, a glob, or a list of {path, weight}
 
 
@@ -125,7 +126,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False  # gather parameters during forward; needs distributed_optimizer
     overlap_tensor: bool = False  # tensor-parallel messages during matrix products; GPUs, layers te, sequence
     recompute: str = "none"  # none | full: recompute activations layer by layer in backward
-    cuda_graphs: bool = False  # forward and backward of a step as one launch; GPUs, tensor and pipeline 1
+    cuda_graphs: bool | None = None  # forward and backward of a step as one launch; null: on one GPU, from 200 steps on
     timeout_minutes: float = 10.0  # of every collective
 
 

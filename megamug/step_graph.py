@@ -25,8 +25,23 @@ from torch import Tensor
 from megamug import pipeline
 from megamug.config import Config
 from megamug.pipeline import Sums
+from megamug.sections import LONG
 
 logger = logging.getLogger(__name__)
+
+def choose(config: Config, processes: int) -> tuple[bool, str]:
+    """Resolves `parallel.cuda_graphs`: (whether, reason)."""
+    parallel, steps = config.parallel, config.train.steps
+    if parallel.cuda_graphs is not None:
+        return parallel.cuda_graphs, f"parallel.cuda_graphs={str(parallel.cuda_graphs).lower()}"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    if processes > 1:
+        return False, "several processes; parallel.cuda_graphs=true takes them where only data are parallel"
+    if steps < LONG:
+        return False, f"a run of {steps} steps is over sooner"
+    return True, "one GPU"
+
 
 WARM_UP = 2  # steps before the one that is recorded: layers are compiled in them, and libraries make their workspaces
 CHECKS = 2  # steps that run both ways
@@ -238,5 +253,8 @@ def _copy_of(batch):
 
 
 def step_runner(config: Config, models: list, world) -> StepRunner:
-    return (GraphRunner if config.parallel.cuda_graphs else StepRunner)(config, models, world)
+    """Of this run; the log says which, and why."""
+    graphs, reason = choose(config, world.size)
+    logger.info("CUDA graph of a step: %s (%s)", "to be recorded and proven" if graphs else "none", reason)
+    return (GraphRunner if graphs else StepRunner)(config, models, world)
 

@@ -62,7 +62,11 @@ BAD = [
     (MUG + TENSOR + "parallel.overlap_tensor=true", ["the stacks of model.kind(mug) differ"]),
     (JAM + TENSOR + "parallel.overlap_tensor=true text_tower.width=512",
      ["text_tower.width(512) is not image_tower.width(1024)"]),
-    (MUG + "parallel.cuda_graphs=true parallel.recompute=full", ["parallel.recompute is full"]),
+    (MUG + "parallel.cuda_graphs=true parallel.tensor=2", ["parallel.tensor(2) sends some", "parallel.tensor=1"]),
+    (MUG + "parallel.cuda_graphs=true parallel.pipeline=2", ["parallel.pipeline(2) sends some"]),
+    (MUG + "parallel.cuda_graphs=true parallel.overlap_grad_reduce=true",
+     ["parallel.overlap_grad_reduce(true) sends some", "set parallel.overlap_grad_reduce=false or"]),
+    (LM + "precision.compile=always precision.layers=local parallel.tensor=2", ["parallel.tensor is 2"]),
     # sizes
     (MUG + FP8 + "data.micro_batch_size=4", ["image decoder tokens(197) x data.micro_batch_size(4) = 788",
                                              "set model.decoder_register_tokens=1"]),
@@ -140,14 +144,10 @@ def test_without_the_package(machine, option):
     assert f"needs {named}, which is not installed" in refusal(LM + option, here=True)
 
 
-def test_generations_and_allocators(machine, monkeypatch):
+def test_generations(machine):
     machine["capability"] = (8, 0)
     assert "compute capability 9.0 (Hopper) and this GPU has 8.0" in refusal(LM + FP8, here=True)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    graphs = LM + "parallel.cuda_graphs=true"
-    assert "set NCCL_GRAPH_REGISTER=0" in refusal(graphs, here=True)
-    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    validate_precision.check(configured(graphs))
+    validate_precision.check(configured(LM + "parallel.cuda_graphs=true parallel.recompute=full"))
 
 
 def test_a_plan_gives_up_what_a_layout_cannot_have():

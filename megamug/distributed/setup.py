@@ -87,8 +87,9 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
     )
     # No module of ours draws from these; Megatron's regions require that they exist.
     # Under CUDA graphs Transformer Engine's own are wanted: the others are read back by the host.
-    graphed = parallel.cuda_graphs and importlib.util.find_spec("transformer_engine") is not None
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=graphed and torch.cuda.is_available())
+    graphed = parallel.cuda_graphs is not False and torch.cuda.is_available()
+    theirs = graphed and importlib.util.find_spec("transformer_engine") is not None
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=theirs)
     return World(
         rank=rank, size=size, device=device, reason=reason,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=parallel.tensor,

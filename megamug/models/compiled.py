@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from megamug.config import Config
 from megamug.models.layers import kernel_order
+from megamug.sections import LONG
 
 logger = logging.getLogger(__name__)
 
 # Relative difference (2-norms) of an output or gradient that rounding explains: a chain of a dozen operations, each
 # result rounded to the type in the plain form, only the last in the compiled one.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-WORTH = 200  # steps of a run; a compilation takes as long as some hundred steps save
 KINDS = 64  # of compiled layers in a process: dynamo counts them by the code that they share, and stops at 8
 
 
 def choose(config: Config, spec: str) -> tuple[bool, str]:
     """Resolves `precision.compile` for layers of the kind `spec` ("local" | "te"): (whether, reason)."""
-    requested, steps = config.precision.compile, config.train.steps
+    requested, steps = config.precision.compile, config.train.steps  # a compilation takes what some hundred steps save
     if requested != "auto":
         return requested == "always", f"precision.compile={requested}"
     if not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def choose(config: Config, spec: str) -> tuple[bool, str]:
         return False, "layers are split over tensor-parallel ranks"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
-    if steps < WORTH:
+    if steps < LONG:
         return False, f"a run of {steps} steps is over sooner; precision.compile=always compiles all the same"
     return True, "on a GPU"
 

@@ -46,7 +46,9 @@ def self_attention(attention: SelfAttention, x: Tensor, mask: Tensor | None, tab
     mixed = attention.linear_qkv(x)[0]
     mixed = mixed.view(*mixed.shape[:2], *heads)
     queries = mixed.shape[3] - 2  # that share a key
-    norms = attention.head_norms
+    norms, core = attention.head_norms, attention.core_attention
+    if norms is None and table is None and mask is None and core.takes_packed(mixed):
+        return attention.linear_proj(core.packed(mixed))[0]
     # Splits, not slices: their gradients are put together in one pass.
     if norms is None and table is not None:
         turned, value = mixed.split([queries + 1, 1], dim=3)
@@ -58,7 +60,7 @@ def self_attention(attention: SelfAttention, x: Tensor, mask: Tensor | None, tab
         query, key = norms[0](query), norms[1](key)
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
-    return attention.linear_proj(attention.core_attention(query, key, value, mask))[0]
+    return attention.linear_proj(core(query, key, value, mask))[0]
 
 
 def cross_attention(attention: CrossAttention, x: Tensor, mask: Tensor | None, context: Tensor) -> Tensor:
