@@ -18,7 +18,8 @@ from megamug.errors import UserError
 # Transformer Engine's FP8 products (cuBLAS) want every inner dimension in multiples of 16 numbers. Forward that is
 # features; in a weight's gradient it is tokens x micro-batch.
 FP8_ROWS = FP8_COLUMNS = 16
-PACKAGES = {"te": ("transformer_engine", "Transformer Engine", "`pip install megamug[te]`"),
+PACKAGES = {"te": ("transformer_engine", "Transformer Engine",
+                   "`pip install --no-build-isolation -e '.[te]'` in the checkout of megamug"),
             "apex": ("apex", "apex", "install it (see `megamug doctor`)")}  # fmt: skip
 
 

@@ -62,8 +62,8 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
         assert te.HAVE_TE
     except (ImportError, AssertionError) as error:
         raise UserError(
-            "precision.layers=te needs Transformer Engine, which is not installed: pip install 'megamug[te]', "
-            "or set precision.layers=local"
+            "precision.layers=te needs Transformer Engine, which is not installed: pip install --no-build-isolation"
+            " -e '.[te]' in the checkout of megamug, or set precision.layers=local"
         ) from error
     return Modules(
         norm=layers.PlainNorm if plain_norm else te.TENorm,
