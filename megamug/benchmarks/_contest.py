@@ -26,6 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megamug import console
 from megamug.benchmarks import _profile, _steps
 from megamug.benchmarks._report import Report
 from megamug.command_line import COUNT
@@ -227,19 +228,23 @@ def contestants(
 
 def serve() -> None:
     """A contestant (arguments: module, name, dtype, options): warms up, then one action for each line read."""
+    console.take()
     module, name, dtype, options = sys.argv[1:]
     build = getattr(importlib.import_module(module), f"build_{name}")
-    step, flops = build(argparse.Namespace(**json.loads(options)), dtype)
-    for _ in range(WARM_UP):
-        step()
-    answer({"flops": flops})
-    for text in sys.stdin:
-        word, *rest = json.loads(text)
-        if word == "step":
-            answer(vars(timed(step)))
-        else:
-            answer(_profile.profile(step, Path(rest[0]), rest[1], synchronize, rest[2]))
-    answer({"peak_gib": peak_gib()})
+    try:
+        step, flops = build(argparse.Namespace(**json.loads(options)), dtype)
+        for _ in range(WARM_UP):
+            step()
+        answer({"flops": flops})
+        for text in sys.stdin:
+            word, *rest = json.loads(text)
+            if word == "step":
+                answer(vars(timed(step)))
+            else:
+                answer(_profile.profile(step, Path(rest[0]), rest[1], synchronize, rest[2]))
+        answer({"peak_gib": peak_gib()})
+    finally:
+        setup.stop()
     os._exit(0)  # the parent has all it wants; workers that read ahead need not be asked to end
 
 
@@ -303,27 +308,31 @@ def in_layout(benchmark: str, options: argparse.Namespace, config, build: Callab
         raise UserError("under torchrun one type a run, such as --dtypes bf16")
     (dtype,) = options.dtypes
     report = Report(benchmark, options, _steps.layout(config), speaks=os.environ.get("RANK", "0") == "0")
-    step, flops = build(options, dtype)
-    for _ in range(WARM_UP):
-        step()
-    turns, rates = [], []
-    for _ in range(options.steps):
-        dist.barrier()
-        turn = timed(step)
-        start = time.perf_counter()
-        dist.barrier()
-        turns.append(Turn(turn.seconds + time.perf_counter() - start, turn.wait))
-        rates.append(product_rate(dtype))
-    found = _profile.together(step, options.profile, f"{benchmark} {dtype}", synchronize) if options.profile else None
-    size = dist.get_world_size()
-    everyone: list = [None] * size
-    dist.all_gather_object(everyone, (statistics.median(rates), peak_gib()))
-    rate = statistics.mean(rate for rate, _ in everyone)
-    results = figures(turns, unit, units, flops, rate, dtype, size) | {"peak_gib": max(m for _, m in everyone)}
-    report.say(f"\n{dtype}; 2048^3 product on all processes at once: {rate / 1e9:.0f} GFLOP/s each")
-    report.say(f"  MFU: of {results['mfu_denominator']}\n  " + line("megamug", results, unit))
-    report.add(f"{dtype} megamug", **results, profile=found)
-    if found:
-        report.say(_profile.table(found))
-    report.finish()
-    setup.stop()
+    try:
+        step, flops = build(options, dtype)
+        for _ in range(WARM_UP):
+            step()
+        turns, rates = [], []
+        for _ in range(options.steps):
+            dist.barrier()
+            turn = timed(step)
+            start = time.perf_counter()
+            dist.barrier()
+            turns.append(Turn(turn.seconds + time.perf_counter() - start, turn.wait))
+            rates.append(product_rate(dtype))
+        found, name = None, f"{benchmark} {dtype}"
+        if options.profile:
+            found = _profile.together(step, options.profile, name, synchronize)
+        size = dist.get_world_size()
+        everyone: list = [None] * size
+        dist.all_gather_object(everyone, (statistics.median(rates), peak_gib()))
+        rate = statistics.mean(rate for rate, _ in everyone)
+        results = figures(turns, unit, units, flops, rate, dtype, size) | {"peak_gib": max(m for _, m in everyone)}
+        report.say(f"\n{dtype}; 2048^3 product on all processes at once: {rate / 1e9:.0f} GFLOP/s each")
+        report.say(f"  MFU: of {results['mfu_denominator']}\n  " + line("megamug", results, unit))
+        report.add(f"{dtype} megamug", **results, profile=found)
+        if found:
+            report.say(_profile.table(found))
+        report.finish()
+    finally:
+        setup.stop()
