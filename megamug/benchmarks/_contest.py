@@ -36,12 +36,26 @@ from megamug.telemetry.peaks import peak_flops
 
 DTYPES = ("fp32", "bf16", "fp8")
 WARM_UP = 2  # steps
-PACKAGES = {"transformers": "transformers", "transformers_writer": "transformers", "webdataset": "webdataset"}
+PEERS = {"eager": "transformers", "compiled": "transformers_compiled"}  # of a training step, as --peers names them
+PACKAGES = dict.fromkeys((*PEERS.values(), "transformers_writer"), "transformers") | {"webdataset": "webdataset"}
 
 
 def add_options(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("--dtypes", nargs=nargs, choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--steps", type=COUNT, default=5, help="that are measured, after two of warm-up (default 5)")
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peers", nargs="*", choices=[*PEERS], metavar="eager|compiled", help="how transformers' model"
+                        " runs: as it is, under torch.compile (default: eager; on a GPU both)")  # fmt: skip
+
+
+def peers(options: argparse.Namespace) -> list[str]:
+    """Names of the contestants that `--peers` asks for."""
+    asked = options.peers
+    if asked is None:
+        asked = [*PEERS] if torch.cuda.is_available() else ["eager"]
+    return [PEERS[how] for how in dict.fromkeys(asked)]
 
 
 @dataclass
@@ -147,7 +161,7 @@ def line(name: str, found: dict, unit: str) -> str:
     wait = f"  data wait {found['data_wait']:.1%}" if found.get("data_wait") is not None else ""
     ratio = f"  megamug / it: {found['megamug_times']:.2f}" if "megamug_times" in found else ""
     return (
-        f"{name:<13}{found[f'{unit}_per_second']:9.2f} {unit}/s (spread {found['spread']:.0%})"
+        f"{name:<22}{found[f'{unit}_per_second']:9.2f} {unit}/s (spread {found['spread']:.0%})"
         f"{found['tflops_per_device'] * 1e3:9.0f} GFLOP/s, MFU {found['mfu']:.0%}  peak {found['peak_gib']:.2f} GiB"
         f"{wait}{ratio}"
     )
