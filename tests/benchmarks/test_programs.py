@@ -16,6 +16,7 @@ from megamug.benchmarks import _contest, checkpoint, jam, loader, losses, mug
 from megamug.distributed import setup
 from megamug.errors import UserError
 from megamug.losses.ops import libraries
+from megamug.models import specs
 from tests.data.conftest import good_members, write_tar
 from tests.distributed.launch import ROOT, environment, launch_forked
 
@@ -60,31 +61,48 @@ def test_jam_in_two_stages(tmp_path):
     assert content["layout"]["pipeline"] == 2 and content["results"][0]["tokens_per_second"] > 0
 
 
-def test_mug_with_captions_of_no_tokenizer(tmp_path, capsys):
+@pytest.fixture
+def alone():
+    """A contestant is built in this process, whose groups are left behind it."""
+    yield
+    setup.stop()
+
+
+def test_mug_with_captions_of_no_tokenizer(alone, monkeypatch, capsys):
     captions = ["model.caption_loss_weight=0.1", "model.text_unimodal_layers=1", "model.text_multimodal_layers=1",
                 "model.text_width=32", "model.text_heads=2", "data.caption_length=8"]  # fmt: skip
     words = ["--batch", "2", "--steps", "1", "--dtypes", "fp32", "--vocabulary", "200", *captions]
-    mug.main([*TINY, *words, "--json", str(tmp_path / "figures.json")])
-    (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
-    assert result["name"] == "fp32 megamug" and result["images_per_second"] > 0
-    assert "ViTMAE writes no captions" in capsys.readouterr().out
-    config = mug.settings(mug.parse([*TINY, *words]), "fp32")
-    task = mug.task_of(config, 200)
+    raced = []
+    monkeypatch.setattr(_contest, "race", lambda report, module, names, *_: raced.append(names))
+    mug.main([*TINY, *words])
+    assert raced == [("megamug",)] and "ViTMAE writes no captions" in capsys.readouterr().out
+    step, flops = mug.build_megamug(mug.parse([*TINY, *words]), "fp32")
+    step()
+    plain = mug.settings(mug.parse([*TINY, "--batch", "2"]), "fp32")
+    assert flops > 2 * mug.task_of(plain, 0).flops_per_sample  # the captions' are in them
+    task = mug.task_of(mug.settings(mug.parse([*TINY, *words]), "fp32"), 200)
     assert task.plan.vocabulary == 200 and task.loss_names == ["image", "caption"]
     with pytest.raises(UserError, match="its captions need a tokenizer; set data.tokenizer=FILE"):
         mug.task_of(mug.settings(mug.parse([*TINY, *words, "data.train=shards/"]), "fp32"), 200)
 
 
-def test_writing_is_in_local_layers(tmp_path, capsys, monkeypatch):
-    """Also where a GPU's training is in Transformer Engine's, which have no cache."""
-    jam.main([*TINY_LM, "--dtypes", "--steps", "1", "--generate", "4", "--json", str(tmp_path / "figures.json")])
-    results = {result["name"]: result for result in json.loads((tmp_path / "figures.json").read_text())["results"]}
-    assert {"fp32 writer", "fp32 jam_writer"} <= {*results} and "(ours in local layers)" in capsys.readouterr().out
-    asked = []
-    monkeypatch.setattr("megamug.models.specs.choose", lambda layers: asked.append(layers) or ("local", ""))
-    jam.build_writer(jam.parse([*TINY_LM, "--generate", "4"]), "fp32")[0]()
-    setup.stop()
-    assert set(asked) == {"local"}
+@pytest.mark.parametrize("build", [jam.build_writer, jam.build_jam_writer])
+def test_writing_is_in_local_layers(build, alone, monkeypatch):
+    """Also where `auto` takes Transformer Engine's for training, as on a GPU: those have no cache."""
+    asked, choose = [], specs.choose
+    monkeypatch.setattr(specs, "choose", lambda layers: asked.append(layers) or choose(layers))
+    step, flops = build(jam.parse([*TINY_LM, "--generate", "4"]), "fp32")
+    step()  # which asserts that so many tokens were written
+    assert set(asked) == {"local"} and flops > 0
+
+
+def test_what_is_said_of_writing(monkeypatch, capsys):
+    raced = []
+    found = dict.fromkeys(("writer", "jam_writer"), {"tflops_per_device": 1.0})
+    monkeypatch.setattr(_contest, "race", lambda report, module, names, *_: raced.append(names) or found)
+    jam.main([*TINY_LM, "--dtypes", "--generate", "4"])
+    assert raced == [("writer", "transformers_writer", "jam_writer")]
+    assert "(ours in local layers)" in capsys.readouterr().out
 
 
 def test_checkpoint(tmp_path):
