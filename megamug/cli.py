@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megamug
-from megamug import validate
+from megamug import console, validate
 from megamug.command_line import Parser, world_size
 from megamug.config import load_config, resolve
 from megamug.durable import folder_problem
@@ -43,8 +43,9 @@ PATIENCE_SECONDS = 10.0  # how much later than the others a process may come to 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` without the program's name."""
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-        return arguments.run(arguments)
+        with console.own():
+            arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+            return arguments.run(arguments)
     except UserError as error:
         _tell(f"megamug: error: {error}")
         return EXIT_USER_ERROR
@@ -188,7 +189,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 resolve_sources(data)
         except UserError as error:
             raise UserError(f"--data: {error}") from None
-    _import_megatron()
     from megamug import evaluate
 
     figures = evaluate.run_task(
@@ -220,7 +220,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not allowed(value):
             raise UserError(f"{_option(name)} is {value:g}; it must be {wanted}")
-    _import_megatron()
     figures = (_generate_from_images if kind == "mug" else _generate_documents)(arguments)
     if _speaks():
         print(json.dumps(figures, indent=2, default=str))
@@ -254,13 +253,6 @@ def _generate_documents(arguments: argparse.Namespace) -> dict:
         guidance=arguments.guidance, contrastive=arguments.contrastive, contrastive_top_k=arguments.contrastive_top_k,
         samples=arguments.samples or 1, seed=arguments.seed, output=arguments.output, step=arguments.checkpoint,
     )
-
-
-def _import_megatron() -> None:
-    """Before the models do: without its advice about packages that are optional here."""
-    from megamug.distributed.cpu_backend import import_megatron
-
-    import_megatron()
 
 
 def _option(name: str) -> str:

@@ -5,6 +5,7 @@ Packages are looked up and imported here and nowhere else for their own sake; ea
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 GIB = 2**30
+DRIVER = Path("/proc/driver/nvidia/version")
 LITTLE_DISK, LITTLE_SHARED_MEMORY, FEW_FILES = 10 * GIB, GIB, 4096
 
 
@@ -34,6 +36,7 @@ class Package:
     get: str
 
 
+TE = "in the checkout of megamug: pip install --no-build-isolation -e '.[te]'"
 APEX = "in a checkout of NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 PACKAGES = (
     Package("torch", "torch", ">=2.10,<2.14", "tensors, autograd, process groups", "",
@@ -51,10 +54,28 @@ PACKAGES = (
     Package("safetensors", "safetensors", "", "weights that enter and leave", "", "pip install safetensors"),
     Package("tensorboard", "tensorboard", "", "curves and pictures of a run",
             "metrics.jsonl, with log.tensorboard=false", "pip install tensorboard"),
-    Package("transformer-engine", "transformer_engine.pytorch", "", "FP8 and fused layers on GPUs",
-            "plain torch layers (precision.layers=local), without FP8", 'pip install "megamug[te]"'),
+    Package("transformer-engine", "transformer_engine.pytorch", ">=2.9", "FP8 and fused layers on GPUs",
+            "plain torch layers (precision.layers=local), without FP8", TE),
     Package("apex", "apex", "", "Megatron-core's fused weight gradients and optimizer on GPUs",
             "Transformer Engine's or torch's optimizer, unfused gradients", APEX),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Versions of Megatron-core, and those of Transformer Engine that have all that these import of it."""
+
+    megatron: str
+    engine: str
+    otherwise: str  # what is lost
+
+
+# Read in the sources of 0.16.1, 0.17.1, 0.18.0 and 0.19.2, and of Transformer Engine 2.13, 2.14 and 2.20. 0.16 names
+# 2.9 to 2.11 as its own; what it imports is still there in 2.20.
+PAIRS = (
+    Pair(">=0.16,<0.17", ">=2.9", "its layers and FP8 recipes"),
+    Pair(">=0.17,<0.20", ">=2.14", "multi_tensor_scale_tensor: Megatron then takes the norm of gradients and clips them"
+         " by one kernel for each parameter"),
 )  # fmt: skip
 
 
@@ -94,7 +115,7 @@ def run(as_json: bool) -> int:
 def examine() -> Report:
     """Looks at packages, compiled losses, GPUs and the machine."""
     packages = [examine_package(package) for package in PACKAGES]
-    report = Report([_python(), *packages])
+    report = Report([_python(), *packages, *_pair()])
     if packages[0].status == "ok":  # torch
         report.findings += [_losses(), *_gpus()]
     report.findings += [_nvcc(), _processors(), *_space(), _open_files()]
@@ -135,6 +156,21 @@ def examine_package(package: Package) -> Finding:
         reason = " ".join(str(error).split())[:200]
         return Finding(package.name, bad, f"{version}, but it cannot be imported: {reason}", **about)
     return Finding(package.name, "ok", version, **about | {"do": ""})
+
+
+def _pair() -> list[Finding]:
+    """Whether Megatron-core and Transformer Engine, where both are there, go together."""
+    try:
+        megatron, engine = (importlib.metadata.version(name) for name in ("megatron-core", "transformer-engine"))
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    pair = next((pair for pair in PAIRS if _fits(megatron, pair.megatron)), None)
+    if pair is None:
+        return []  # this Megatron-core does not fit, which stands above
+    name, found = "the two together", f"megatron-core {megatron} with transformer-engine {engine}"
+    if _fits(engine, pair.engine):
+        return [Finding(name, "ok", found)]
+    return [Finding(name, "problem", f"{found}, which lacks {pair.otherwise}; {pair.engine} has it", do=TE)]
 
 
 def _fits(version: str, wanted: str) -> bool:
@@ -201,12 +237,26 @@ def _gpus() -> list[Finding]:
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA kernel driver, None without one."""
-    path = Path("/proc/driver/nvidia/version")
-    if not path.exists():
+    """Version of the NVIDIA driver, None without one: what the kernel says, or, as in some containers, NVML."""
+    told = DRIVER.read_text() if DRIVER.exists() else ""
+    # "NVIDIA UNIX x86_64 Kernel Module  535.104.05 ..." or "NVIDIA UNIX Open Kernel Module for x86_64  580.159 ..."
+    match = re.search(r"Kernel Module(?: +for +\S+)? +(\d+(?:\.\d+)+)", told)
+    if match:
+        return match.group(1)
+    return _nvml_driver() or ("of unknown version" if told else None)
+
+
+def _nvml_driver() -> str | None:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
         return None
-    match = re.search(r"Kernel Module\D*([\d.]+)", path.read_text())
-    return match.group(1) if match else "of unknown version"
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE of nvml.h
+    failed = nvml.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
+    nvml.nvmlShutdown()
+    return None if failed else text.value.decode()
 
 
 def _nvcc() -> Finding:

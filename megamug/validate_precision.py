@@ -14,9 +14,11 @@ from megamug.config import Config, towers
 from megamug.counts import decoder_tokens, round_up, stack_layers, visible_tokens
 from megamug.errors import UserError
 
-FP8_ROWS = 8  # Transformer Engine: FP8 products want batch x tokens in multiples of 8 ...
-FP8_COLUMNS = 16  # ... and features in multiples of 16
-PACKAGES = {"te": ("transformer_engine", "Transformer Engine", "`pip install megamug[te]`"),
+# Transformer Engine's FP8 products (cuBLAS) want every inner dimension in multiples of 16 numbers. Forward that is
+# features; in a weight's gradient it is tokens x micro-batch.
+FP8_ROWS = FP8_COLUMNS = 16
+PACKAGES = {"te": ("transformer_engine", "Transformer Engine",
+                   "`pip install --no-build-isolation -e '.[te]'` in the checkout of megamug"),
             "apex": ("apex", "apex", "install it (see `megamug doctor`)")}  # fmt: skip
 
 
@@ -151,7 +153,11 @@ def _package(which: str, setting: str, fix: str) -> None:
 
 
 def sizes(config: Config) -> None:
-    """Rows and features that Transformer Engine's FP8 products take, on each tensor-parallel rank."""
+    """Rows and features that Transformer Engine's FP8 products take, on each tensor-parallel rank.
+
+    Passes without gradients have the same rows (a validation's last batch is filled up), or, in pictures while
+    training, eight times as many as there are tokens, which is what a product forward asks for.
+    """
     rows = _rows_of_mug(config) if config.model.kind == "mug" else _rows_of_language(config)
     needs, micro = f"precision.fp8({config.precision.fp8})", config.data.micro_batch_size
     shared_by = config.parallel.tensor if config.parallel.sequence else 1

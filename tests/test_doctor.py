@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import resource
 import shutil
 import tomllib
@@ -45,11 +46,27 @@ def test_the_table_says_what_to_do(capsys):
 
 def test_dependencies_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {package.name + package.versions for package in doctor.PACKAGES}
-    extras = {"transformer-engine", "apex"}
-    assert {package for package in wanted if package not in extras} == set(project["dependencies"])
+    extras = ("transformer-engine", "apex")
+    wanted = {package.name + package.versions for package in doctor.PACKAGES if package.name not in extras}
+    assert wanted == set(project["dependencies"])
     for package in doctor.PACKAGES:
-        assert package.used_for and package.get and (package.versions in package.get or package.name in package.get)
+        assert package.used_for and package.get
+        assert package.name == "transformer-engine" or package.versions in package.get or package.name in package.get
+    # What is installed by `pip install -e '.[te]'` fits every Megatron-core that the package takes.
+    (engine,) = project["optional-dependencies"]["te"]
+    lowest = engine.partition("]>=")[2]
+    assert ".[te]" in doctor.TE and all(doctor._fits(lowest, pair.engine) for pair in doctor.PAIRS)
+    for version in ("0.16.1", "0.17.0", "0.18.2", "0.19.2"):
+        assert sum(doctor._fits(version, pair.megatron) for pair in doctor.PAIRS) == 1
+
+
+def test_no_message_names_a_package_of_our_name():
+    """On an index that name could be anybody's: what is installed is the checkout."""
+    told = [path for folder in ("megamug", "tools", "docs", "examples") for path in (ROOT / folder).rglob("*.*")
+            if path.suffix in (".py", ".md", ".yaml", ".sh")]  # fmt: skip
+    assert len(told) > 100
+    for path in [*told, ROOT / "README.md"]:
+        assert not re.search(r"install[^\n]* ['\"]?megamug\b(?!\.)", path.read_text()), path
 
 
 @pytest.mark.parametrize(
@@ -138,3 +155,73 @@ def test_nvcc_is_found_on_the_path_or_under_cuda_home(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     os.environ["PATH"] = f"{tmp_path / 'bin'}:/bin"
     assert doctor._nvcc().status == "ok" and doctor._nvcc().found == f"13.0 ({nvcc})"
+
+
+@pytest.mark.parametrize(
+    ("megatron", "engine", "status"),
+    [("0.16.1", "2.9.0", "ok"), ("0.16.1", "2.20.2", "ok"), ("0.16.1", "2.8.0", "problem"),
+     ("0.19.2", "2.11.0", "problem"), ("0.17.1", "2.13.0", "problem"), ("0.19.2", "2.14.0", "ok"),
+     ("0.19.2", "2.20.2+abc", "ok"), ("0.15.0", "2.14.0", None), ("0.19.2", None, None)],
+)  # fmt: skip
+def test_pairs_of_megatron_and_transformer_engine(megatron, engine, status, monkeypatch):
+    def version(name):
+        if found := {"megatron-core": megatron, "transformer-engine": engine}[name]:
+            return found
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    told = doctor._pair()
+    assert [finding.status for finding in told] == ([status] if status else [])
+    if status == "problem":
+        assert megatron in told[0].found and engine in told[0].found and ".[te]" in told[0].do
+    if (megatron, engine) == ("0.19.2", "2.11.0"):
+        assert "multi_tensor_scale_tensor" in told[0].found and ">=2.14 has it" in told[0].found
+
+
+DRIVERS = {
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159  Release Build  (dvs@U22)  Thu": "580.159",
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023": "535.104.05",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  575.57.08  Release Build": "575.57.08",
+    "NVRM version: something else\n": None,
+    None: None,
+}
+
+
+class Nvml:
+    """A stand-in for the driver's library."""
+
+    def __init__(self, version: bytes, init: int = 0):
+        self.version, self.init, self.open = version, init, 0
+
+    def nvmlInit_v2(self) -> int:
+        self.open += self.init == 0
+        return self.init
+
+    def nvmlSystemGetDriverVersion(self, text, length) -> int:
+        assert len(text) == length.value == 80
+        text.value = self.version
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+
+@pytest.mark.parametrize("told", DRIVERS)
+def test_the_version_of_the_driver(told, tmp_path, monkeypatch):
+    def load(name: str):
+        assert name == "libnvidia-ml.so.1"
+        if library is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library
+
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor.ctypes, "CDLL", load)
+    if told is not None:
+        doctor.DRIVER.write_text(told + "\nGCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n")
+    library = None
+    assert doctor._driver() == (DRIVERS[told] or (None if told is None else "of unknown version"))
+    library = Nvml(b"580.159.04")
+    assert doctor._driver() == (DRIVERS[told] or "580.159.04") and library.open == 0
+    library = Nvml(b"580.159.04", init=9)  # NVML_ERROR_DRIVER_NOT_LOADED
+    assert doctor._driver() == (DRIVERS[told] or (None if told is None else "of unknown version"))

@@ -26,6 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megamug import console
 from megamug.benchmarks import _profile, _steps
 from megamug.benchmarks._report import Report
 from megamug.command_line import COUNT
@@ -35,12 +36,26 @@ from megamug.telemetry.peaks import peak_flops
 
 DTYPES = ("fp32", "bf16", "fp8")
 WARM_UP = 2  # steps
-PACKAGES = {"transformers": "transformers", "transformers_writer": "transformers", "webdataset": "webdataset"}
+PEERS = {"eager": "transformers", "compiled": "transformers_compiled"}  # of a training step, as --peers names them
+PACKAGES = dict.fromkeys((*PEERS.values(), "transformers_writer"), "transformers") | {"webdataset": "webdataset"}
 
 
 def add_options(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("--dtypes", nargs=nargs, choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--steps", type=COUNT, default=5, help="that are measured, after two of warm-up (default 5)")
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peers", nargs="*", choices=[*PEERS], metavar="eager|compiled", help="how transformers' model"
+                        " runs: as it is, under torch.compile (default: eager; on a GPU both)")  # fmt: skip
+
+
+def peers(options: argparse.Namespace) -> list[str]:
+    """Names of the contestants that `--peers` asks for."""
+    asked = options.peers
+    if asked is None:
+        asked = [*PEERS] if torch.cuda.is_available() else ["eager"]
+    return [PEERS[how] for how in dict.fromkeys(asked)]
 
 
 @dataclass
@@ -146,7 +161,7 @@ def line(name: str, found: dict, unit: str) -> str:
     wait = f"  data wait {found['data_wait']:.1%}" if found.get("data_wait") is not None else ""
     ratio = f"  megamug / it: {found['megamug_times']:.2f}" if "megamug_times" in found else ""
     return (
-        f"{name:<13}{found[f'{unit}_per_second']:9.2f} {unit}/s (spread {found['spread']:.0%})"
+        f"{name:<22}{found[f'{unit}_per_second']:9.2f} {unit}/s (spread {found['spread']:.0%})"
         f"{found['tflops_per_device'] * 1e3:9.0f} GFLOP/s, MFU {found['mfu']:.0%}  peak {found['peak_gib']:.2f} GiB"
         f"{wait}{ratio}"
     )
@@ -227,19 +242,23 @@ def contestants(
 
 def serve() -> None:
     """A contestant (arguments: module, name, dtype, options): warms up, then one action for each line read."""
+    console.take()
     module, name, dtype, options = sys.argv[1:]
     build = getattr(importlib.import_module(module), f"build_{name}")
-    step, flops = build(argparse.Namespace(**json.loads(options)), dtype)
-    for _ in range(WARM_UP):
-        step()
-    answer({"flops": flops})
-    for text in sys.stdin:
-        word, *rest = json.loads(text)
-        if word == "step":
-            answer(vars(timed(step)))
-        else:
-            answer(_profile.profile(step, Path(rest[0]), rest[1], synchronize, rest[2]))
-    answer({"peak_gib": peak_gib()})
+    try:
+        step, flops = build(argparse.Namespace(**json.loads(options)), dtype)
+        for _ in range(WARM_UP):
+            step()
+        answer({"flops": flops})
+        for text in sys.stdin:
+            word, *rest = json.loads(text)
+            if word == "step":
+                answer(vars(timed(step)))
+            else:
+                answer(_profile.profile(step, Path(rest[0]), rest[1], synchronize, rest[2]))
+        answer({"peak_gib": peak_gib()})
+    finally:
+        setup.stop()
     os._exit(0)  # the parent has all it wants; workers that read ahead need not be asked to end
 
 
@@ -303,27 +322,31 @@ def in_layout(benchmark: str, options: argparse.Namespace, config, build: Callab
         raise UserError("under torchrun one type a run, such as --dtypes bf16")
     (dtype,) = options.dtypes
     report = Report(benchmark, options, _steps.layout(config), speaks=os.environ.get("RANK", "0") == "0")
-    step, flops = build(options, dtype)
-    for _ in range(WARM_UP):
-        step()
-    turns, rates = [], []
-    for _ in range(options.steps):
-        dist.barrier()
-        turn = timed(step)
-        start = time.perf_counter()
-        dist.barrier()
-        turns.append(Turn(turn.seconds + time.perf_counter() - start, turn.wait))
-        rates.append(product_rate(dtype))
-    found = _profile.together(step, options.profile, f"{benchmark} {dtype}", synchronize) if options.profile else None
-    size = dist.get_world_size()
-    everyone: list = [None] * size
-    dist.all_gather_object(everyone, (statistics.median(rates), peak_gib()))
-    rate = statistics.mean(rate for rate, _ in everyone)
-    results = figures(turns, unit, units, flops, rate, dtype, size) | {"peak_gib": max(m for _, m in everyone)}
-    report.say(f"\n{dtype}; 2048^3 product on all processes at once: {rate / 1e9:.0f} GFLOP/s each")
-    report.say(f"  MFU: of {results['mfu_denominator']}\n  " + line("megamug", results, unit))
-    report.add(f"{dtype} megamug", **results, profile=found)
-    if found:
-        report.say(_profile.table(found))
-    report.finish()
-    setup.stop()
+    try:
+        step, flops = build(options, dtype)
+        for _ in range(WARM_UP):
+            step()
+        turns, rates = [], []
+        for _ in range(options.steps):
+            dist.barrier()
+            turn = timed(step)
+            start = time.perf_counter()
+            dist.barrier()
+            turns.append(Turn(turn.seconds + time.perf_counter() - start, turn.wait))
+            rates.append(product_rate(dtype))
+        found, name = None, f"{benchmark} {dtype}"
+        if options.profile:
+            found = _profile.together(step, options.profile, name, synchronize)
+        size = dist.get_world_size()
+        everyone: list = [None] * size
+        dist.all_gather_object(everyone, (statistics.median(rates), peak_gib()))
+        rate = statistics.mean(rate for rate, _ in everyone)
+        results = figures(turns, unit, units, flops, rate, dtype, size) | {"peak_gib": max(m for _, m in everyone)}
+        report.say(f"\n{dtype}; 2048^3 product on all processes at once: {rate / 1e9:.0f} GFLOP/s each")
+        report.say(f"  MFU: of {results['mfu_denominator']}\n  " + line("megamug", results, unit))
+        report.add(f"{dtype} megamug", **results, profile=found)
+        if found:
+            report.say(_profile.table(found))
+        report.finish()
+    finally:
+        setup.stop()

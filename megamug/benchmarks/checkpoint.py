@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from megamug.benchmarks import _contest, _profile, _report, _steps
+from megamug.benchmarks import _contest, _profile, _report, _steps, mug
 from megamug.checkpoint.store import CheckpointStore
 from megamug.command_line import COUNT, world_size
 from megamug.distributed import cpu_backend, setup
@@ -39,6 +39,7 @@ BLOCK = 1 << 24
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _report.parser("checkpoint", __doc__)
     parser.add_argument("--preset", default="vit_b16")
+    mug.add_vocabulary(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--folder", default=".", metavar="DIR", help="on the disk to measure (default: this folder)")
     parser.add_argument("--repeats", type=COUNT, default=3)
@@ -56,9 +57,8 @@ def main(argv: list[str]) -> None:
     report = _report.Report("checkpoint", options, _steps.layout(config), speaks)
     cpu_backend.apply()
     from megamug.checkpoint.saver import on_first
-    from megamug.models.tasks import make_task
 
-    world, chunks, _, optimizer = _steps.built(make_task(config), config)
+    world, chunks, _, optimizer = _steps.built(mug.task_of(config, options.vocabulary), config)
     held = tempfile.TemporaryDirectory(prefix="megamug-checkpoint-", dir=parent) if speaks else None
     try:
         folder = Path(on_first(world, lambda: held.name))

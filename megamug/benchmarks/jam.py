@@ -6,7 +6,9 @@ writing with a key-value cache, against transformers' `generate`. Each contestan
 step when it is told to, in turns, so that a busy machine slows all; medians are printed.
 
 The peer runs as its users run it: eager, SDPA attention, its own loss, torch's fused AdamW; in bf16 under autocast with
-fp32 weights. Ours in bf16 holds bf16 weights with fp32 main weights and gradients.
+fp32 weights; with `--peers eager compiled` twice, the second time under torch.compile. Ours in bf16 holds bf16 weights
+with fp32 main weights and gradients. It writes in `local` layers, which alone have a key-value cache, as `megamug
+generate` does.
 
 `section.key=value` changes ours, and under torchrun ours alone runs, in the layout that is asked for, one type and
 one model a run (--model jam_cross for two towers); see `benchmark.py mug --help`.
@@ -24,6 +26,7 @@ import types
 
 import torch
 
+from megamug import inference
 from megamug.benchmarks import _contest, _report, _steps
 from megamug.command_line import COUNT, FROM_ZERO, world_size
 
@@ -39,6 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=KINDS, default=KINDS[0], help="under torchrun")
     parser.add_argument("--generate", type=FROM_ZERO, default=0, metavar="N", help="also write N tokens (default 0)")
     _contest.add_options(parser, nargs="*")  # none: only writing
+    _contest.add_peers(parser)
     return _steps.parse(parser, argv)
 
 
@@ -52,11 +56,12 @@ def main(argv: list[str]) -> None:
         return
     config = [settings(options, dtype, kind) for dtype in options.dtypes or ["fp32"] for kind in KINDS][0]
     report = _report.Report("jam", options, _steps.layout(config))
+    trained = ("megamug", *_contest.peers(options), "jam_cross")
     for dtype in options.dtypes:
-        figures = _contest.race(report, __name__, ("megamug", "transformers", "jam_cross"), dtype, "tokens", units)
+        figures = _contest.race(report, __name__, trained, dtype, "tokens", units)
         _say_share(report, figures, "jam_cross", "megamug")
     if options.generate:
-        report.say(f"\nwriting {options.generate} tokens behind {PROMPT}, one at a time:")
+        report.say(f"\nwriting {options.generate} tokens behind {PROMPT}, one at a time (ours in local layers):")
         writers = ("writer", "transformers_writer", "jam_writer")
         figures = _contest.race(report, __name__, writers, "fp32", "tokens", options.generate)
         _say_share(report, figures, "jam_writer", "writer")
@@ -96,12 +101,13 @@ def _model(config, options: argparse.Namespace):
     from megamug.distributed import cpu_backend, setup
 
     cpu_backend.apply()
+    from megamug.models import specs
     from megamug.models.init import initialise
     from megamug.models.lm_task import model_of
 
     plan_type, model_type = model_of(config.model.kind)
     world = setup.start(config.parallel, config.seed)
-    plan = plan_type(config, options.vocabulary, "local")
+    plan = plan_type(config, options.vocabulary, specs.choose(config)[0])
     model = model_type(plan, 0).to(world.device)
     initialise(model.sharded_state_dict(), config.seed, plan.init_std)
     return model, world
@@ -154,12 +160,17 @@ def _llama(options: argparse.Namespace):
     ).to("cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
 
 
-def build_transformers(options: argparse.Namespace, dtype: str):
+def build_transformers_compiled(options: argparse.Namespace, dtype: str):
+    """`build_transformers` under torch.compile."""
+    return build_transformers(options, dtype, torch.compile)
+
+
+def build_transformers(options: argparse.Namespace, dtype: str, how=lambda model: model):
     """(step, its FLOPs) of transformers' LlamaForCausalLM."""
     from megamug.models.lm_plan import LmPlan
 
     flops = options.batch * 3 * LmPlan(settings(options, dtype, "decoder_lm"), options.vocabulary).forward_flops
-    model = _llama(options)
+    model = how(_llama(options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     tokens = torch.randint(0, options.vocabulary, (options.batch, options.tokens), device=model.device)
 
@@ -192,7 +203,7 @@ def build_jam_writer(options: argparse.Namespace, dtype: str):
 
 def _build_writer(options: argparse.Namespace, dtype: str, kind: str):
     """By `megamug generate`'s own loop, in a vocabulary of text alone."""
-    model, _ = _model(settings(options, dtype, kind), options)
+    model, _ = _model(inference.one_process(settings(options, dtype, kind)), options)
     from megamug.generation.decoding import Sampling, write_documents
 
     vocabulary = types.SimpleNamespace(

@@ -21,6 +21,35 @@ if TYPE_CHECKING:  # indexing in many processes does without torch
 DECODE_ERRORS = (RuntimeError, ValueError)
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
+# The chunks that pixels and their orientation come from.
+PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
+
+
+def without_remarks(image: bytes) -> bytes:
+    """A PNG without the chunks that do not concern its pixels; anything else, and a PNG cut short, as it is.
+
+    Decoders do not apply a profile or a gamma, but libpng writes a warning to stderr for each that it dislikes ("iCCP:
+    known incorrect sRGB profile"), as often as the image is read. A chunk: length, name, data, checksum (PNG, part 5).
+    """
+    if not image.startswith(PNG):
+        return image
+    kept, start, dropped = [PNG], len(PNG), False
+    while start < len(image):
+        name = image[start + 4 : start + 8]
+        end = start + 12 + int.from_bytes(image[start : start + 4], "big")
+        if end > len(image):
+            return image
+        if name in PNG_PIXELS:
+            kept.append(image[start:end])
+        else:
+            dropped = True
+        start = end
+        if name == b"IEND":
+            break
+    return b"".join(kept) + image[start:] if dropped else image
+
+
 def load_dali():
     """(fn, types, pipeline_def, version). Raises `UserError` where DALI is not installed."""
     try:
@@ -60,7 +89,7 @@ class FullDecoder:
         """(height, width) of each image as decoded. Raises one of `DECODE_ERRORS` where any of them does not decode."""
         assert 0 < len(images) <= self.batch_size
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+        pipeline.feed_input("encoded", [np.frombuffer(without_remarks(image), np.uint8) for image in images])
         (decoded,) = pipeline.run()
         sizes = [tuple(decoded[i].shape()[:2]) for i in range(len(images))]
         self._pipeline = pipeline  # only after a success
@@ -117,7 +146,7 @@ class CropDecoder:
         assert 0 < len(images) <= self.batch_size
         pipeline, self._pipeline = self._pipeline or self._build(), None
         regions = np.asarray(regions, np.int32)
-        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+        pipeline.feed_input("encoded", [np.frombuffer(without_remarks(image), np.uint8) for image in images])
         pipeline.feed_input("anchor", np.ascontiguousarray(regions[:, :2]))
         pipeline.feed_input("shape", np.ascontiguousarray(regions[:, 2:]))
         # DALI reuses its buffer in the next run: copy

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
+from megamug import console
 from megamug.errors import UserError
 
 _REMEDIES = {
@@ -21,6 +22,7 @@ _REMEDIES = {
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool: a `UserError`, or a file that cannot be read or written, becomes one line on stderr, exit code 2."""
+    console.take()
     try:
         main()
     except UserError as error:
@@ -77,7 +79,8 @@ def parallel_map(function: Callable, items: Iterable, processes: int) -> Iterato
             yield item, function(item)
         return
     waiting = iter(items)
-    with ProcessPoolExecutor(min(processes, len(items)), mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(items)), context, initializer=console.take) as pool:
         running = {}
         try:
             while True:

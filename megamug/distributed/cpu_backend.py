@@ -19,11 +19,11 @@ import functools
 import hashlib
 import importlib
 import inspect
-import logging
-import warnings
 from collections.abc import Callable
 
 import torch
+
+from megamug import console
 
 _applied = False
 
@@ -209,9 +209,7 @@ def _attribute(module: str, path: str) -> tuple[object, str]:
 
 def import_megatron() -> None:
     """Imports Megatron-core without its advice about packages that are optional here (`megamug doctor` names them)."""
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with console.own():
         importlib.import_module("megatron.core")
 
 
@@ -236,8 +234,7 @@ def apply() -> bool:
     if not _applied:
         import_megatron()
         for module, path, replace, _ in PATCHES:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with console.own():
                 owner, name = _attribute(module, path)
             setattr(owner, name, replace(getattr(owner, name)))
         keep_freed_memory()

@@ -75,6 +75,18 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
         else:  # no launcher: no address and no port needed
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
+    try:
+        return _join(parallel, seed, embedding_stages, rank, size, device, reason)
+    except BaseException:
+        stop()
+        raise
+
+
+def _join(
+    parallel: ParallelConfig, seed: int, embedding_stages: list[int] | None, rank: int, size: int,
+    device: torch.device, reason: str,
+) -> World:  # fmt: skip
+    """Builds Megatron's groups inside the process group."""
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(

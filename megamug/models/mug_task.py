@@ -125,7 +125,7 @@ class MugTask(Task):
             return None
         if not world.is_first:
             return None
-        from megamug.evaluate.held_out import held_out
+        from megamug.evaluate.held_out import held_out, select
         from megamug.generate import columns, sample_rows, true_and_written
         from megamug.telemetry.pictures import save_grid
 
@@ -137,7 +137,9 @@ class MugTask(Task):
         try:
             with closing(held_out(small, replace(world, dp_rank=0, dp_size=1), PICTURE_PAIRS)) as pairs:
                 batch, captions = next(pairs)
-            rows = sample_rows(stage, batch, true_and_written(stage, self.tokenizer, batch, captions))
+            fill = torch.arange(PICTURE_PAIRS) % len(captions)  # forward, FP8 products want rows in multiples of 8
+            full, texts = select(batch, fill), [captions[i] for i in fill.tolist()]
+            rows = sample_rows(stage, full, true_and_written(stage, self.tokenizer, full, texts))[: len(captions)]
         finally:
             stage.train(was_training)
         return save_grid(rows, columns(stage), Path(run_dir) / "pictures" / f"step-{step:08d}.png")

@@ -63,8 +63,8 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
         assert te.HAVE_TE
     except (ImportError, AssertionError) as error:
         raise UserError(
-            "precision.layers=te needs Transformer Engine, which is not installed: pip install 'megamug[te]', "
-            "or set precision.layers=local"
+            "precision.layers=te needs Transformer Engine, which is not installed: pip install --no-build-isolation"
+            " -e '.[te]' in the checkout of megamug, or set precision.layers=local"
         ) from error
     from megamug.models.te_attention import DocumentAttention
 

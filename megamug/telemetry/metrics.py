@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megamug import console
 from megamug.durable import replace_text
 
 logger = logging.getLogger(__name__)
@@ -213,34 +214,30 @@ class MetricsLogger:
 def setup_logging(run_dir: str | Path, rank: int) -> Path:
     """Send this process's log to `RUN/log/rank-N.log` (appended), and to the console what a reader there wants.
 
-    The console shows megamug's own lines and what other packages log as a warning from rank 0, and errors from every
-    rank; what Python's `warnings` say goes to the file only. May be called again: the handlers of the earlier call are
-    replaced. Returns the path of the log file.
+    The console shows megamug's own lines from rank 0, and errors of anybody from every rank; what else other packages
+    log or warn of goes to the file only, see `megamug.console`. May be called again: the handlers of the earlier call
+    are replaced. Returns the path of the log file.
     """
     path = Path(run_dir) / "log" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    console.addFilter(_for_the_console)
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    screen.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    screen.addFilter(console.belongs)
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if getattr(handler, "of_megamug", False)]:
         root.removeHandler(handler)
         handler.close()
-    for handler in (file, console):
+    for handler in (file, screen):
         handler.of_megamug = True
         root.addHandler(handler)
     logging.getLogger("megamug").setLevel(logging.INFO)
     logging.captureWarnings(False)  # whoever replaced `warnings.showwarning` since an earlier call would keep it
     logging.captureWarnings(True)
+    console.to_file(file)
     return path
-
-
-def _for_the_console(line: logging.LogRecord) -> bool:
-    package = line.name.split(".")[0]
-    return package == "megamug" or (line.levelno >= logging.WARNING and line.name != "py.warnings")
 
 
 def truncate_metrics(run_dir: Path, step: int) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from megamug.benchmarks import checkpoint, jam, loader, losses, mug
+from megamug.benchmarks import _contest, checkpoint, jam, loader, losses, mug
+from megamug.distributed import setup
 from megamug.errors import UserError
 from megamug.losses.ops import libraries
+from megamug.models import specs
 from tests.data.conftest import good_members, write_tar
 from tests.distributed.launch import ROOT, environment, launch_forked
 
@@ -57,6 +60,50 @@ def test_jam_in_two_stages(tmp_path):
     words += ["data.separate_documents=true"]
     content = ranks(tmp_path, 2, "jam", *TINY_LM, *words, "data.micro_batch_size=2")
     assert content["layout"]["pipeline"] == 2 and content["results"][0]["tokens_per_second"] > 0
+
+
+@pytest.fixture
+def alone():
+    """A contestant is built in this process, whose groups are left behind it."""
+    yield
+    setup.stop()
+
+
+def test_mug_with_captions_of_no_tokenizer(alone, monkeypatch, capsys):
+    captions = ["model.caption_loss_weight=0.1", "model.text_unimodal_layers=1", "model.text_multimodal_layers=1",
+                "model.text_width=32", "model.text_heads=2", "data.caption_length=8"]  # fmt: skip
+    words = ["--batch", "2", "--steps", "1", "--dtypes", "fp32", "--vocabulary", "200", *captions]
+    raced = []
+    monkeypatch.setattr(_contest, "race", lambda report, module, names, *_: raced.append(names))
+    mug.main([*TINY, *words])
+    assert raced == [("megamug",)] and "ViTMAE writes no captions" in capsys.readouterr().out
+    step, flops = mug.build_megamug(mug.parse([*TINY, *words]), "fp32")
+    step()
+    plain = mug.settings(mug.parse([*TINY, "--batch", "2"]), "fp32")
+    assert flops > 2 * mug.task_of(plain, 0).flops_per_sample  # the captions' are in them
+    task = mug.task_of(mug.settings(mug.parse([*TINY, *words]), "fp32"), 200)
+    assert task.plan.vocabulary == 200 and task.loss_names == ["image", "caption"]
+    with pytest.raises(UserError, match="its captions need a tokenizer; set data.tokenizer=FILE"):
+        mug.task_of(mug.settings(mug.parse([*TINY, *words, "data.train=shards/"]), "fp32"), 200)
+
+
+@pytest.mark.parametrize("build", [jam.build_writer, jam.build_jam_writer])
+def test_writing_is_in_local_layers(build, alone, monkeypatch):
+    """Also where `auto` takes Transformer Engine's for training, as on a GPU: those have no cache."""
+    asked, choose = [], specs.choose
+    monkeypatch.setattr(specs, "choose", lambda layers: asked.append(layers) or choose(layers))
+    step, flops = build(jam.parse([*TINY_LM, "--generate", "4"]), "fp32")
+    step()  # which asserts that so many tokens were written
+    assert set(asked) == {"local"} and flops > 0
+
+
+def test_what_is_said_of_writing(monkeypatch, capsys):
+    raced = []
+    found = dict.fromkeys(("writer", "jam_writer"), {"tflops_per_device": 1.0})
+    monkeypatch.setattr(_contest, "race", lambda report, module, names, *_: raced.append(names) or found)
+    jam.main([*TINY_LM, "--dtypes", "--generate", "4"])
+    assert raced == [("writer", "transformers_writer", "jam_writer")]
+    assert "(ours in local layers)" in capsys.readouterr().out
 
 
 def test_checkpoint(tmp_path):
@@ -111,6 +158,27 @@ def test_the_peers_of_training_steps_step():
     assert step() is None and flops > 0
 
 
+def test_compiled_peers(monkeypatch):
+    """The same steps on what torch.compile makes of the model; the compiler itself is not what is looked at here."""
+    pytest.importorskip("transformers")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
+    assert mug.build_transformers_compiled(mug.parse([*TINY, "--batch", "2"]), "fp32")[0]() is None
+    assert jam.build_transformers_compiled(jam.parse([*TINY_LM, "--batch", "1"]), "bf16")[0]() is None
+    assert compiled == ["ViTMAEForPreTraining", "LlamaForCausalLM"]
+
+
+def test_which_peers_run(monkeypatch):
+    peers = lambda *words: _contest.peers(mug.parse([*TINY, *words]))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peers() == ["transformers"] and peers("--peers") == []
+    assert peers("--peers", "eager", "compiled") == ["transformers", "transformers_compiled"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert peers() == ["transformers", "transformers_compiled"] and peers("--peers", "compiled") == peers()[1:]
+    for module in (mug, jam):
+        assert all(callable(getattr(module, f"build_{name}")) for name in _contest.PEERS.values())
+
+
 @pytest.mark.parametrize(
     "name, words, message",
     [
@@ -132,6 +200,14 @@ def test_the_peers_of_training_steps_step():
 def test_what_is_asked_wrongly_is_told(name, words, message):
     with pytest.raises(UserError, match=message):
         MODULES[name].main(words)
+
+
+def test_help():
+    words = [sys.executable, PROGRAM, "--help"]
+    run = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and run.stderr == ""
+    listed = re.findall(r"^    (\w+) ", run.stdout, flags=re.MULTILINE)
+    assert listed == ["mug", "jam", "losses", "loader", "checkpoint"]
 
 
 def test_the_program_exits_with_two():

@@ -1,11 +1,13 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from megamug.data.dali import CropDecoder
+from megamug.data.dali import CropDecoder, FullDecoder, without_remarks
 from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 
 
@@ -93,3 +95,31 @@ def test_mixed_decoding_equals_the_cpu(helpers):
     on_gpu = CropDecoder(48, 4, 1, torch.device("cuda", 0))(data, regions, flips)
     assert on_gpu.device.type == "cuda"
     assert (on_gpu.cpu().float() - on_cpu.float()).abs().mean() < 2
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def test_what_a_png_remarks_beside_its_pixels_is_not_decoded(capfd):
+    """libpng would write a warning to stderr for each chunk that it dislikes, in every epoch."""
+    header = 8 + 25  # signature and IHDR
+    gamma, bad = chunk(b"gAMA", struct.pack(">I", 20000)), chunk(b"iCCP", b"ICC\0\0" + zlib.compress(b"x" * 130))
+    pixels = np.random.RandomState(0).randint(0, 255, (40, 40, 3), dtype=np.uint8)
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0]), Image.fromarray(pixels).quantize(16)):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        plain = buffer.getvalue()
+        remarked = plain[:header] + gamma + bad + chunk(b"tEXt", b"a\0b") + plain[header:]
+        assert without_remarks(plain) == plain == without_remarks(remarked)
+        assert without_remarks(remarked[:-30]) == remarked[:-30]  # cut short: the decoder says so
+        assert FullDecoder(1)([remarked]) == [(40, 40)]
+        decoder = CropDecoder(40, 1, 1, torch.device("cpu"))
+        regions = np.array([[0, 0, 40, 40]])
+        decoded = [decoder([data], regions, np.zeros(1, bool)) for data in (plain, remarked)]
+        assert torch.equal(*decoded)
+    jpeg = io.BytesIO()
+    Image.fromarray(pixels).save(jpeg, "JPEG")
+    assert without_remarks(jpeg.getvalue()) == jpeg.getvalue()
+    told = capfd.readouterr()
+    assert told.err == told.out == ""

@@ -196,3 +196,19 @@ def test_picture_while_training(run_dir, tmp_path, caplog):
             assert run.task.picture(run.model, split, tmp_path, 6) is None
     told = [record.message for record in caplog.records if record.name == "megamug.models.mug_task"]
     assert len(told) == 1 and "parallel.tensor=2" in told[0]
+
+
+def test_a_picture_of_fewer_pairs_is_made_of_eight_rows(run_dir, tmp_path, monkeypatch):
+    """Under FP8 the products forward want rows in multiples of eight, however few pairs are held out."""
+    from megamug import generate
+    from megamug.evaluate import held_out
+
+    whole, sizes, drawn = held_out.held_out, [], []
+    monkeypatch.setattr(held_out, "held_out", lambda task, world, most: whole(task, world, 3))
+    encode = generate.encode
+    monkeypatch.setattr(generate, "encode", lambda m, batch: sizes.append(len(batch.images)) or encode(m, batch))
+    monkeypatch.setattr("megamug.telemetry.pictures.save_grid", lambda rows, *_: drawn.extend(rows))
+    with load_run(run_dir) as run:
+        run.task.picture(run.model, run.world, tmp_path, 3)
+    assert set(sizes) == {8}
+    assert len(drawn) == 3 and len({row.lines[0] for row in drawn}) == 3

@@ -80,7 +80,8 @@ def test_an_example_passes_a_dry_run_of_its_number_of_processes(path, data, caps
 @pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise"])
 def test_token_counts_fit_tensor_parallelism_and_fp8(path, recipe, data, capsys):
     config = resolve(load_config(path))
-    assert validate.visible_tokens(config) % 8 == validate.decoder_tokens(config) % 8 == 0
+    for tokens in (validate.visible_tokens(config), validate.decoder_tokens(config)):
+        assert tokens % 8 == 0 and tokens * config.data.micro_batch_size % 16 == 0
     more = (f"precision.fp8={recipe}",)
     if processes(path) > 1:
         more += ("parallel.tensor=4", "parallel.sequence=true")
