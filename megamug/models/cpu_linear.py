@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+TYPES = (torch.float32,)
+if AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # oneDNN refuses bf16 on processors without AVX-512
+    TYPES += (torch.bfloat16,)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., k], weight [n, k], bias [n] -> [..., n], differentiable; anywhere but on a CPU it is torch's."""
     on_cpu = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype
-    if on_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel():
+    if on_cpu and x.dtype in TYPES and x.numel():
         return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _forward(x, weight, bias)
     return F.linear(x, weight, bias)
 
