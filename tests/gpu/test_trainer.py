@@ -16,7 +16,6 @@ pytestmark = pytest.mark.gpu
 STEPS, STOP = 8, 3
 LAYERS = {
     "local-fp32": ["precision.layers=local", "precision.dtype=fp32"],
-    "local-bf16": ["precision.layers=local", "precision.dtype=bf16"],
     "te-bf16": ["precision.layers=te", "precision.dtype=bf16"],
     "te-fp8": ["precision.layers=te", "precision.dtype=bf16", "precision.fp8=current"],
 }
