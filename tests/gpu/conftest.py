@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from tests.distributed.launch import ROOT, environment
-from tests.gpu import cpu, parity
+from tests.gpu import cpu, parity, writing
 
 DEMOS = {
     "mug": [
@@ -35,29 +37,46 @@ def cpu_curves(without_gpu):
 
 
 @pytest.fixture(scope="session")
+def cpu_runs(without_gpu, tmp_path_factory):
+    """(folder of runs that a CPU makes, the future of what it writes by them and measures)."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, without_gpu.submit(writing.make_runs_and_write, folder)
+
+
+@pytest.fixture(scope="session")
 def transformer_engine():
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed (extra `te`)")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def demos(request, tmp_path_factory):
-    """By name, (process, folder) of each demo, small. They take minutes of imports, so they run beside all else."""
+    """By name, (process, folder) of each demo that is asked for, small. They take minutes of imports."""
+    wanted = {item.callspec.params["told"] for item in request.session.items if "told" in item.fixturenames}
     running = {}
     try:
-        if any(item.path.name == "test_whole_programs.py" for item in request.session.items):
-            for name, words in DEMOS.items():
-                folder = tmp_path_factory.mktemp(f"demo-{name}")
-                command = [sys.executable, str(ROOT / f"examples/{name}/demo.py"), "--folder", str(folder / "made")]
-                with (folder / "told").open("w") as told:
-                    running[name] = subprocess.Popen(
-                        [*command, *words], env=environment(), cwd=ROOT, stdout=told, stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL, start_new_session=True,
-                    ), folder  # fmt: skip
+        for name in sorted(wanted):
+            folder = tmp_path_factory.mktemp(f"demo-{name}")
+            command = [sys.executable, str(ROOT / f"examples/{name}/demo.py"), "--folder", str(folder / "made")]
+            with (folder / "told").open("w") as told:
+                running[name] = subprocess.Popen(
+                    [*command, *DEMOS[name]], env=environment(), cwd=ROOT, stdout=told, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL, start_new_session=True,
+                ), folder  # fmt: skip
         yield running
     finally:
         for process, _ in running.values():
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_first(request):
+    """What runs beside the tests starts with the first of them, whichever asks for it."""
+    used = {name for item in request.session.items for name in item.fixturenames}
+    for name in ("demos", "cpu_runs", "cpu_curves"):
+        if name in used:
+            request.getfixturevalue(name)
 
 
 @pytest.fixture(scope="session", autouse=True)

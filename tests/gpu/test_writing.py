@@ -13,11 +13,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def runs(without_gpu, tmp_path_factory):
+def runs(cpu_runs):
     """(folder, what the CPU wrote and measured)."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    folder = tmp_path_factory.mktemp("writing")
-    return folder, without_gpu.submit(writing.make_runs_and_write, folder).result(timeout=300)
+    folder, expected = cpu_runs
+    return folder, expected.result(timeout=300)
 
 
 @pytest.mark.parametrize("name", MODELS)
