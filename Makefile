@@ -27,8 +27,21 @@ demo: venv
 demo-jam: venv
 	$(VENV)/bin/python examples/jam/demo.py
 
+# GPUs are hidden from the suite (tests/conftest.py). Where there is one, the tests marked `gpu` have a process of their
+# own, which sees it; elsewhere the suite tells that they are skipped. Both are run, and one that fails fails the whole.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q
+GPU_TESTS = $(patsubst tests,tests/gpu,$(filter tests tests/gpu%,$(TESTS)))
+OTHER_TESTS = $(filter-out tests/gpu%,$(TESTS))
+
 test: venv
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+ifneq ($(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),)
+	code=0; \
+	if [ -n "$(OTHER_TESTS)" ]; then $(PYTEST) -n 2 --dist loadfile --ignore=tests/gpu $(OTHER_TESTS) || code=$$?; fi; \
+	if [ -n "$(GPU_TESTS)" ]; then $(PYTEST) -m gpu $(GPU_TESTS) || code=$$?; fi; \
+	exit $$code
+else
+	$(PYTEST) -n 2 --dist loadfile $(TESTS)
+endif
 
 lint: venv
 	$(VENV)/bin/python -m ruff check .

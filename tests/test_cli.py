@@ -16,6 +16,7 @@ from megamug import cli, validate
 from megamug.command_line import world_size
 from megamug.config import Config, save_config
 from megamug.errors import UserError
+from tests.distributed.launch import python_path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
@@ -72,7 +73,7 @@ def told(capsys, *argv: object) -> str:
 def shell(*argv: object, **environment: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     return subprocess.run(
-        [sys.executable, "-m", "megamug", *map(str, argv)], env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        [sys.executable, "-m", "megamug", *map(str, argv)], env=clean | {"PYTHONPATH": python_path()} | environment,
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -107,7 +108,7 @@ def test_a_process_told_off_exits_with_2_and_has_not_imported_torch(tmp_path):
     )
     result = subprocess.run(
         [sys.executable, "-c", script, "train", str(tmp_path / "c.yaml")], capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": python_path()},
     )  # fmt: skip
     said = f"megamug: error: {tmp_path / 'c.yaml'}: unknown key train.stepz; the nearest is train.steps\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", said)
@@ -196,7 +197,8 @@ def test_under_torchrun_one_sentence_and_no_process_group(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megamug",
          "train", str(tmp_path / "c.yaml")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode != 0
     said = "megamug: error: parallel: tensor(4) x pipeline(1) = 4 but WORLD_SIZE is 2"

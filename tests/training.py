@@ -98,8 +98,10 @@ def tensors(checkpoint: Path) -> dict:
 
 def fingerprint(checkpoint: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a checkpoint by name, and of its `state.json`."""
+    import torch
+
     hashes = {
-        name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in tensors(checkpoint).items()
         if hasattr(tensor, "numpy")
     }

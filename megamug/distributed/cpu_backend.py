@@ -99,6 +99,11 @@ def _no_stream_context(stream=None):
     yield
 
 
+def _megatrons_own(name: str) -> Callable:
+    """Replaces a multi-tensor kernel of Transformer Engine or apex by Megatron's stand-in of that name."""
+    return lambda _: functools.partial(getattr(importlib.import_module("megatron.core.utils"), name))
+
+
 # ---------------------------------------------------------------------------------------------- the list
 
 # (module, attribute path, how to make the replacement from the original, why)
@@ -125,6 +130,17 @@ PATCHES: list[tuple[str, str, Callable, str]] = [
     ("torch", "cuda.manual_seed", lambda _: torch.manual_seed, "random states of the tensor-parallel tracker"),
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", lambda _: _get_rng_state, "the same"),
     ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", lambda _: _set_rng_state, "the same"),
+    *[
+        (f"megatron.core.optimizer.{module}", name, _megatrons_own(f"local_{own}"),
+         "where Transformer Engine or apex is installed, it is theirs, which takes CUDA tensors alone")
+        for module, name, own in (
+            ("clip_grads", "multi_tensor_applier", "multi_tensor_applier"),
+            ("clip_grads", "l2_norm_impl", "multi_tensor_l2_norm"),
+            ("clip_grads", "multi_tensor_scale_impl", "multi_tensor_scale"),
+            ("optimizer", "multi_tensor_applier", "multi_tensor_applier"),
+            ("optimizer", "multi_tensor_scale_impl", "multi_tensor_scale"),
+        )
+    ],
 ]
 
 # Megatron functions that this project assumes something of, beyond their signatures: module -> function -> what.

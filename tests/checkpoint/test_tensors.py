@@ -17,6 +17,7 @@ from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.config import Config, load_config
 from megamug.errors import UserError
+from tests.distributed.launch import python_path
 from tests.distributed.layout_worker import tiny
 
 
@@ -144,7 +145,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", PEAK, str(count), str(tmp_path / f"run{count}")],
             capture_output=True, text=True, timeout=120, check=False,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         return int(done.stdout) >> 10

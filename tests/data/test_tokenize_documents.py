@@ -22,11 +22,10 @@ from megamug.data.sources import resolve_sources
 from megamug.data.vocabulary import make_vocabulary
 from megamug.errors import UserError
 from megamug.models.image_tokenizer import from_bytes
+from tests.distributed.launch import python_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from language import tiny_image_tokenizer, tiny_vocabulary  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +184,7 @@ def test_killed_and_continued_with_other_workers_the_result_is_the_same(vocabula
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(killed)], start_new_session=True, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     while process.poll() is None and len(list(killed.glob("parts/*.npz"))) < 40:
         time.sleep(0.001)

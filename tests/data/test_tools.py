@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.launch import python_path
+
 ROOT = Path(__file__).parents[2]
 
 
 def tool(name, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
         capture_output=True, text=True, env=environment, timeout=120,

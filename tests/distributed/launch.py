@@ -30,9 +30,13 @@ def free_port() -> int:
     raise RuntimeError("no free port between 20000 and 32000")
 
 
+def python_path() -> str:
+    """The project's folder before what this process was given, where its packages may lie."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
 
 
 def launch(arguments: list[str], processes: int, timeout: float = 240.0, **more: str) -> list[tuple[int, str]]:

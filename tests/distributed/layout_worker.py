@@ -50,7 +50,7 @@ def gather_gradients(chunks: list, optimizer, world) -> dict[str, torch.Tensor]:
             parts = list(parts.values()) if isinstance(parts, dict) else parts
         else:
             parts = [dataclasses.replace(entry, data=gradient.view(entry.local_shape), dtype=gradient.dtype)]
-        mine += [(part.key, part.global_shape, part.global_offset, part.data.clone()) for part in parts]
+        mine += [(part.key, part.global_shape, part.global_offset, part.data.cpu().clone()) for part in parts]
     everyone = [None] * world.size
     torch.distributed.all_gather_object(everyone, mine)
     whole: dict[str, torch.Tensor] = {}
@@ -77,6 +77,16 @@ def copies_equal(chunks: list, world) -> list[bool]:
     torch.distributed.all_gather_object(weights, mine)
     first = next(weight for rank in weights for weight in rank)
     return [all(torch.equal(weight, first) for weight in rank) for rank in weights]
+
+
+def on_device(found, device: torch.device):
+    """Micro-batches, or whatever holds tensors, on `device`."""
+    if torch.is_tensor(found):
+        return found.to(device)
+    if dataclasses.is_dataclass(found):
+        fields = {f.name: on_device(getattr(found, f.name), device) for f in dataclasses.fields(found)}
+        return dataclasses.replace(found, **fields)
+    return [on_device(one, device) for one in found] if isinstance(found, list) else found
 
 
 def freeze(chunks: list, pattern: str) -> None:
@@ -111,7 +121,8 @@ def leave_groups() -> None:
     gc.collect()  # the last references are in cycles of the model's
 
 
-def run(options: dict) -> None:
+def run(options: dict) -> dict:
+    """The result of one layout's training, which it prints as well."""
     case = importlib.import_module(options.get("case", "tests.distributed.mug_case"))
     config = case.tiny(options)
     from megamug.distributed import cpu_backend
@@ -137,7 +148,7 @@ def run(options: dict) -> None:
     for step in range(first, options.get("steps", 10)):
         batches, totals = case.micro_batches(step, plan, config, world)
         optimizer.zero_grad()
-        sums = run_batch(models, batches, totals, backward=True)
+        sums = run_batch(models, on_device(batches, world.device), totals, backward=True)
         losses = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}
         if options.get("gradients") and step == first:
             gradients = gather_gradients(chunks, optimizer, world)
@@ -150,7 +161,8 @@ def run(options: dict) -> None:
     if options.get("validate"):
         batches, _ = case.micro_batches(1000, plan, config, world)
         with torch.no_grad():
-            sums = run_batch(models, batches, dict.fromkeys(plan.loss_weights, 1.0), backward=False)
+            ones = dict.fromkeys(plan.loss_weights, 1.0)
+            sums = run_batch(models, on_device(batches, world.device), ones, backward=False)
         validation = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}
     if options.get("save"):
         folder = Path(options["save"])
@@ -165,6 +177,7 @@ def run(options: dict) -> None:
     if options.get("copies"):
         result["copies_equal"] = copies_equal(chunks, world)
     print("RESULT " + json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

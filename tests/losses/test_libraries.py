@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megamug.benchmarks.losses import peak_resident_bytes, peak_tensor_bytes
 from megamug.errors import UserError
 from megamug.losses import linear_cross_entropy, masked_patch_loss, ops, vocab_parallel_cross_entropy
+from tests.distributed.launch import python_path
 from tests.losses.common import need
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def test_narrower_instruction_sets(kernels):
     """The float64 comparisons once more, in a process that is told to use an older instruction set."""
     need("compiled")
     chosen = "import sys; from megamug.losses import ops; sys.exit('kernels %s' not in ops.libraries().reason)"
-    environment = {**os.environ, "MEGAMUG_CPU_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MEGAMUG_CPU_KERNELS": kernels, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     if subprocess.run([sys.executable, "-c", chosen % kernels], env=environment, cwd=ROOT).returncode:
         pytest.skip(f"this processor has no {kernels}")
     tests = [f"tests/losses/test_{name}.py" for name in ("cross_entropy", "masked_patch")]

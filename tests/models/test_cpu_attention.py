@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from megamug.losses import ops
 from megamug.models import cpu_attention
+from tests.distributed.launch import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 need = pytest.mark.skipif(not ops.libraries().cpu, reason=ops.libraries().reason)
@@ -136,7 +137,7 @@ def test_narrower_instruction_sets(kernels):
     mine = next(name for name in reversed(order) if f"kernels {name}" in ops.libraries().reason)
     if order.index(mine) < order.index(kernels):
         pytest.skip(f"this processor has no {kernels}")
-    environment = {**os.environ, "MEGAMUG_CPU_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MEGAMUG_CPU_KERNELS": kernels, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "formula or documents or asked"]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
