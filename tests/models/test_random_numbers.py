@@ -60,7 +60,7 @@ def test_quantile():
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)  # p - 0.5 has lost some bits of p
     torch.testing.assert_close(torch.erfc(-found / math.sqrt(2)) / 2, p, rtol=1e-6, atol=0)
     assert torch.equal(quantile(0.5 - p), -found)
-    assert float(quantile(torch.tensor(2.0**-33 - 0.5, dtype=torch.float64))) == pytest.approx(-6.337958, abs=1e-6)
+    assert float(quantile(torch.tensor([2.0**-33 - 0.5], dtype=torch.float64))) == pytest.approx(-6.337958, abs=1e-6)
 
 
 # ---- the same bits everywhere ----
