@@ -2,7 +2,7 @@
 
 The CPU library wants a C++20 compiler (`CXX`, default c++, g++ or clang++), the CUDA library nvcc (`CUDA_HOME`, or on
 PATH). `MEGAMUG_BUILD_CUDA=1` fails without nvcc, `=0` leaves CUDA out. Without a compiler or without torch nothing is
-built, and torch stands in for the losses and for attention on a CPU. Both libraries use torch's stable ABI: one build
+built, and torch stands in for what they do. Both libraries use torch's stable ABI: one build
 serves every Python and every torch from 2.10, CPU or CUDA. Use `pip install --no-build-isolation`, so that the headers
 are those of the torch that is installed. `MEGAMUG_BUILD_STRICT=1` makes warnings errors.
 """
@@ -71,11 +71,15 @@ def build_cpu(compiler: str, include: list[str], libtorch: Path, objects: Path, 
     arithmetic = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
     jobs = [
         [*common, "-c", str(SOURCES / f"cpu/{name}.cpp"), "-o", str(objects / f"{name}.o")]
-        for name in ("operators", "attention")
+        for name in ("operators", "attention", "draw")
     ]
     for name, flags in KERNELS.items():
         source, result = SOURCES / f"cpu/kernels_{name}.cpp", objects / f"kernels_{name}.o"
         jobs.append([*common, *arithmetic, *flags, "-c", str(source), "-o", str(result)])
+        # Numbers that are the same everywhere: no multiplication may be fused with an addition.
+        exact = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", f"-DFUNCTION=draw_run_{name}"]
+        source, result = SOURCES / "cpu/draw_run.cpp", objects / f"draw_run_{name}.o"
+        jobs.append([*common, *exact, *flags, "-c", str(source), "-o", str(result)])
     compile_all(jobs)
     link([compiler, "-shared"], jobs, libtorch, output)
 

@@ -31,6 +31,19 @@ def test_slices_of_a_layout_are_slices_of_the_whole(axis, size):
     assert torch.equal(torch.cat(parts, dim=axis), whole)
 
 
+def test_a_rank_draws_its_slice_alone():
+    """In place, of a parameter whose whole, 2^42 numbers, no machine could hold."""
+    part = torch.full((4, 8), torch.nan)
+    entry = ShardedTensor.from_rank_offsets(NAME, part, (0, 2**19 - 1, 2**19), (1, 5, 2**18))
+    initialise({"any.local.name": entry}, seed=5, std_of=lambda name: 0.02)
+    row = draw(NAME, (1, 2**21), seed=5, std=0.02)
+    assert part.isfinite().all() and part.unique().numel() == 32 and part.abs().max() <= 0.06
+    assert not torch.equal(part[0], row[0, 40:48])
+    initialise({"any.local.name": ShardedTensor.from_rank_offsets(NAME, part, (1, 5, 2**18))}, seed=5,
+               std_of=lambda name: 0.02)  # fmt: skip
+    assert torch.equal(part[0], row[0, 40:48])
+
+
 def test_a_parameter_is_a_function_of_seed_and_name():
     whole = draw(NAME, (64, 32), seed=5)
     assert torch.equal(whole, draw(NAME, (64, 32), seed=5))
