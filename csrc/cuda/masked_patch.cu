@@ -10,8 +10,9 @@ constexpr int kBlocksOfBackward = 132 * 12;  // about what a device holds: a gri
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Shape {
-  int64_t patches, masked, height, width, rows;  // rows of predictions of an image: all patches, or the masked ones
-  int patch_size, values, across;
+  int64_t patches;
+  int masked, rows;  // rows of predictions of an image: all patches, or the masked ones
+  int width, plane, patch_size, values, across;
   bool all, norm_pix;
   float scale[3], shift[3];
 };
@@ -40,29 +41,6 @@ __device__ inline void fill(T* out, int values, float value, bool vectors) {
     for (int i = lane; i < values; i += kWarp) out[i] = from_float<T>(value);
   }
 }
-
-// Mean (less the first value) and 1 / standard deviation of a patch. Sums are taken of the differences to the first
-// value, so that a patch of one colour has variance 0, not rounding noise. `each(f)` calls f with every value of a lane;
-// a lane that `counts` not is left out.
-struct Normalisation {
-  float shift = 0, scale = 1;
-  template <class Each>
-  __device__ void measure(float first, int values, bool counts, Each&& each) {
-    float sum = 0, squares = 0;
-    each([&](float x) { sum += x - first; });
-    const float mean = warp_sum(counts ? sum : 0.0f) / values;
-    each([&](float x) {
-      const float d = x - first - mean;
-      squares += d * d;
-    });
-    first_ = first, shift = mean;
-    scale = 1.0f / sqrtf(warp_sum(counts ? squares : 0.0f) / (values - 1) + 1e-6f);
-  }
-  __device__ float operator()(float x) const { return (x - first_ - shift) * scale; }
-
- private:
-  float first_ = 0;
-};
 
 // Eight pixels of a channel, in the registers that a load fills and as floats.
 template <class Image>
@@ -97,50 +75,64 @@ __device__ inline void keep_packed(Vector<T>& v) {
   asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
 }
 
+// A target is normalised from its differences to the patch's first value, so that a patch of one colour has variance 0, not
+// the rounding noise of a sum of large numbers.
+__device__ inline float inverse_deviation(float squares, const Shape& s) {
+  return rsqrtf(squares * (1.0f / (s.values - 1)) + 1e-6f);
+}
+
 // Patches of 8 x 8 or 16 x 16 in whole vectors: a lane has eight pixels of a line, in registers, and their 24 values of the
 // prediction. The gradient goes through shared memory, so that a store is one piece of 512 bytes. Where a patch has fewer
-// than 32 such parts, the other lanes repeat them and are left out of the sums.
+// than 32 such parts, the other lanes repeat them and are left out of the sums. -> sum of the squared differences
 template <class Image, class T>
-__device__ float by_octets(const Work<Image, T>& w, const Image* corner, const T* prediction, T* out, float factor,
+__device__ float by_octets(const Shape& s, const Image* corner, const T* prediction, T* out, float factor,
                            Vector<T>* staged) {
   constexpr int size = Vector<T>::size, vectors = 24 / size;
-  const Shape& s = w.s;
   const int lane = threadIdx.x % kWarp, across = s.patch_size / 8, parts = s.patch_size * across;
-  const int part = lane & (parts - 1), y = part / across, x = part & (across - 1);
+  const int part = lane & (parts - 1), x = part & (across - 1), y = across == 2 ? part / 2 : part;
+  const bool counts = lane < parts;
   Octet<Image> pixels[3];
   Vector<T> predicted[vectors];
+  corner += y * s.width + x * 8;
 #pragma unroll
-  for (int c = 0; c < 3; c++) pixels[c].load(corner + (c * s.height + y) * s.width + x * 8);
+  for (int c = 0; c < 3; c++) pixels[c].load(corner + c * s.plane);
 #pragma unroll
   for (int k = 0; k < vectors; k++) predicted[k] = load_vector(prediction + part * 24 + k * size);
-  float target[3][8];
+  const float first = s.norm_pix ? __shfl_sync(kAll, pixels[0][0] * s.scale[0] + s.shift[0], 0) : 0.0f;
+  float target[3][8], inverse = 1, sum = 0;
 #pragma unroll
   for (int c = 0; c < 3; c++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) target[c][i] = pixels[c][i] * s.scale[c] + s.shift[c];
-  Normalisation normal;
-  if (s.norm_pix)
-    normal.measure(__shfl_sync(kAll, target[0][0], 0), s.values, lane < parts, [&](auto&& f) {
+    for (int i = 0; i < 8; i++) {
+      target[c][i] = fmaf(pixels[c][i], s.scale[c], s.shift[c] - first);
+      sum += target[c][i];
+    }
+  if (s.norm_pix) {
+    const float mean = warp_sum(counts ? sum : 0.0f) * (1.0f / s.values);
+    float squares = 0;
 #pragma unroll
-      for (int c = 0; c < 3; c++)
+    for (int c = 0; c < 3; c++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) f(target[c][i]);
-    });
+      for (int i = 0; i < 8; i++) {
+        target[c][i] -= mean;
+        squares += target[c][i] * target[c][i];
+      }
+    inverse = inverse_deviation(warp_sum(counts ? squares : 0.0f), s);
+  }
   float squares = 0;
 #pragma unroll
-  for (int k = 0; k < vectors; k++) keep_packed(predicted[k]);
-#pragma unroll
   for (int k = 0; k < vectors; k++) {
-    float x[size];
-    unpack(predicted[k], x);
+    float v[size];
+    keep_packed(predicted[k]);
+    unpack(predicted[k], v);
 #pragma unroll
     for (int i = 0; i < size; i++) {  // value j: channel j % 3 of pixel j / 3
       const int j = k * size + i;
-      const float d = x[i] - normal(target[j % 3][j / 3]);
+      const float d = fmaf(-target[j % 3][j / 3], inverse, v[i]);
       squares += d * d;
-      x[i] = d * factor;
+      v[i] = d * factor;
     }
-    predicted[k] = pack<T>(x);
+    predicted[k] = pack<T>(v);
   }
   if (out) {
 #pragma unroll
@@ -148,51 +140,47 @@ __device__ float by_octets(const Work<Image, T>& w, const Image* corner, const T
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < vectors; k++)
-      if (k * kWarp + lane < parts * vectors) store_vector(out + (k * kWarp + lane) * size, load_vector(staged[k * kWarp + lane].values));
+      if (k * kWarp + lane < parts * vectors)
+        store_vector(out + (k * kWarp + lane) * size, load_vector(staged[k * kWarp + lane].values));
     __syncwarp();
   }
-  return warp_sum(lane < parts ? squares : 0.0f);
+  return warp_sum(counts ? squares : 0.0f);
 }
 
 // Any patch: a lane takes every 32nd pixel; the image is read again for each sum, from the first-level cache.
 template <class Image, class T>
-__device__ float by_pixels(const Work<Image, T>& w, const Image* corner, const T* prediction, T* out, float factor) {
-  const Shape& s = w.s;
-  const int lane = threadIdx.x % kWarp, p = s.patch_size, area = p * p;
-  const int64_t plane = s.height * s.width;
-  const auto value = [&](int c, int64_t place) { return to_float(corner[c * plane + place]) * s.scale[c] + s.shift[c]; };
-  const int lines = kWarp / p, rest = kWarp % p;
-  const auto each_pixel = [&](auto&& f) {  // f(number, place in the image)
+__device__ float by_pixels(const Shape& s, const Image* corner, const T* prediction, T* out, float factor) {
+  const int lane = threadIdx.x % kWarp, p = s.patch_size, area = p * p, lines = kWarp / p, rest = kWarp % p;
+  const float first = s.norm_pix ? to_float(*corner) * s.scale[0] + s.shift[0] : 0.0f;
+  const auto each = [&](auto&& f) {  // f(place in the row of values, value) for all values of this lane
     int y = lane / p, x = lane % p;
     for (int i = lane; i < area; i += kWarp) {
-      f(i, y * s.width + x);
+#pragma unroll
+      for (int c = 0; c < 3; c++)
+        f(i * 3 + c, fmaf(to_float(corner[c * s.plane + y * s.width + x]), s.scale[c], s.shift[c] - first));
       x += rest, y += lines;
       if (x >= p) x -= p, y++;
     }
   };
-  Normalisation normal;
-  if (s.norm_pix)
-    normal.measure(value(0, 0), s.values, true, [&](auto&& f) {
-      each_pixel([&](int, int64_t place) {
-#pragma unroll
-        for (int c = 0; c < 3; c++) f(value(c, place));
-      });
-    });
-  float squares = 0;
-  each_pixel([&](int i, int64_t place) {
-#pragma unroll
-    for (int c = 0; c < 3; c++) {
-      const float d = to_float(prediction[i * 3 + c]) - normal(value(c, place));
-      squares += d * d;
-      if (out) out[i * 3 + c] = from_float<T>(d * factor);
-    }
+  float mean = 0, inverse = 1, squares = 0;
+  if (s.norm_pix) {
+    float sum = 0, around = 0;
+    each([&](int, float v) { sum += v; });
+    mean = warp_sum(sum) * (1.0f / s.values);
+    each([&](int, float v) { around += (v - mean) * (v - mean); });
+    inverse = inverse_deviation(warp_sum(around), s);
+  }
+  each([&](int i, float v) {
+    const float d = fmaf(mean - v, inverse, to_float(prediction[i]));
+    squares += d * d;
+    if (out) out[i] = from_float<T>(d * factor);
   });
   return warp_sum(squares);
 }
 
 // An image one of whose patch numbers lies outside the grid, and a patch that is named twice, get NaN.
 template <class Image, class T, bool octets>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, 6)
     patch_kernel(const __grid_constant__ Work<Image, T> w, bool prediction_vectors) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ Vector<T> staged[octets ? kWarps : 1][octets ? kWarp * 24 / Vector<T>::size : 1];
@@ -201,15 +189,15 @@ __global__ void __launch_bounds__(kThreads, 5)
   const float incoming = w.incoming ? *w.incoming : 1.0f;
   if (w.incoming && incoming == 1.0f) return;  // what forward wrote
   const float factor = incoming * (2.0f / s.values);
-  for (int64_t row = blockIdx.x * kWarps + threadIdx.x / kWarp; row < w.total; row += gridDim.x * static_cast<int64_t>(kWarps)) {
-    const int64_t image = static_cast<uint32_t>(row) / static_cast<uint32_t>(s.rows);  // total fits 31 bits
-    const int64_t* ids = w.ids + image * s.masked;
-    const int64_t number = s.all ? row - image * s.rows : ids[row - image * s.rows];
+  for (int64_t row = blockIdx.x * kWarps + threadIdx.x / kWarp; row < w.total; row += gridDim.x * kWarps) {
+    const int image = static_cast<int>(row) / s.rows, place = static_cast<int>(row) - image * s.rows;  // 31 bits
+    const int64_t* ids = w.ids + static_cast<int64_t>(image) * s.masked;
+    const int64_t number = s.all ? place : ids[place];
     int named = 0;
     bool bad = false;
-    for (int64_t m = lane; m < s.masked; m += kWarp) {
+    for (int m = lane; m < s.masked; m += kWarp) {
       const int64_t id = ids[m];
-      bad |= id < 0 || id >= s.patches;
+      bad |= static_cast<uint64_t>(id) >= static_cast<uint64_t>(s.patches);
       named += id == number;
     }
     named = __reduce_add_sync(kAll, named);
@@ -219,16 +207,16 @@ __global__ void __launch_bounds__(kThreads, 5)
     if (bad || named == 0) {
       if (out) fill(out, s.values, loss, prediction_vectors);
     } else {
-      const int y = static_cast<int>(number) / s.across, x = static_cast<int>(number) % s.across;
-      const Image* corner =
-          w.images + (image * 3 * s.height + static_cast<int64_t>(y) * s.patch_size) * s.width + x * s.patch_size;
+      const int y = static_cast<int>(number) / s.across, x = static_cast<int>(number) - y * s.across;
+      const Image* corner = w.images + image * (3 * static_cast<int64_t>(s.plane)) + (y * s.width + x) * s.patch_size;
       const T* prediction = w.predictions + row * s.values;
       if constexpr (octets)
-        loss = by_octets(w, corner, prediction, out, factor, staged[threadIdx.x / kWarp]);
+        loss = by_octets(s, corner, prediction, out, factor, staged[threadIdx.x / kWarp]);
       else
-        loss = by_pixels(w, corner, prediction, out, factor);
+        loss = by_pixels(s, corner, prediction, out, factor);
+      loss *= 1.0f / s.values;
     }
-    if (w.losses && lane == 0) w.losses[row] = loss / s.values;
+    if (w.losses && lane == 0) w.losses[row] = loss;
   }
 }
 
@@ -264,18 +252,30 @@ void launch_patches(const Tensor& images, const Tensor& predictions, const Tenso
                     void* gradient, float* losses, cudaStream_t stream) {
   const int64_t height = images.size(2), width = images.size(3), patches = height / patch_size * (width / patch_size);
   const int64_t values = 3 * patch_size * patch_size, rows = predictions.size(1), total = images.size(0) * rows;
-  STD_TORCH_CHECK(total <= 0x7fffffff && patches <= 0x7fffffff && values <= 0x7fffffff,
-                  "megamug: more than 2^31 - 1 patches, or values of one, in one call");
+  const int64_t plane = height * width, most = 0x7fffffff;
+  STD_TORCH_CHECK(total <= most && 3 * plane <= most && masked_ids.size(1) <= most,
+                  "megamug: more than 2^31 - 1 patches in one call, or values in an image");
   if (total == 0) return;
-  Shape s{patches, masked_ids.size(1), height, width, rows, static_cast<int>(patch_size), static_cast<int>(values),
-          static_cast<int>(width / patch_size), rows == patches, norm_pix, {}, {}};
+  Shape s{patches,
+          static_cast<int>(masked_ids.size(1)),
+          static_cast<int>(rows),
+          static_cast<int>(width),
+          static_cast<int>(plane),
+          static_cast<int>(patch_size),
+          static_cast<int>(values),
+          static_cast<int>(width / patch_size),
+          rows == patches,
+          norm_pix,
+          {},
+          {}};
   pixel_transform(mean, std, s.scale, s.shift);
   with_image_type(images, [&](auto pixel) {
     with_type(predictions, [&](auto zero) {
       using Image = decltype(pixel);
       using T = decltype(zero);
       const int64_t bytes = sizeof(Image);
-      const bool prediction_vectors = is_aligned(predictions.const_data_ptr(), values * sizeof(T), 16);
+      const bool prediction_vectors = is_aligned(predictions.const_data_ptr(), values * sizeof(T), 16) &&
+                                      is_aligned(gradient, values * sizeof(T), 16);
       const bool octets = (patch_size == 8 || patch_size == 16) && prediction_vectors &&
                           is_aligned(images.const_data_ptr(), width * bytes, bytes == 1 ? 8 : 16);
       const Work<Image, T> work{static_cast<const Image*>(images.const_data_ptr()),
