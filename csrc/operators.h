@@ -73,6 +73,19 @@ inline void check_patches(const Tensor& images, const Tensor& predictions, const
                     "megamug: images, predictions and masked_ids must be on one device");
 }
 
+// what `masked_patch` made for `predictions`, and the gradient of its sum
+inline void check_patch_gradient(const Tensor& gradient, const Tensor& predictions, const Tensor& incoming) {
+  STD_TORCH_CHECK(gradient.dim() == 3 && gradient.is_contiguous() && gradient.scalar_type() == predictions.scalar_type() &&
+                      gradient.size(0) == predictions.size(0) && gradient.size(1) == predictions.size(1) &&
+                      gradient.size(2) == predictions.size(2),
+                  "megamug: the gradient must be contiguous and like the predictions");
+  STD_TORCH_CHECK(incoming.numel() == 1 && incoming.scalar_type() == ScalarType::Float,
+                  "megamug: the incoming gradient must be one float32");
+  for (const Tensor& t : {gradient, incoming})
+    STD_TORCH_CHECK(t.is_cuda() == predictions.is_cuda() && t.get_device_index() == predictions.get_device_index(),
+                    "megamug: gradient and predictions must be on one device");
+}
+
 // value * scale + shift of a pixel, per channel
 inline void pixel_transform(const std::vector<double>& mean, const std::vector<double>& std, float* scale, float* shift) {
   for (int c = 0; c < 3; c++) {

@@ -19,7 +19,7 @@ from megamug.planner_model import Model
 
 GIB = 1024**3
 RESERVED = 2 * GIB  # CUDA context, cuBLAS and NCCL buffers: an allowance, not a measurement
-LOGITS_CHUNK = 128 * 2**20  # `losses.linear_cross_entropy`: the logits of a chunk of tokens
+LOGITS_CHUNK = 224 * 2**20  # `losses.linear_cross_entropy` on CUDA: the logits of a chunk of tokens
 FP8_COPIES = 2  # bytes of an FP8 linear's weight: e4m3 and its transpose, kept over the micro-batches of a step
 
 

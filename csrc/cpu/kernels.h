@@ -36,6 +36,7 @@ struct Patches {
   Dtype image_dtype, prediction_dtype;
   int64_t height, width, patch_size;
   bool norm_pix;
+  float incoming;  // gradient of the sum
   float scale[3], shift[3];  // of a pixel: value * scale + shift
 };
 
@@ -63,7 +64,7 @@ struct Kernels {
   // `column[row]`: the target's column in this slice, or -1 where another rank owns it
   void (*statistics)(const Rows&, const int64_t* column, const Statistics&, bool sum, int64_t begin, int64_t end);
   void (*gradient)(const Rows&, const int64_t* column, const Gradient&, int64_t begin, int64_t end);
-  // One masked patch: mean squared error; the gradient of that error goes to row `row` of `gradient`.
+  // One masked patch: mean squared error; the gradient of that error, times `incoming`, goes to row `row` of `gradient`.
   float (*patch)(const Patches&, float* scratch, int64_t image, int64_t patch, int64_t row);
   // Bytes of scratch, aligned to 64, that a thread of the next two needs.
   int64_t (*attention_scratch)(const Attention&, bool backward);

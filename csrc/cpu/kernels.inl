@@ -188,7 +188,7 @@ float compare(const Patches& p, const float* target, int64_t row) {
     first = target[0];
     normalisation(target, count, &offset, &scale);
   }
-  const float twice = 2.0f / count;
+  const float twice = p.incoming * (2.0f / count);
   return sum_over(
              count,
              [&](int64_t i) {

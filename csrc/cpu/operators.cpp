@@ -188,11 +188,10 @@ void prefetch_pixels(const Patches& p, int64_t image, int64_t patch) {
   }
 }
 
-// (sum, gradient of the sum for the predictions; empty where it is not wanted)
-std::tuple<Tensor, Tensor> masked_patch(const Tensor& images, const Tensor& predictions, const Tensor& masked_ids,
-                                        int64_t patch_size, bool norm_pix, std::vector<double> mean,
-                                        std::vector<double> std, bool with_gradient) {
-  check_patches(images, predictions, masked_ids, patch_size, mean, std);
+// The sum over the masked patches; `gradient` (null: not wanted) takes its gradient for the predictions, times `incoming`.
+float compare_patches(const Tensor& images, const Tensor& predictions, const Tensor& masked_ids, int64_t patch_size,
+                      bool norm_pix, const std::vector<double>& mean, const std::vector<double>& std, float incoming,
+                      void* gradient) {
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3), masked = masked_ids.size(1);
   const int64_t patches = (height / patch_size) * (width / patch_size), values = 3 * patch_size * patch_size;
   const bool all = predictions.size(1) == patches;
@@ -209,10 +208,8 @@ std::tuple<Tensor, Tensor> masked_patch(const Tensor& images, const Tensor& pred
     slot = static_cast<int32_t>(i % masked);
   }
 
-  const std::vector<int64_t> size{with_gradient ? batch : 0, predictions.size(1), values};
-  Tensor gradient = torch::stable::new_empty(predictions, size);
-  Patches p{images.const_data_ptr(), predictions.const_data_ptr(), with_gradient ? gradient.mutable_data_ptr() : nullptr,
-            dtype_of(images), dtype_of(predictions), height, width, patch_size, norm_pix, {}, {}};
+  Patches p{images.const_data_ptr(), predictions.const_data_ptr(), gradient, dtype_of(images), dtype_of(predictions),
+            height, width, patch_size, norm_pix, incoming, {}, {}};
   pixel_transform(mean, std, p.scale, p.shift);
   const auto losses = std::make_unique<float[]>(batch * masked);
   const int64_t row_bytes = values * (p.prediction_dtype == Dtype::float32 ? 4 : 2);
@@ -230,9 +227,31 @@ std::tuple<Tensor, Tensor> masked_patch(const Tensor& images, const Tensor& pred
   });
   double total = 0;
   for (int64_t i = 0; i < batch * masked; i++) total += losses[i];
-  Tensor sum = empty_floats({}, predictions);
-  *sum.mutable_data_ptr<float>() = static_cast<float>(total);
+  return static_cast<float>(total);
+}
+
+// (sum, gradient of the sum for the predictions; empty where it is not wanted)
+std::tuple<Tensor, Tensor> masked_patch(const Tensor& images, const Tensor& predictions, const Tensor& masked_ids,
+                                        int64_t patch_size, bool norm_pix, std::vector<double> mean,
+                                        std::vector<double> std, bool with_gradient) {
+  check_patches(images, predictions, masked_ids, patch_size, mean, std);
+  const std::vector<int64_t> size{with_gradient ? images.size(0) : 0, predictions.size(1), predictions.size(2)};
+  Tensor gradient = torch::stable::new_empty(predictions, size), sum = empty_floats({}, predictions);
+  *sum.mutable_data_ptr<float>() =
+      compare_patches(images, predictions, masked_ids, patch_size, norm_pix, mean, std, 1.0f,
+                      with_gradient ? gradient.mutable_data_ptr() : nullptr);
   return {sum, gradient};
+}
+
+// What `masked_patch` made is right for an incoming gradient of 1; any other makes it anew, so that it is rounded once.
+void masked_patch_gradient_(const Tensor& gradient, const Tensor& images, const Tensor& predictions,
+                            const Tensor& masked_ids, int64_t patch_size, bool norm_pix, std::vector<double> mean,
+                            std::vector<double> std, const Tensor& incoming) {
+  check_patches(images, predictions, masked_ids, patch_size, mean, std);
+  check_patch_gradient(gradient, predictions, incoming);
+  const float value = *incoming.const_data_ptr<float>();
+  if (value == 1.0f) return;
+  compare_patches(images, predictions, masked_ids, patch_size, norm_pix, mean, std, value, gradient.mutable_data_ptr());
 }
 
 }  // namespace
@@ -258,6 +277,9 @@ STABLE_TORCH_LIBRARY(megamug, m) {
   m.def(
       "masked_patch(Tensor images, Tensor predictions, Tensor masked_ids, int patch_size, bool norm_pix, float[] mean, "
       "float[] std, bool with_gradient) -> (Tensor, Tensor)");
+  m.def(
+      "masked_patch_gradient_(Tensor(a!) gradient, Tensor images, Tensor predictions, Tensor masked_ids, int patch_size, "
+      "bool norm_pix, float[] mean, float[] std, Tensor incoming) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamug, CPU, m) {
@@ -266,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(megamug, CPU, m) {
   m.impl("cross_entropy_gradient", TORCH_BOX(&gradient));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&gradient_));
   m.impl("masked_patch", TORCH_BOX(&masked_patch));
+  m.impl("masked_patch_gradient_", TORCH_BOX(&masked_patch_gradient_));
 }
 
 }  // namespace megamug

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <type_traits>
+
 #include "../operators.h"
 
 namespace megamug {
@@ -34,20 +36,101 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __fl
 template <>
 __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
 
+// As four words: of a struct of small values the compiler would make as many small loads and stores.
 template <class T>
-__device__ inline Vector<T> load_vector(const T* p) { return *reinterpret_cast<const Vector<T>*>(p); }
+__device__ inline Vector<T> load_vector(const T* p) {
+  Vector<T> v;
+  reinterpret_cast<uint4&>(v) = *reinterpret_cast<const uint4*>(p);
+  return v;
+}
 template <class T>
-__device__ inline void store_vector(T* p, const Vector<T>& v) { *reinterpret_cast<Vector<T>*>(p) = v; }
+__device__ inline void store_vector(T* p, const Vector<T>& v) {
+  *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(v);
+}
 
-// exp by the special-function unit: 2 ulp, and |x| 6e-8 from the product; -inf gives 0, NaN stays NaN.
-__device__ inline float exponential(float x) {
+// The values as floats, and floats rounded to values: pairs at a time, one instruction a value or a pair.
+template <class T>
+__device__ inline void unpack(const Vector<T>& v, float (&x)[Vector<T>::size]) {
+  const uint4& words = reinterpret_cast<const uint4&>(v);
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(word[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      x[2 * i] = __uint_as_float(word[i] << 16);
+      x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+    } else {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word[i]));
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+  }
+}
+template <class T>
+__device__ inline Vector<T> pack(const float (&x)[Vector<T>::size]) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 4) {
+      word[i] = __float_as_uint(x[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+      word[i] = reinterpret_cast<const uint32_t&>(pair);
+    } else {
+      const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+      word[i] = reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+  Vector<T> v;
+  reinterpret_cast<uint4&>(v) = make_uint4(word[0], word[1], word[2], word[3]);
+  return v;
+}
+
+// 2^x by the special-function unit: 2 ulp; -inf gives 0, NaN stays NaN.
+__device__ inline float exp2_fast(float x) {
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504088896341f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// The largest of some vectors, two at a time where there are two in a register; NaN is passed over.
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ inline __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
+template <class T>
+struct Packed {
+  using type = T;
+};
+template <>
+struct Packed<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+template <>
+struct Packed<__half> {
+  using type = __half2;
+};
+template <class T, int n>
+__device__ inline float largest(const Vector<T> (&v)[n]) {
+  using P = typename Packed<T>::type;
+  constexpr int packs = 16 / sizeof(P);
+  P most = reinterpret_cast<const P*>(v[0].values)[0];
+#pragma unroll
+  for (int k = 0; k < n; k++)
+#pragma unroll
+    for (int i = 0; i < packs; i++) most = larger(most, reinterpret_cast<const P*>(v[k].values)[i]);
+  if constexpr (sizeof(P) == sizeof(T))
+    return most;
+  else
+    return fmaxf(to_float(most.x), to_float(most.y));
 }
 
 __device__ inline float warp_sum(float x) {
   for (int offset = kWarp / 2; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ inline float warp_maximum(float x) {
+  for (int offset = kWarp / 2; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 }
 

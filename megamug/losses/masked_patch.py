@@ -44,8 +44,8 @@ def masked_patch_loss(
     Returns:
         `(sum, count)`: a float32 scalar (float64 where the predictions are) and `B * M`, a python int. Arithmetic is
         float32 whatever the inputs are. The gradient flows to the predictions only; the images are data. The compiled
-        form makes the gradient in the forward pass and scales it in place in backward, so a second backward through a
-        retained graph raises.
+        form makes the gradient in the forward pass, right for an incoming gradient of 1; backward makes it anew, in
+        place, for any other, so a second backward through a retained graph raises (on CUDA always).
 
     Raises:
         UserError: wrong shape, dtype or device; sizes that are not multiples of p; a patch number outside the grid or

@@ -183,19 +183,23 @@ def masked_patch_sum(
 
 
 def _masked_patch_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[1])
+    images, predictions, masked_ids, *ctx.form, _ = inputs
+    ctx.save_for_backward(images, predictions, masked_ids, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros of the gradient's size as "the gradient of the gradient"
 
 
 def _masked_patch_backward(ctx, grad: Tensor | None, _):
+    """Forward's gradient where `grad` is 1; any other makes it anew in place, so that it is rounded once."""
     if grad is None:
         return (None,) * 8
-    (gradient,) = ctx.saved_tensors
-    if not _is_eager(gradient):
-        gradient = gradient * grad
-    elif grad.is_cuda or grad != 1:  # on CUDA looking at the value would wait for the device
-        gradient.mul_(grad)
+    *inputs, gradient = ctx.saved_tensors
+    eager = _is_eager(gradient)
+    if not eager or grad.is_cuda or grad != 1:  # on CUDA looking at the value would wait for the device
+        gradient = gradient.detach() if eager else gradient.clone()
+        torch.ops.megamug.masked_patch_gradient_(gradient, *inputs, *ctx.form, grad)
+        if eager:
+            torch.autograd.graph.increment_version(ctx.saved_tensors[-1])  # a second backward must not find this one's
     return None, gradient, *[None] * 6
 
 
@@ -252,6 +256,10 @@ def _register() -> None:
     def _(images, predictions, masked_ids, patch_size, norm_pix, mean, std, with_gradient):
         shape = (predictions.shape[0] if with_gradient else 0, *predictions.shape[1:])
         return predictions.new_empty((), dtype=torch.float32), predictions.new_empty(shape)
+
+    @library.register_fake("megamug::masked_patch_gradient_")
+    def _(gradient, *_):
+        return None
 
     @library.register_fake("megamug::attention_forward")
     def _(query, *_):

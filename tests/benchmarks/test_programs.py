@@ -91,7 +91,7 @@ def test_mug_with_captions_of_no_tokenizer(alone, monkeypatch, capsys):
 def test_writing_is_in_local_layers(build, alone, monkeypatch):
     """Also where `auto` takes Transformer Engine's for training, as on a GPU: those have no cache."""
     asked, choose = [], specs.choose
-    monkeypatch.setattr(specs, "choose", lambda layers: asked.append(layers) or choose(layers))
+    monkeypatch.setattr(specs, "choose", lambda config: asked.append(config.precision.layers) or choose(config))
     step, flops = build(jam.parse([*TINY_LM, "--generate", "4"]), "fp32")
     step()  # which asserts that so many tokens were written
     assert set(asked) == {"local"} and flops > 0
