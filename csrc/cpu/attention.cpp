@@ -125,6 +125,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamug, m) {
   m.def(
       "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor context, Tensor logsumexp, "
       "bool causal, float scale, Tensor? segments) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_attention_forward(Tensor mixed, bool causal, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor gradient, Tensor mixed, Tensor context, Tensor logsumexp, bool causal, "
+      "float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamug, CPU, m) {
