@@ -1,7 +1,7 @@
 // Attention of short sequences, forward and backward: a block has one head of one sequence whole in shared memory.
 //
 // Tiles are 16 tokens. In shared memory a token's query, key and value (and the gradient of its context) stand side by
-// side; from a token to the next are an odd number of 16-byte units, so that no two rows of an 8 x 8 matrix share a bank.
+// side; from a token to the next are an odd number of 16-byte units, so no two rows of an 8 x 8 matrix share a bank.
 // Sums are float32. Written on `warp.cuh` alone (or what emulates it), which is to be included first.
 #pragma once
 
@@ -48,21 +48,27 @@ __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; 
 
 // Numbers from a row to the next in shared memory, of `parts` rows of heads side by side and of scores' gradients.
 __host__ __device__ constexpr int token_stride(int parts, int width) { return parts * width + 8; }
+__host__ __device__ constexpr int context_stride(int width) { return width + 8; }
 __host__ __device__ constexpr int score_stride(int block_tiles) { return block_tiles * kTile + 8; }
 
-__host__ __device__ constexpr int64_t forward_bytes(int queries, int keys, int width) {
-  return int64_t{2} * larger(tiles_of(queries), tiles_of(keys)) * kTile * token_stride(3, width);
+__host__ __device__ constexpr int forward_bytes(int queries, int keys, int width) {
+  return 2 * larger(tiles_of(queries), tiles_of(keys)) * kTile * token_stride(3, width);
 }
-__host__ __device__ constexpr int64_t backward_bytes(int queries, int keys, int width, int block_tiles) {
-  const int64_t query_rows = tiles_of(queries) * kTile, key_rows = tiles_of(keys) * kTile;
-  return 2 * (query_rows > key_rows ? query_rows : key_rows) * token_stride(4, width) +
-         2 * key_rows * score_stride(block_tiles) + 2 * int64_t{sizeof(float)} * query_rows;
+// The gradients of scores, where the context has been before.
+__host__ __device__ constexpr int score_bytes(int queries, int keys, int width, int block_tiles) {
+  return 2 * kTile * larger(tiles_of(keys) * score_stride(block_tiles), tiles_of(queries) * context_stride(width));
+}
+__host__ __device__ constexpr int backward_bytes(int queries, int keys, int width, int block_tiles) {
+  return 2 * larger(tiles_of(queries), tiles_of(keys)) * kTile * token_stride(4, width) +
+         score_bytes(queries, keys, width, block_tiles) + 2 * 4 * tiles_of(queries) * kTile;
 }
 
 // Where a lane's address lies in a 16 x 16 matrix, in numbers, for the four 8 x 8 matrices in either order: down the rows
-// first (an `a`; a `b` of rows of the sum's axis, transposed) or along them (a `b` of its columns; an `a`, transposed).
+// first (an `a`; or a `b` that is stored by rows, transposed) or along them (a `b` stored by columns; an `a`, transposed).
 __device__ inline int down_first(int lane, int stride) { return lane % 16 * stride + lane / 16 * 8; }
-__device__ inline int along_first(int lane, int stride) { return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8; }
+__device__ inline int along_first(int lane, int stride) {
+  return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8;
+}
 
 // Rows of one head on their way to shared memory; those up to `padded` that do not exist become zeros.
 template <class T, int width, int stride>
@@ -87,30 +93,18 @@ __device__ inline float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// The gradient of the context to shared memory, and of each query its product with the context: the mean of the scores'
-// gradients under the probabilities.
+// Of each row the product of the gradient of the context with the context: the mean of the scores' gradients under the
+// probabilities.
 template <class T, int width, int stride>
-__device__ void stage_gradient(const T* gradient, int64_t gradient_token, const T* context, int64_t context_token,
-                               int rows, int padded, T* target, float* products) {
-  constexpr int vectors = width / 8, lanes = vectors % 4 == 0 ? 4 : 2, rounds = vectors / lanes;
+__device__ void multiply_rows(const T* gradient, const T* context, int rows, float* products) {
+  constexpr int vectors = width / 8, lanes = vectors % 4 == 0 ? 4 : 2;
   const int part = threadIdx.x % lanes;
-  for (int row = threadIdx.x / lanes; row < padded; row += blockDim.x / lanes) {  // the lanes of a warp agree on the end
-    uint4 g[rounds], c[rounds];
-#pragma unroll
-    for (int i = 0; i < rounds; i++) {
-      const int column = (i * lanes + part) * 8;
-      g[i] = c[i] = uint4{0, 0, 0, 0};
-      if (row < rows) {
-        g[i] = *reinterpret_cast<const uint4*>(gradient + row * gradient_token + column);
-        c[i] = *reinterpret_cast<const uint4*>(context + row * context_token + column);
-      }
-    }
+  for (int row = threadIdx.x / lanes; row < rows; row += blockDim.x / lanes) {  // tiles: all lanes of a warp, or none
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < rounds; i++) {
-      *reinterpret_cast<uint4*>(target + row * stride + (i * lanes + part) * 8) = g[i];
-      sum += dot<T>(g[i], c[i]);
-    }
+    for (int i = part; i < vectors; i += lanes)
+      sum += dot<T>(*reinterpret_cast<const uint4*>(gradient + row * stride + i * 8),
+                    *reinterpret_cast<const uint4*>(context + row * context_stride(width) + i * 8));
 #pragma unroll
     for (int offset = lanes / 2; offset; offset /= 2) sum += shuffle_xor(sum, offset);
     if (part == 0) products[row] = sum;
@@ -143,7 +137,8 @@ __device__ inline void copy_out(const T* source, int rows, T* target, int64_t to
 
 constexpr int kKeyTiles = 4;
 constexpr int kForwardWarps = 8;
-__host__ __device__ constexpr int forward_blocks(int width) { return width <= 32 ? 3 : width <= 80 ? 2 : 1; }  // of kForwardWarps on an SM
+// Blocks of so many warps that are to fit on a multiprocessor, which sets the number of registers.
+__host__ __device__ constexpr int forward_blocks(int width) { return width <= 32 ? 3 : width <= 80 ? 2 : 1; }
 
 template <class T, int width>
 __global__ void __launch_bounds__(kForwardWarps * 32, forward_blocks(width))
@@ -167,7 +162,8 @@ __global__ void __launch_bounds__(kForwardWarps * 32, forward_blocks(width))
     T* mine = rows + tile * kTile * stride;  // queries that no other warp reads: the context takes their place
     Word query[steps][4];
 #pragma unroll
-    for (int k = 0; k < steps; k++) load_matrices(query[k], shared_address(mine + k * kTile + down_first(lane, stride)));
+    for (int k = 0; k < steps; k++)
+      load_matrices(query[k], shared_address(mine + k * kTile + down_first(lane, stride)));
     float context[width / 8][4] = {};
     float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     int visible[2];  // keys that the two queries of this lane see
@@ -242,7 +238,8 @@ __global__ void __launch_bounds__(kForwardWarps * 32, forward_blocks(width))
     put<T, width, stride>(context, 1.0f / sum[0], 1.0f / sum[1], mine, lane);
     __syncwarp();
     const int present = smaller(kTile, p.queries - tile * kTile);
-    copy_out<T, width, stride>(mine, present, p.context.at(batch, head) + tile * kTile * p.context.token, p.context.token, lane, 32);
+    T* target = p.context.at(batch, head) + tile * kTile * p.context.token;
+    copy_out<T, width, stride>(mine, present, target, p.context.token, lane, 32);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = lane / 4 + r * 8;
@@ -280,17 +277,21 @@ __global__ void __launch_bounds__(resident_warps(width, owned) * 32)
   const int query_tiles = tiles_of(p.queries), key_tiles = tiles_of(p.keys), narrow = score_stride(p.block_tiles);
   T* rows = reinterpret_cast<T*>(attention_shared);
   T* scores_t = rows + larger(query_tiles, key_tiles) * kTile * stride;  // their gradients, [keys, queries of a block]
-  float* logarithms = reinterpret_cast<float*>(scores_t + key_tiles * kTile * narrow);
+  float* logarithms = reinterpret_cast<float*>(scores_t + score_bytes(p.queries, p.keys, width, p.block_tiles) / 2);
   float* products = logarithms + query_tiles * kTile;
   stage<T, width, stride>(p.query.at(batch, head), p.query.token, p.queries, query_tiles * kTile, rows);
   stage<T, width, stride>(p.key.at(batch, head), p.key.token, p.keys, key_tiles * kTile, rows + width);
   stage<T, width, stride>(p.value.at(batch, head), p.value.token, p.keys, key_tiles * kTile, rows + 2 * width);
-  for (int i = threadIdx.x; i < query_tiles * kTile; i += blockDim.x)  // a query that is none: probability exp(-inf) = 0
+  for (int i = threadIdx.x; i < query_tiles * kTile; i += blockDim.x)  // for a query that is none exp(-inf) = 0
     logarithms[i] =
         i < p.queries ? p.logsumexp[static_cast<int64_t>(blockIdx.x) * p.queries + i] * kLog2e : INFINITY;
-  stage_gradient<T, width, stride>(p.gradient.at(batch, head), p.gradient.token, p.context.at(batch, head), p.context.token,
-                           p.queries, query_tiles * kTile, rows + 3 * width, products);
+  stage<T, width, stride>(p.gradient.at(batch, head), p.gradient.token, p.queries, query_tiles * kTile,
+                          rows + 3 * width);
+  stage<T, width, context_stride(width)>(p.context.at(batch, head), p.context.token, p.queries, query_tiles * kTile,
+                                         scores_t);  // which are not there yet
   wait_for_copies();
+  __syncthreads();
+  multiply_rows<T, width, stride>(rows + 3 * width, scores_t, query_tiles * kTile, products);
   __syncthreads();
 
   const float factor = p.scale * kLog2e;
@@ -347,26 +348,40 @@ __global__ void __launch_bounds__(resident_warps(width, owned) * 32)
           multiply_add<T>(slopes[o][1], a, b[2], b[3]);
         }
       }
-      Word probability[owned][4], slope[owned][4];
+      float2 product[2];  // of two neighbouring queries
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        const int query = tile * kTile + j * 8 + lane % 4 * 2;  // and the next one
-        const int ahead = query - lane / 4;
+        const int query = tile * kTile + j * 8 + lane % 4 * 2;
         const float2 logarithm = *reinterpret_cast<const float2*>(logarithms + query);
-        const float2 product = *reinterpret_cast<const float2*>(products + query);
+        product[j] = *reinterpret_cast<const float2*>(products + query);
 #pragma unroll
         for (int o = 0; o < owned; o++)
 #pragma unroll
-          for (int r = 0; r < 2; r++) {
-            float x = exp2_approximate(scores[o][j][2 * r] * factor - logarithm.x);
-            float y = exp2_approximate(scores[o][j][2 * r + 1] * factor - logarithm.y);
-            const int at = own(o) * kTile + r * 8;  // the key, less lane / 4
-            if (p.causal) x = at > ahead ? 0 : x, y = at > ahead + 1 ? 0 : y;
-            const Word both = pack<T>(x * (slopes[o][j][2 * r] - product.x), y * (slopes[o][j][2 * r + 1] - product.y));
-            probability[o][2 * j + r] = pack<T>(x, y);
-            slope[o][2 * j + r] = at < existing ? both : 0;  // exp(-logsumexp) may be infinite
-          }
+          for (int i = 0; i < 4; i++)
+            scores[o][j][i] = exp2_approximate(scores[o][j][i] * factor - (i % 2 ? logarithm.y : logarithm.x));
       }
+      if (p.causal && tile <= own(owned - 1)) {
+#pragma unroll
+        for (int o = 0; o < owned; o++)
+#pragma unroll
+          for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if ((own(o) - tile) * kTile + lane / 4 + i / 2 * 8 > j * 8 + lane % 4 * 2 + i % 2) scores[o][j][i] = 0;
+      }
+      Word probability[owned][4], slope[owned][4];
+#pragma unroll
+      for (int o = 0; o < owned; o++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            const float x = scores[o][j][2 * r], y = scores[o][j][2 * r + 1];
+            const float dx = slopes[o][j][2 * r] - product[j].x, dy = slopes[o][j][2 * r + 1] - product[j].y;
+            const Word both = pack<T>(x * dx, y * dy);
+            probability[o][2 * j + r] = pack<T>(x, y);
+            slope[o][2 * j + r] = own(o) * kTile + r * 8 < existing ? both : 0;  // exp(-logsumexp) may be infinite
+          }
 #pragma unroll
       for (int o = 0; o < owned; o++) {
         if (warp * owned + o >= key_tiles) continue;
@@ -424,9 +439,12 @@ __global__ void __launch_bounds__(resident_warps(width, owned) * 32)
   }
   __syncthreads();
   const int thread = threadIdx.x, threads = blockDim.x;
-  copy_out<T, width, stride>(rows, p.queries, p.query_gradient.at(batch, head), p.query_gradient.token, thread, threads);
-  copy_out<T, width, stride>(rows + width, p.keys, p.key_gradient.at(batch, head), p.key_gradient.token, thread, threads);
-  copy_out<T, width, stride>(rows + 2 * width, p.keys, p.value_gradient.at(batch, head), p.value_gradient.token, thread, threads);
+  const auto put_out = [&](const T* source, int present, const Heads<T>& target) {
+    copy_out<T, width, stride>(source, present, target.at(batch, head), target.token, thread, threads);
+  };
+  put_out(rows, p.queries, p.query_gradient);
+  put_out(rows + width, p.keys, p.key_gradient);
+  put_out(rows + 2 * width, p.keys, p.value_gradient);
 }
 
 }  // namespace megamug

@@ -1,5 +1,5 @@
-// What a warp does together on sm_80 and later: matrix products, 8 x 8 matrices out of shared memory, and copies into it
-// that nobody waits for. `attention.cuh` is written on these alone, so that tests/cuda can emulate them on a CPU.
+// What a warp does together on sm_80 and later: matrix products, 8 x 8 matrices out of shared memory, copies into it that
+// nobody waits for. `attention.cuh` is written on these alone, so that tests/emulation can stand in for them on a CPU.
 #pragma once
 
 #include "common.cuh"
@@ -26,17 +26,19 @@ __device__ inline void load_transposed(Word (&m)[4], Address row) {
                : "memory");
 }
 
-// c [16, 8] += a [16, 16] b [16, 8]. Of lane l, g = l / 4 and t = 2 (l % 4): a = rows (g, g + 8, g, g + 8), columns t and
-// t + 1 (the last two words: t + 8, t + 9); b = rows t and t + 1 (t + 8, t + 9) of column g; c = row g, columns t and
-// t + 1, then row g + 8. So the c of two neighbouring products, rounded, are the a of another one.
+// c [16, 8] += a [16, 16] b [16, 8]. Of lane l, g = l / 4 and t = 2 (l % 4): a = rows (g, g + 8, g, g + 8), columns t
+// and t + 1 (the last two words: t + 8, t + 9); b = rows t and t + 1 (t + 8, t + 9) of column g; c = row g, columns t
+// and t + 1, then row g + 8. So the c of two neighbouring products, rounded, are the a of another one.
 template <class T>
 __device__ inline void multiply_add(float (&c)[4], const Word (&a)[4], Word b0, Word b1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -5,8 +5,9 @@ multiprocessor, so that forward reads query, key and value once and writes the c
 needs and writes the gradient of the packed projection, with nothing to concatenate. Operators
 `megamug::packed_attention_forward` and `packed_attention_backward`; on a CPU the formula below stands behind them.
 
-Axes: s tokens, b sequences, n heads, d width of a head. `mixed` [s, b, n, 3, d] is the packed projection as Megatron
-lays it out where each head of queries has its own keys: a head's query, key and value side by side.
+Axes: s tokens, t tokens of a context that is read, b sequences, n heads, d width of a head. `mixed` [s, b, n, 3, d] is
+the packed projection as Megatron lays it out where each head of queries has its own keys: a head's query, key and value
+side by side; in cross-attention [t, b, n, 2, d], its key and value.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ def pays(mixed: Tensor, causal: bool) -> bool:
 
     A causal sequence of more than 128 tokens is left to torch, whose kernels skip what lies ahead in larger blocks.
     """
-    if mixed.device.type != "cuda" or not ops.libraries().cuda or mixed.dtype not in _DTYPES:
+    return (not causal or mixed.shape[0] <= 128) and _taken(mixed)
+
+
+def pays_across(query: Tensor, mixed: Tensor) -> bool:
+    """The same of cross-attention: queries [s, b, n, d] that read the keys and values [t, b, n, 2, d]."""
+    return _taken(query) and _taken(mixed) and query.dtype == mixed.dtype
+
+
+def _taken(heads: Tensor) -> bool:
+    """Whether tokens [s, ..., d] are on a GPU that has the kernels, and of a size and type that these take."""
+    if heads.device.type != "cuda" or not ops.libraries().cuda or heads.dtype not in _DTYPES:
         return False
-    s, width = mixed.shape[0], mixed.shape[-1]
-    if width not in LONGEST or not 0 < s <= (min(128, LONGEST[width]) if causal else LONGEST[width]):
-        return False
-    return mixed.is_contiguous() and _has_room(mixed.device.index)
+    s, width = heads.shape[0], heads.shape[-1]
+    return 0 < s <= LONGEST.get(width, 0) and heads.is_contiguous() and _has_room(heads.device.index)
 
 
 @torch.compiler.assume_constant_result
@@ -53,7 +62,17 @@ def packed_attention(mixed: Tensor, causal: bool = False) -> Tensor:
     """
     if pays(mixed, causal):
         return torch.ops.megamug.packed_attention_forward(mixed, causal, mixed.shape[-1] ** -0.5)[0]
-    query, key, value = mixed.unbind(3)
+    return _elsewhere(*mixed.unbind(3), causal)
+
+
+def cross_attention(query: Tensor, mixed: Tensor) -> Tensor:
+    """The same of queries [s, b, n, d] that read all of the keys and values [t, b, n, 2, d] -> [s, b, n * d]."""
+    if pays_across(query, mixed):
+        return torch.ops.megamug.cross_attention_forward(query, mixed, query.shape[-1] ** -0.5)[0]
+    return _elsewhere(query, *mixed.unbind(3), False)
+
+
+def _elsewhere(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     if cpu_attention.pays(query):
         return cpu_attention.attention(query, key, value, causal)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -65,34 +84,53 @@ def packed_attention(mixed: Tensor, causal: bool = False) -> Tensor:
 
 def forward_torch(mixed: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """[s, b, n, 3, d] -> context [s, b, n * d] in its dtype, logsumexp of the scores [b, n, s] float32."""
-    _, _, value = _parts(mixed)
-    scores = _scores(mixed, causal, scale)
-    context = (scores.softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)
-    return context.to(mixed.dtype).contiguous(), scores.logsumexp(-1).float()
+    return _forward_torch(*mixed.unbind(3), causal, scale)
+
+
+def cross_forward_torch(query: Tensor, mixed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[s, b, n, d], [t, b, n, 2, d] -> context [s, b, n * d], logsumexp [b, n, s]."""
+    return _forward_torch(query, *mixed.unbind(3), False, scale)
 
 
 def backward_torch(
     gradient: Tensor, mixed: Tensor, context: Tensor, logsumexp: Tensor, causal: bool, scale: float
 ) -> Tensor:
     """The gradient of `mixed`, from that of the context and what forward took and gave."""
-    query, key, value = _parts(mixed)
-    s, b, n, _, d = mixed.shape
-    gradient, context = (x.view(s, b, n, d).permute(1, 2, 0, 3).to(query.dtype) for x in (gradient, context))
-    probabilities = (_scores(mixed, causal, scale) - logsumexp.unsqueeze(-1)).exp()
+    return torch.stack(_backward_torch(gradient, *mixed.unbind(3), context, logsumexp, causal, scale), dim=3)
+
+
+def cross_backward_torch(
+    gradient: Tensor, query: Tensor, mixed: Tensor, context: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `query` and `mixed`."""
+    of_query, *others = _backward_torch(gradient, query, *mixed.unbind(3), context, logsumexp, False, scale)
+    return of_query.contiguous(), torch.stack(others, dim=3)
+
+
+def _forward_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(query, key, causal, scale)
+    context = (scores.softmax(-1) @ _by_heads(value)).permute(2, 0, 1, 3).flatten(2)
+    return context.to(query.dtype).contiguous(), scores.logsumexp(-1).float()
+
+
+def _backward_torch(gradient, query, key, value, context, logsumexp, causal, scale) -> list[Tensor]:
+    """The gradients of query, key and value [s or t, b, n, d], in their dtype."""
+    gradient, context = (_by_heads(x.view(query.shape)) for x in (gradient, context))
+    probabilities = (_scores(query, key, causal, scale) - logsumexp.unsqueeze(-1)).exp()
     mean = (gradient * context).sum(-1, keepdim=True)  # of the probabilities' gradients, under the probabilities
-    slopes = probabilities * (gradient @ value.transpose(2, 3) - mean) * scale
-    parts = slopes @ key, slopes.transpose(2, 3) @ query, probabilities.transpose(2, 3) @ gradient
-    return torch.stack([x.permute(2, 0, 1, 3) for x in parts], dim=3).to(mixed.dtype)
+    slopes = probabilities * (gradient @ _by_heads(value).transpose(2, 3) - mean) * scale
+    of_query, of_key = slopes @ _by_heads(key), slopes.transpose(2, 3) @ _by_heads(query)
+    of_value = probabilities.transpose(2, 3) @ gradient
+    return [x.permute(2, 0, 1, 3).to(query.dtype) for x in (of_query, of_key, of_value)]
 
 
-def _parts(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [b, n, s, d] in float32, or wider if they are."""
-    return mixed.to(torch.promote_types(mixed.dtype, torch.float32)).permute(3, 1, 2, 0, 4).unbind(0)
+def _by_heads(x: Tensor) -> Tensor:
+    """[s, b, n, d] -> [b, n, s, d] in float32, or wider if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).permute(1, 2, 0, 3)
 
 
-def _scores(mixed: Tensor, causal: bool, scale: float) -> Tensor:
-    query, key, _ = _parts(mixed)
-    scores = query @ key.transpose(2, 3) * scale
+def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+    scores = _by_heads(query) @ _by_heads(key).transpose(2, 3) * scale
     if causal:
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, -math.inf)
@@ -104,20 +142,40 @@ def _scores(mixed: Tensor, causal: bool, scale: float) -> Tensor:
 
 def _setup(ctx, inputs, output) -> None:
     mixed, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(mixed, *output)
-    ctx.mark_non_differentiable(output[1])
+    _save(ctx, mixed, *output)
+
+
+def _cross_setup(ctx, inputs, output) -> None:
+    query, mixed, ctx.scale = inputs
+    _save(ctx, query, mixed, *output)
+
+
+def _save(ctx, *tensors: Tensor) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(tensors[-1])  # the logsumexp
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, gradient: Tensor | None, _):
     if gradient is None:
         return None, None, None
-    # Rows have to begin at multiples of 16 bytes; the gradient of a sum, say, is one number everywhere.
+    backward = torch.ops.megamug.packed_attention_backward
+    return backward(_with_rows(gradient), *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+
+
+def _cross_backward(ctx, gradient: Tensor | None, _):
+    if gradient is None:
+        return None, None, None
+    backward = torch.ops.megamug.cross_attention_backward
+    return *backward(_with_rows(gradient), *ctx.saved_tensors, ctx.scale), None
+
+
+def _with_rows(gradient: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes, as the kernels read; the gradient of a sum, say, is one number."""
     steps = (gradient.storage_offset(), *gradient.stride()[:-1])
     if gradient.stride(-1) != 1 or any(step % 8 for step in steps):
-        gradient = gradient.contiguous()
-    backward = torch.ops.megamug.packed_attention_backward
-    return backward(gradient, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+        return gradient.contiguous()
+    return gradient
 
 
 def _register() -> None:
@@ -132,20 +190,45 @@ def _register() -> None:
     def _(gradient, mixed, *_):
         return mixed.new_empty(mixed.shape)
 
-    library.impl("megamug::packed_attention_forward", "cpu", forward_torch)
-    library.impl("megamug::packed_attention_backward", "cpu", backward_torch)
+    @library.register_fake("megamug::cross_attention_forward")
+    def _(query, *_):
+        s, b, n, d = query.shape
+        return query.new_empty((s, b, n * d)), query.new_empty((b, n, s), dtype=torch.float32)
+
+    @library.register_fake("megamug::cross_attention_backward")
+    def _(gradient, query, mixed, *_):
+        return query.new_empty(query.shape), mixed.new_empty(mixed.shape)
+
+    for name, function in (
+        ("packed_attention_forward", forward_torch),
+        ("packed_attention_backward", backward_torch),
+        ("cross_attention_forward", cross_forward_torch),
+        ("cross_attention_backward", cross_backward_torch),
+    ):
+        library.impl(f"megamug::{name}", "cpu", function)
     library.register_autograd("megamug::packed_attention_forward", _backward, setup_context=_setup)
+    library.register_autograd("megamug::cross_attention_forward", _cross_backward, setup_context=_cross_setup)
 
     # What torch.utils.flop_counter counts, as it does for torch's own attention: two products, five in backward.
+    def operations(queries: int, packed_shape) -> int:
+        t, b, n, _parts, d = packed_shape
+        return 2 * queries * t * b * n * d
+
     @register_flop_formula(torch.ops.megamug.packed_attention_forward)
     def _(mixed_shape, *_, **__) -> int:
-        s, b, n, _three, d = mixed_shape
-        return 2 * 2 * s * s * b * n * d
+        return 2 * operations(mixed_shape[0], mixed_shape)
 
     @register_flop_formula(torch.ops.megamug.packed_attention_backward)
     def _(_, mixed_shape, *__, **___) -> int:
-        s, b, n, _three, d = mixed_shape
-        return 5 * 2 * s * s * b * n * d
+        return 5 * operations(mixed_shape[0], mixed_shape)
+
+    @register_flop_formula(torch.ops.megamug.cross_attention_forward)
+    def _(query_shape, mixed_shape, *_, **__) -> int:
+        return 2 * operations(query_shape[0], mixed_shape)
+
+    @register_flop_formula(torch.ops.megamug.cross_attention_backward)
+    def _(_, query_shape, mixed_shape, *__, **___) -> int:
+        return 5 * operations(query_shape[0], mixed_shape)
 
 
 if ops.libraries().cpu:  # which has the schemas
