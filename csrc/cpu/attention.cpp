@@ -125,6 +125,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megamug, m) {
   m.def(
       "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor context, Tensor logsumexp, "
       "bool causal, float scale, Tensor? segments) -> (Tensor, Tensor, Tensor)");
+  m.def("packed_attention_forward(Tensor mixed, bool causal, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor gradient, Tensor mixed, Tensor context, Tensor logsumexp, bool causal, "
+      "float scale) -> Tensor");
+  m.def("cross_attention_forward(Tensor query, Tensor mixed, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "cross_attention_backward(Tensor gradient, Tensor query, Tensor mixed, Tensor context, Tensor logsumexp, "
+      "float scale) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megamug, CPU, m) {
