@@ -47,12 +47,13 @@ __device__ inline void each_round(const T* p, int rounds, int64_t step, F&& f) {
 struct Running {
   float maximum = -INFINITY, sum = 0;
 
-  __device__ float reference() const { return maximum * kLog2e; }
+  // By an intrinsic, so that the compiler does not leave out the rounding where it is subtracted from something.
+  static __device__ float reference(float maximum) { return __fmul_rn(maximum, kLog2e); }
   // While all is -inf a shift of 0 gives the right sum: 0, or NaN where there is one.
-  __device__ float shift() const { return maximum == -INFINITY ? 0.0f : reference(); }
+  __device__ float shift() const { return maximum == -INFINITY ? 0.0f : reference(maximum); }
   __device__ void rescale(float highest) {
     if (highest > maximum) {
-      sum *= exp2_fast(reference() - highest * kLog2e);
+      sum *= exp2_fast(reference(maximum) - reference(highest));
       maximum = highest;
     }
   }
@@ -65,7 +66,7 @@ struct Running {
     sum = warp_sum(sum);
   }
   __device__ float against_maximum() const {
-    return maximum == -INFINITY ? sum : sum * exp2_fast(-fmaf(maximum, kLog2e, -reference()));
+    return maximum == -INFINITY ? sum : sum * exp2_fast(-fmaf(maximum, kLog2e, -reference(maximum)));
   }
 };
 
@@ -112,15 +113,22 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       if constexpr (with_sum) total += logit_sums[k];
     }
   });
-  for (j += rounds * kUnroll * step; j < span.end; j += step) {
-    const Vector<T> v[1] = {load_vector(row + j)};
-    running.rescale(largest(v));
+  j += rounds * kUnroll * step;
+  Vector<T> rest[kUnroll][1];  // less than a round
+#pragma unroll
+  for (int k = 0; k < kUnroll; k++)
+    if (j + k * step < span.end) rest[k][0] = load_vector(row + j + k * step);
+#pragma unroll
+  for (int k = 0; k < kUnroll; k++) {
+    if (j + k * step >= span.end) break;
+    running.rescale(largest(rest[k]));
     const float shift = running.shift();
+    float x[size];
+    unpack(rest[k][0], x);
 #pragma unroll
     for (int i = 0; i < size; i++) {
-      const float x = to_float(v[0].values[i]);
-      running.sum += exp2_fast(fmaf(x, kLog2e, -shift));
-      if constexpr (with_sum) total += x;
+      running.sum += exp2_fast(fmaf(x[i], kLog2e, -shift));
+      if constexpr (with_sum) total += x[i];
     }
   }
   const auto single = [&](int64_t c) {
@@ -239,7 +247,14 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int k = 0; k < kUnroll; k++) write(j + (i * kUnroll + k) * step, v[k]);
   });
-  for (j += rounds * kUnroll * step; j < end; j += step) write(j, load_vector(row + j));
+  j += rounds * kUnroll * step;
+  Vector<T> rest[kUnroll];  // less than a round
+#pragma unroll
+  for (int k = 0; k < kUnroll; k++)
+    if (j + k * step < end) rest[k] = load_vector(row + j + k * step);
+#pragma unroll
+  for (int k = 0; k < kUnroll; k++)
+    if (j + k * step < end) write(j + k * step, rest[k]);
   if (mine) out[column] = from_float<T>(value(target_logit) - kept);
   const auto single = [&](int64_t c) { out[c] = from_float<T>(value(to_float(row[c])) - (c == column ? kept : 0.0f)); };
   for (int64_t c = one; c < span.begin; c += ones) single(c);
@@ -250,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 // Narrow rows take small blocks; a few wide ones large blocks, so that they fill the device.
 int threads_for(int64_t rows, int64_t columns, int vector_size) {
   const int64_t vectors = (columns + vector_size - 1) / vector_size;
-  return vectors < kThreads ? kThreads / 2 : rows < 512 && vectors >= 4 * kMostThreads ? kMostThreads : kThreads;
+  return vectors < kThreads * kUnroll ? kThreads / 2 : rows < 512 && vectors >= 4 * kMostThreads ? kMostThreads : kThreads;
 }
 
 const float* pointer(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }

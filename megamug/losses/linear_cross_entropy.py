@@ -96,7 +96,8 @@ PRODUCT_BYTES = 8 * 2**20  # on a CPU: of the weight gradient's half-precision p
 def _chunk(tokens: int, most: int) -> int:
     """Tokens of a chunk: as few chunks as `most` tokens allow, of one size, in whole tiles where there is room."""
     even = -(-tokens // max(1, -(-tokens // most)))
-    return max(1, min(most, -(-even // TILE) * TILE))
+    tiles = -(-even // TILE) * TILE
+    return max(1, tiles if tiles <= most else even)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -61,6 +61,16 @@ def test_weight_gradient_of_half_precision_adds_up_in_float32(impl, monkeypatch)
         assert error < 2**-8, error
 
 
+@pytest.mark.parametrize(
+    "tokens, most, wanted",
+    [(8192, 1792, 1664), (8192, 2048, 2048), (2049, 2048, 1152), (300, 1000, 384), (15, 4, 4), (15, 7, 5), (0, 10, 1)],
+)
+def test_chunks_are_few_and_even(tokens, most, wanted):
+    """As few as fit; of whole tiles of 128 where that does not take more than fits."""
+    chunk = sys.modules["megamug.losses.linear_cross_entropy"]._chunk(tokens, most)
+    assert chunk == wanted and chunk <= most
+
+
 def test_main_grad_takes_the_weight_gradient_in_float32():
     hidden, weight, targets, _ = sample(torch.bfloat16)
     total, _ = linear_cross_entropy(hidden, weight, targets, vocab_size=33)
