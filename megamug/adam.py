@@ -40,19 +40,6 @@ def choose(requested: str) -> tuple[str, type | None, str]:
     return requested, found, f"optimizer.fused={requested}"
 
 
-def norm_kernel() -> str:
-    """Whose kernel Megatron's norm of gradients and their clipping take, for the log. Megatron chooses as it is
-    imported, and where it misses a single name of Transformer Engine's and apex is not there, it takes its own."""
-    from megatron.core.optimizer import clip_grads
-
-    home = clip_grads.l2_norm_impl.__module__ or ""
-    if home.startswith("transformer_engine"):
-        return "Transformer Engine's kernels for many tensors"
-    if home.startswith("amp_C"):
-        return "apex's kernels for many tensors"
-    return "a kernel for each parameter: Megatron found neither Transformer Engine's (see `megamug doctor`) nor apex's"
-
-
 @contextmanager
 def used_by_megatron(adam: type | None) -> Iterator[None]:
     """Inside, Megatron builds its optimizers on the class `adam` (None: torch's AdamW)."""

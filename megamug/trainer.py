@@ -220,7 +220,9 @@ class Trainer:
         )  # fmt: skip
         task, how = self.task, "compiled" if self.task.compiled else "not compiled"
         logger.info("layers: %s (%s), %s (%s)", task.spec, task.spec_reason, how, task.compiled_reason)
-        logger.info("optimizer: %s (%s)", adam.NAMES[self.optimizer.kernel], self.optimizer.kernel_reason)
+        kernel = adam.NAMES[self.optimizer.kernel]
+        logger.info("optimizer: %s (%s); torch's kernels for many tensors at once sum, measure and clip gradients",
+                    kernel, self.optimizer.kernel_reason)  # fmt: skip
         flops = self.task.flops_per_sample / 1e9
         told = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
         logger.info("this rank holds %.2f M parameters%s; %.2f GFLOP a training sample", count / 1e6, told, flops)

@@ -93,18 +93,3 @@ def test_megatron_builds_the_one_chosen_and_it_updates_as_torchs(world, monkeypa
             optimizer.restore_step(step)
         found[kernel] = torch.cat([p.detach().flatten() for p in stage.parameters()])
     torch.testing.assert_close(found[FusedAdam], found[None], rtol=1e-5, atol=1e-6)
-
-
-def test_whose_norm_is_told(monkeypatch):
-    """A CPU machine's Megatron has found none; the names are those of the modules that the kernels come from."""
-    from megatron.core.optimizer import clip_grads
-
-    for home, told in {"transformer_engine_torch": "Transformer Engine's", "amp_C": "apex's kernels for many",
-                       "megatron.core.utils": "a kernel for each parameter"}.items():  # fmt: skip
-        stand_in = types.new_class("l2norm")
-        stand_in.__module__ = home
-        monkeypatch.setattr(clip_grads, "l2_norm_impl", stand_in)
-        assert adam.norm_kernel().startswith(told)
-    monkeypatch.undo()
-    if not torch.cuda.is_available():
-        assert adam.norm_kernel().startswith("a kernel for each parameter")

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from megamug.losses.cross_entropy import Terms
 
 FOLDER = Path(__file__).parent / "_lib"
+OPERATORS = (
+    "cross_entropy_statistics", "cross_entropy", "cross_entropy_gradient", "cross_entropy_gradient_", "masked_patch",
+    "masked_patch_gradient_", "attention_forward", "attention_backward", "packed_attention_forward",
+    "packed_attention_backward", "cross_attention_forward", "cross_attention_backward", "draw_",
+)  # fmt: skip
 _COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _log = logging.getLogger(__name__)
 
@@ -53,6 +58,10 @@ def _load() -> Libraries:
         torch.ops.load_library(cpu)
     except OSError as error:  # built for another system or a torch older than 2.10
         return Libraries(False, False, f"{cpu.name} does not load ({error}); torch stands in")
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.megamug, name)]
+    if missing:
+        return Libraries(False, False, f"{cpu.name} is of older sources, without {missing[0]} (pip install --no-build-"
+                         "isolation -e . builds it anew); torch stands in")  # fmt: skip
     _register()
     function = ctypes.CDLL(str(cpu)).megamug_cpu_kernels
     function.restype = ctypes.c_char_p

@@ -3,8 +3,8 @@
 What is compiled is a pure function of a layer and its hidden states (`functional.transformer_layer`, and one direction
 of a cross block). All layers of a stack share one compilation, since they differ in their parameters alone. The plain
 function stays, and is what evaluation and writing run. Before a compiled function is used it is held against the plain
-one, on the first hidden states that a layer gets, values and gradients; where they differ by more than rounding, or it
-does not compile, the plain one stays and the log says so.
+one (with torch's attention, not ours), on the first hidden states that a layer gets, values and gradients; where they
+differ by more than rounding, or it does not compile, the plain one stays and the log says so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megamug.config import Config
+from megamug.models import gpu_attention
 from megamug.models.layers import kernel_order
 from megamug.sections import LONG
 
@@ -83,6 +84,7 @@ class Compiled:
                 "%s: compiled and plain differ by %.1e of the %s's norm, rounding explains %.0e; it runs uncompiled",
                 what, difference, name, TOLERANCES[dtype],
             )  # fmt: skip
+            gpu_attention.give_up()  # it may be what was wrong
             return self.plain
         logger.info(
             "%s: compiled in %.0f s; it differs from the plain form by %.1e at most, in the %s",
@@ -96,7 +98,8 @@ class Compiled:
         """(the compiled function, name of the output or gradient that differs most, how much, the type)."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
         function = torch.compile(self.plain, fullgraph=True, dynamic=False)
-        plain = _values_and_gradients(self.plain, module, arguments)
+        with gpu_attention.torch_instead():
+            plain = _values_and_gradients(self.plain, module, arguments)
         with kernel_order():  # which kernel attention takes is decided when a layer is traced
             compiled = _values_and_gradients(function, module, arguments)
         worst = max(((_difference(compiled[name], plain[name]), name) for name in plain), key=_nan_first)

@@ -65,8 +65,18 @@ def self_attention(attention: SelfAttention, x: Tensor, mask: Tensor | None, tab
 
 def cross_attention(attention: CrossAttention, x: Tensor, mask: Tensor | None, context: Tensor) -> Tensor:
     """[s, b, h] reads a context [t, b, h'] -> [s, b, h]."""
-    query, key, value = attention.get_query_key_value_tensors(x, context)
-    return attention.linear_proj(attention.core_attention(query, key, value, mask))[0]
+    core = attention.core_attention
+    if getattr(attention, "keep", False):  # keys and values of a latent, while a caption is written
+        query, key, value = attention.get_query_key_value_tensors(x, context)
+        return attention.linear_proj(core(query, key, value, mask))[0]
+    heads, width = attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head
+    query, mixed = attention.linear_q(x)[0], attention.linear_kv(context)[0]
+    query = query.view(*query.shape[:2], heads, width)
+    mixed = mixed.view(*mixed.shape[:2], heads, 2, width)
+    if mask is None and core.takes_across(query, mixed):
+        return attention.linear_proj(core.across(query, mixed))[0]
+    key, value = (part.squeeze(3) for part in mixed.split(1, dim=3))
+    return attention.linear_proj(core(query, key, value, mask))[0]
 
 
 def feed_forward(mlp: MLP, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ side by side; in cross-attention [t, b, n, 2, d], its key and value.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,24 @@ from megamug.models import cpu_attention
 
 LONGEST = {32: 288, 64: 256, 80: 128, 96: 128, 128: 128}  # width of a head: tokens of a sequence at most
 _DTYPES = (torch.bfloat16, torch.float16)
+_used = True
+
+
+@contextmanager
+def torch_instead() -> Iterator[None]:
+    """Inside, the kernels take nothing: what they compute can be held against torch's."""
+    global _used
+    before, _used = _used, False
+    try:
+        yield
+    finally:
+        _used = before
+
+
+def give_up() -> None:
+    """The kernels take nothing from now on."""
+    global _used
+    _used = False
 
 
 def pays(mixed: Tensor, causal: bool) -> bool:
@@ -41,7 +61,7 @@ def pays_across(query: Tensor, mixed: Tensor) -> bool:
 
 def _taken(heads: Tensor) -> bool:
     """Whether tokens [s, ..., d] are on a GPU that has the kernels, and of a size and type that these take."""
-    if heads.device.type != "cuda" or not ops.libraries().cuda or heads.dtype not in _DTYPES:
+    if heads.device.type != "cuda" or not _used or not ops.libraries().cuda or heads.dtype not in _DTYPES:
         return False
     s, width = heads.shape[0], heads.shape[-1]
     return 0 < s <= LONGEST.get(width, 0) and heads.is_contiguous() and _has_room(heads.device.index)

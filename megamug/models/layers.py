@@ -114,14 +114,25 @@ class LocalAttention(nn.Module):
             return self._attend(query, key, value, attn_mask=attention_mask.logical_not())
         return self._attend(query, key, value, is_causal=causal)
 
+    @property
+    def _plain(self) -> bool:
+        return self.cache is None and not (self.dropout and self.training)
+
     def takes_packed(self, mixed: Tensor) -> bool:
         """Whether `packed` is there for a packed projection [s, b, g, queries + 2, d], and faster than `forward`."""
-        idle = self.cache is None and not (self.dropout and self.training)
-        return idle and mixed.shape[3] == 3 and gpu_attention.pays(mixed, self.causal)
+        return self._plain and mixed.shape[3] == 3 and gpu_attention.pays(mixed, self.causal)
 
     def packed(self, mixed: Tensor) -> Tensor:
         """The same of queries, keys and values side by side, [s, b, n, 3, d] -> [s, b, n * d]."""
         return gpu_attention.packed_attention(mixed, self.causal)
+
+    def takes_across(self, query: Tensor, mixed: Tensor) -> bool:
+        """Whether `across` is there for queries [s, b, n, d] and a packed context [t, b, n, 2, d]."""
+        return self._plain and not self.causal and gpu_attention.pays_across(query, mixed)
+
+    def across(self, query: Tensor, mixed: Tensor) -> Tensor:
+        """The same of queries and a context's keys and values side by side -> [s, b, n * d]."""
+        return gpu_attention.cross_attention(query, mixed)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         s, b, n, d = query.shape
