@@ -14,8 +14,8 @@ from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA
 
 PAIRS = {"equal": (CM3LEON, CM3LEON), "unlike": (LLAMA, GPT)}
 # A gate's gradient is one number, the sum over all tokens and units of terms of both signs. With these seeds it is
-# above 0.003 for each gate; where it is nearly zero, its last digits are those of the order of the additions.
-SEEDS = {"equal": 2, "unlike": 8}
+# above 0.005 for each gate; where it is nearly zero, its last digits are those of the order of the additions.
+SEEDS = {"equal": 8, "unlike": 9}
 
 
 def tiny(options: dict) -> Config:

@@ -49,6 +49,8 @@ def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
         gradients = reference[pair]["gradients"]
         assert {name: tuple(g.shape) for name, g in gradients.items()} == plan.shapes
         assert all(g.abs().max() > 0 for g in gradients.values())
+        gates = {name: float(g.abs()) for name, g in gradients.items() if name.endswith(".gate")}
+        assert gates and min(gates.values()) > 0.005, f"choose another seed of jam_case: {gates}"
         assert reference[pair]["records"][:CUT] == reference[pair]["early"]
         assert reference[pair]["records"][-1] != reference[pair]["records"][0]
 
