@@ -30,8 +30,12 @@ def inputs(s, b, n, d, dtype):
 
 
 def formula(mixed, causal):
-    query, key, value = mixed.permute(3, 1, 2, 0, 4).unbind(0)
-    scores = query @ key.transpose(2, 3) / math.sqrt(mixed.shape[-1])
+    return attention(*mixed.unbind(3), causal)
+
+
+def attention(query, key, value, causal=False):
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     return (scores.softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)
@@ -65,6 +69,21 @@ def test_equals_the_formula(shape, dtype, tolerance):
     for part in range(3):  # a single token has no gradient of query and key but what rounding leaves
         error = relative(result[..., part, :], wanted_result[..., part, :], gradient.norm().item())
         assert error <= tolerance, ("query", "key", "value")[part]
+
+
+@pytest.mark.parametrize("s, t, d", [(64, 50, 64), (64, 65, 80), (200, 17, 32), (5, 256, 64), (1, 1, 128)])
+def test_across(s, t, d):
+    torch.manual_seed(7)
+    query, mixed = torch.randn(s, 3, 2, d, device="cuda"), torch.randn(t, 3, 2, 2, d, device="cuda")
+    gradient = torch.randn(s, 3, 2 * d, device="cuda").bfloat16()
+    leaves = [x.bfloat16().requires_grad_() for x in (query, mixed)]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    assert gpu_attention.pays_across(*leaves)
+    found, wanted = gpu_attention.cross_attention(*leaves), attention(doubles[0], *doubles[1].unbind(3))
+    assert relative(found, wanted) <= 4e-3
+    results = torch.autograd.grad(found, leaves, gradient)
+    for a, b in zip(results, torch.autograd.grad(wanted, doubles, gradient.double()), strict=True):
+        assert relative(a, b, gradient.norm().item()) <= 4e-3
 
 
 def test_no_worse_than_torch():
