@@ -74,8 +74,8 @@ class Pair:
 # 2.9 to 2.11 as its own; what it imports is still there in 2.20.
 PAIRS = (
     Pair(">=0.16,<0.17", ">=2.9", "its layers and FP8 recipes"),
-    Pair(">=0.17,<0.20", ">=2.14", "multi_tensor_scale_tensor: Megatron then does without its kernels for many tensors at"
-         " once"),
+    Pair(">=0.17,<0.20", ">=2.14", "multi_tensor_scale_tensor: Megatron then does without its kernels for many tensors"
+         " at once"),
 )  # fmt: skip
 
 
