@@ -63,8 +63,8 @@ __host__ __device__ constexpr int backward_bytes(int queries, int keys, int widt
          score_bytes(queries, keys, width, block_tiles) + 2 * 4 * tiles_of(queries) * kTile;
 }
 
-// Where a lane's address lies in a 16 x 16 matrix, in numbers, for the four 8 x 8 matrices in either order: down the rows
-// first (an `a`; or a `b` that is stored by rows, transposed) or along them (a `b` stored by columns; an `a`, transposed).
+// Where a lane's address lies in a 16 x 16 matrix, in numbers, for the four 8 x 8 matrices in either order: down the
+// rows first (an `a`; or a `b` stored by rows, transposed) or along them (a `b` stored by columns; an `a`, transposed).
 __device__ inline int down_first(int lane, int stride) { return lane % 16 * stride + lane / 16 * 8; }
 __device__ inline int along_first(int lane, int stride) {
   return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8;

@@ -43,9 +43,12 @@ __device__ inline Vector<T> load_vector(const T* p) {
   reinterpret_cast<uint4&>(v) = *reinterpret_cast<const uint4*>(p);
   return v;
 }
+__device__ inline void store_words(void* p, uint4 w) {  // to global memory; spelt out, or halves are stored at times
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+}
 template <class T>
 __device__ inline void store_vector(T* p, const Vector<T>& v) {
-  *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(v);
+  store_words(p, reinterpret_cast<const uint4&>(v));
 }
 
 // The values as floats, and floats rounded to values: pairs at a time, one instruction a value or a pair.

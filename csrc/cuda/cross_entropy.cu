@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const Span span = aligned_span(out, g.columns);
     const int64_t end = min(span.end, span.begin + (chunk + 1) * part);
     for (int64_t j = span.begin + chunk * part + threadIdx.x * size; j < end; j += step)
-      *reinterpret_cast<uint4*>(out + j) = make_uint4(0, 0, 0, 0);
+      store_words(out + j, make_uint4(0, 0, 0, 0));
     for (int64_t c = one; c < span.begin; c += ones) out[c] = from_float<T>(0.0f);
     for (int64_t c = span.end + one; c < g.columns; c += ones) out[c] = from_float<T>(0.0f);
     return;

@@ -136,7 +136,8 @@ __device__ float by_octets(const Shape& s, const Image* corner, const T* predict
   }
   if (out) {
 #pragma unroll
-    for (int k = 0; k < vectors; k++) store_vector(staged[part * vectors + k].values, predicted[k]);
+    for (int k = 0; k < vectors; k++)
+      reinterpret_cast<uint4&>(staged[part * vectors + k]) = reinterpret_cast<const uint4&>(predicted[k]);
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < vectors; k++)

@@ -1,5 +1,5 @@
-// What a warp does together on sm_80 and later: matrix products, 8 x 8 matrices out of shared memory, copies into it that
-// nobody waits for. `attention.cuh` is written on these alone, so that tests/emulation can stand in for them on a CPU.
+// What a warp does together on sm_80 and later: matrix products, 8 x 8 matrices out of shared memory, copies into it
+// that nobody waits for. `attention.cuh` is written on these alone, so that tests/emulation can run it on a CPU.
 #pragma once
 
 #include "common.cuh"

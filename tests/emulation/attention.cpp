@@ -64,8 +64,8 @@ int backward(const AttentionBackward<T>& p, const Sizes& s, bool descending) {
 extern "C" {
 
 // Returns the bytes of shared memory a block took; 0 if there is no such kernel.
-int emulate_forward(void* query, void* packed, void* context, float* logsumexp, int queries, int keys, int batch, int heads,
-                    int width, int parts, float scale, bool causal, int warps, bool descending) {
+int emulate_forward(void* query, void* packed, void* context, float* logsumexp, int queries, int keys, int batch,
+                    int heads, int width, int parts, float scale, bool causal, int warps, bool descending) {
   const Sizes s{queries, keys, batch, heads, width, parts};
   AttentionForward<T> p{};
   p.query = read(query_of(query, s));
@@ -83,8 +83,8 @@ int emulate_forward(void* query, void* packed, void* context, float* logsumexp, 
 }
 
 int emulate_backward(void* gradient, void* query, void* packed, void* context, float* logsumexp, void* query_gradient,
-                     void* packed_gradient, int queries, int keys, int batch, int heads, int width, int parts, float scale,
-                     bool causal, int owned, int block_tiles, bool descending) {
+                     void* packed_gradient, int queries, int keys, int batch, int heads, int width, int parts,
+                     float scale, bool causal, int owned, int block_tiles, bool descending) {
   const Sizes s{queries, keys, batch, heads, width, parts};
   AttentionBackward<T> p{};
   p.query = read(query_of(query, s));

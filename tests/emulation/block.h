@@ -1,5 +1,5 @@
-// One block of a CUDA kernel on a CPU, well enough to check its arithmetic of indices: what `csrc/cuda/warp.cuh` offers,
-// by the words of the PTX manual (ldmatrix, mma.m16n8k16), for kernels that are written on it alone.
+// One block of a CUDA kernel on a CPU, well enough to check its arithmetic of indices: what `csrc/cuda/warp.cuh`
+// offers, by the words of the PTX manual (ldmatrix, mma.m16n8k16), for kernels that are written on it alone.
 //
 // Each thread is a fiber; a warp runs until all of it waits at a barrier of the block, then the next one does, from the
 // first to the last or the other way round: what one warp overwrites too early is seen in one of the two orders. Copies
@@ -180,7 +180,7 @@ inline void load_matrices_of(Word (&m)[4], Address row, bool transposed) {
       unsigned used = 0;
       for (int r = 0; r < 8; r++) {
         const Address a = *static_cast<const Address*>(warp.in[8 * i + r]);
-        if (a % 16 || a + 16 > emulation::shared_bytes) emulation::fail("ldmatrix outside of shared memory, or not aligned");
+        if (a % 16 || a + 16 > emulation::shared_bytes) emulation::fail("ldmatrix outside, or not aligned");
         emulation::conflicts += used >> (a / 16 % 8) & 1;
         used |= 1u << (a / 16 % 8);
         std::memcpy(matrix[r], emulation::shared_start + a, 16);

@@ -124,7 +124,7 @@ def test_masked_patch(image_type, dtype, rounding):
                     torch.testing.assert_close(seen, wanted_gradient * factor, rtol=rounding * 1.01, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype, precision", [(torch.float32, 2e-3), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, 2e-3), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
 @pytest.mark.parametrize("main_grad", [False, True])
 def test_linear_cross_entropy(dtype, precision, main_grad):
     """Many chunks against the product in one piece; fp32 products may be TF32."""
@@ -143,7 +143,7 @@ def test_linear_cross_entropy(dtype, precision, main_grad):
         if main_grad:
             assert not seen[1].any()
             seen[1] = weight.main_grad - 1
-        torch.testing.assert_close(total, plain, rtol=1e-6 if dtype != torch.float32 else 1e-4, atol=0)
+        torch.testing.assert_close(total, plain, rtol=1e-4, atol=0)  # logits may be rounded differently
         for a, b in zip(seen, expected, strict=True):
             assert (a.float() - b.float()).norm() / b.float().norm() < precision
 
