@@ -259,13 +259,14 @@ def _pipelines(space: _Space, gpus: int, model: Model, layout: Layout, pipeline:
     virtual = [v for v in (1, 2, 4, 8) if v == 1 or 1 < pipeline and pipeline * v <= len(model.blocks)]
     for chunks in space.values("parallel.virtual", virtual):
         for fp8 in space.fp8():
+            layers = layers_of(space.config, layout.tensor, fp8)
             for shared in space.values("parallel.distributed_optimizer", [True, False] if data > 1 else [False]):
                 for recompute in space.values("parallel.recompute", ["none", "full"]):
                     again = recompute == "full"
                     yield from _micro_batches(space, gpus, model, replace(
                         layout, pipeline=pipeline, virtual=chunks, data=data, fp8=fp8, distributed_optimizer=shared,
-                        recompute=again, layers=layers_of(space.config, layout.tensor, fp8),
-                        graphs=graphs_of(space.config, gpus, layout.tensor * pipeline),
+                        recompute=again, layers=layers,
+                        graphs=graphs_of(space.config, gpus, layout.tensor * pipeline, layers),
                     ))  # fmt: skip
 
 

@@ -102,10 +102,11 @@ EXECUTIONS = {
 GRAPH_LAUNCH = 30e-6  # seconds of host time a layer, forward or backward, under `parallel.cuda_graphs`: a choice
 
 
-def graphs_of(config: Config, gpus: int, split: int) -> bool:
+def graphs_of(config: Config, gpus: int, split: int, layers: str) -> bool:
     """Whether a step is a CUDA graph on so many GPUs, over `split` of which a model is split (`step_graph.choose`)."""
     asked = config.parallel.cuda_graphs
-    return gpus == 1 and config.train.steps >= LONG if asked is None else asked and split == 1
+    able = split == 1 and (layers != "te" or config.model.kind != "mug")
+    return able and (gpus == 1 and config.train.steps >= LONG if asked is None else asked)
 
 
 def layers_of(config: Config, tensor: int, fp8: str) -> str:

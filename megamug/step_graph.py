@@ -29,8 +29,8 @@ from megamug.sections import LONG
 
 logger = logging.getLogger(__name__)
 
-def choose(config: Config, processes: int) -> tuple[bool, str]:
-    """Resolves `parallel.cuda_graphs`: (whether, reason)."""
+def choose(config: Config, processes: int, spec: str) -> tuple[bool, str]:
+    """Resolves `parallel.cuda_graphs` for layers of the kind `spec`: (whether, reason)."""
     parallel, steps = config.parallel, config.train.steps
     if parallel.cuda_graphs is not None:
         return parallel.cuda_graphs, f"parallel.cuda_graphs={str(parallel.cuda_graphs).lower()}"
@@ -38,6 +38,8 @@ def choose(config: Config, processes: int) -> tuple[bool, str]:
         return False, "no CUDA device"
     if processes > 1:
         return False, "several processes; parallel.cuda_graphs=true takes them where only data are parallel"
+    if config.model.kind == "mug" and spec == "te":
+        return False, "Transformer Engine's layers of a MUG cannot be replayed"
     if steps < LONG:
         return False, f"a run of {steps} steps is over sooner"
     return True, "one GPU"
@@ -254,7 +256,7 @@ def _copy_of(batch):
 
 def step_runner(config: Config, models: list, world) -> StepRunner:
     """Of this run; the log says which, and why."""
-    graphs, reason = choose(config, world.size)
+    graphs, reason = choose(config, world.size, models[0].module.plan.spec)
     logger.info("CUDA graph of a step: %s (%s)", "to be recorded and proven" if graphs else "none", reason)
     return (GraphRunner if graphs else StepRunner)(config, models, world)
 

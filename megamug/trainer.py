@@ -76,6 +76,7 @@ class Trainer:
         self.guard, self.runner = BadStepGuard(), step_runner(config, self.models, world)
         self._say_hello()
         self.step, cursor = 0, None
+        self.untold: tuple | None = None  # of the last step, whose figures are still on the device
         if found is not None:
             if config.model.initial is not None:
                 logger.info("model.initial=%s is not read: the run has a checkpoint of its own", config.model.initial)
@@ -111,11 +112,15 @@ class Trainer:
                 self.watchdog.beat()
                 self.saver.poll()
                 done = self.step == last
+                validates = done or (not stopped and _due(self.step, config.train.validate_every))
+                saves = done or stopped or _due(self.step, config.checkpoint.every)
+                if validates or saves or self.world.device.type == "cpu":
+                    self._tell()
                 # A scheduler that asks to stop kills soon after: the checkpoint comes first.
-                if done or (not stopped and _due(self.step, config.train.validate_every)):
+                if validates:
                     with self.metrics.paused():
                         self._validate(pictures=done or _due(self.step, config.train.pictures_every))
-                if done or stopped or _due(self.step, config.checkpoint.every):
+                if saves:
                     with self.metrics.paused():
                         self._save()
                     saved = self.step
@@ -142,14 +147,23 @@ class Trainer:
         norm, rate = self.optimizer.prepare(self.step)
         updated = self.optimizer.apply(norm, torch.stack(list(sums.values())).isfinite().all())
         stop = self.stop.agreed()
-        losses, norm, updated = self._read(sums, norm, updated)
-        skipped = self.guard.is_bad(self.step, losses["loss"], norm)
-        assert skipped != updated, (losses, norm, updated)
-        self.metrics.record(self.step, {
-            **losses, "grad_norm": norm, "learning_rate": rate, "samples_seen": pairs.samples, "skipped": skipped,
-            "data_failures": pairs.failures, "data_seconds": pairs.wait_seconds,
-        })  # fmt: skip
+        self._tell()  # of the step before, while the device does this one
+        self.untold = self.step, sums, norm, updated, {
+            "learning_rate": rate, "samples_seen": pairs.samples, "data_failures": pairs.failures,
+            "data_seconds": pairs.wait_seconds,
+        }  # fmt: skip
         return stop
+
+    def _tell(self) -> None:
+        """Writes down the last step, once. On a GPU the next one is under way by then: a host that waited for each step
+        before it starts the next would leave the device idle in between."""
+        if self.untold is None:
+            return
+        (step, sums, norm, updated, known), self.untold = self.untold, None
+        losses, norm, updated = self._read(sums, norm, updated)
+        skipped = self.guard.is_bad(step, losses["loss"], norm)
+        assert skipped != updated, (losses, norm, updated)
+        self.metrics.record(step, {**losses, "grad_norm": norm, "skipped": skipped, **known})
 
     def _read(self, sums: dict[str, torch.Tensor], *more: torch.Tensor) -> tuple:
         """(losses as `_losses` gives them, further scalars as numbers): the one wait for the device in a step."""

@@ -79,10 +79,10 @@ def training_step(task, config: Config, made: Callable) -> tuple[Callable[[], fl
     runner = step_runner(config, models, world)
     loader = task.loader(world, train=True) if config.data.train is not None else None
     batches, totals = made(world) if loader is None else (None, None)
-    done = 0
+    done, untold = 0, None
 
     def step() -> float | None:
-        nonlocal done, batches, totals
+        nonlocal done, batches, totals, untold
         done += 1
         pairs = None
         if loader is not None:
@@ -96,7 +96,9 @@ def training_step(task, config: Config, made: Callable) -> tuple[Callable[[], fl
         with record_function("optimizer"):
             norm, _ = optimizer.prepare(done)
             optimizer.apply(norm, losses.isfinite().all())
-        losses.tolist()
+        if untold is not None:  # as the trainer: of the step before
+            untold.tolist()
+        untold = losses
         return None if pairs is None else pairs.wait_seconds
 
     return step, config.data.global_batch_size * task.flops_per_sample

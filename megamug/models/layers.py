@@ -326,16 +326,6 @@ def config_of_run(config: TransformerConfig, first: int, last: int) -> Transform
     return run
 
 
-def accumulating(config: TransformerConfig, layer_specs: list) -> TransformerConfig:
-    """The same, with products that add the weight's gradient to its fp32 sum themselves, where the layers are
-    Transformer Engine's: two passes over every weight less."""
-    if not layer_specs or issubclass(layer_specs[0].submodules.mlp.submodules.linear_fc2, RowParallelLinear):
-        return config
-    config = copy.copy(config)
-    config.gradient_accumulation_fusion = True
-    return config
-
-
 class LayerRun(TransformerBlock):
     """Layers [first, last) of a stack of `config.num_layers`, as one pipeline stage holds them.
 
@@ -346,7 +336,7 @@ class LayerRun(TransformerBlock):
     def __init__(self, config, layer_specs: list, norm, first: int, last: int, final_norm: bool = True):
         self.first_layer = first
         super().__init__(
-            config=accumulating(config_of_run(config, first, last), layer_specs),
+            config=config_of_run(config, first, last),
             spec=TransformerBlockSubmodules(layer_specs=layer_specs[first:last], layer_norm=norm),
             post_layer_norm=final_norm,
             pre_process=True,
