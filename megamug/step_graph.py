@@ -247,7 +247,9 @@ def _tensors(batch) -> list[tuple[str, Tensor]]:
 
 
 def _signature(batches: list) -> list:
-    return [[(name, x.shape, x.dtype) for name, x in _tensors(batch)] for batch in batches]
+    """What of a step's input a graph cannot take otherwise: shapes, types, and whatever is no tensor."""
+    fields = [[(field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch)] for batch in batches]
+    return [[(n, (x.shape, x.dtype) if isinstance(x, Tensor) else x) for n, x in batch] for batch in fields]
 
 
 def _copy_of(batch):

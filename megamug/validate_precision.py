@@ -98,8 +98,8 @@ def cuda_graphs(config: Config) -> None:
     if not parallel.cuda_graphs:
         return
     if config.model.kind == "mug" and (precision.layers == "te" or precision.fp8 != "none"):
-        raise UserError("parallel.cuda_graphs(true): a graph of Transformer Engine's layers of model.kind(mug) fails on the"
-                        " GPU when it is replayed; set parallel.cuda_graphs=false, or precision.fp8=none"
+        raise UserError("parallel.cuda_graphs(true): a graph of Transformer Engine's layers in model.kind(mug) fails on"
+                        " the GPU when it is replayed; set parallel.cuda_graphs=false, or precision.fp8=none"
                         " precision.layers=local")
     for key, alone in (("tensor", 1), ("pipeline", 1), ("overlap_grad_reduce", False), ("overlap_param_gather", False)):
         value = getattr(parallel, key)

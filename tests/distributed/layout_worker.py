@@ -131,6 +131,7 @@ def run(options: dict) -> dict:
     from megamug.checkpoint import state
     from megamug.optim import Optimizer, wrap_chunks
     from megamug.pipeline import reduce_losses, run_batch
+    from megamug.step_graph import step_runner
 
     task = case.make_task(config)
     plan, names = task.plan, task.loss_names
@@ -141,14 +142,14 @@ def run(options: dict) -> dict:
         freeze(chunks, options["freeze"])
     models = wrap_chunks(chunks, config)
     optimizer = Optimizer(config, models)
-    first = options.get("first", 0)
+    runner, first = step_runner(config, models, world), options.get("first", 0)
     if options.get("load"):
         state.load_tensors(chunks, optimizer, world, Path(options["load"]), step=first)
     records = []
     for step in range(first, options.get("steps", 10)):
         batches, totals = case.micro_batches(step, plan, config, world)
         optimizer.zero_grad()
-        sums = run_batch(models, on_device(batches, world.device), totals, backward=True)
+        sums = runner.run(on_device(batches, world.device), totals, loader=None)
         losses = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}
         if options.get("gradients") and step == first:
             gradients = gather_gradients(chunks, optimizer, world)

@@ -37,6 +37,13 @@ VARIANTS: dict[str, dict] = {
     "bf16-local-recompute": {"precision": {"dtype": "bf16", "layers": "local"}, "parallel": {"recompute": "full"}},
     "bf16-te-recompute": {"precision": TE, "parallel": {"recompute": "full"}},
     "bf16-te-distributed-optimizer": {"precision": TE, "parallel": DISTRIBUTED},
+    "fp32-local-compiled": {"precision": {"dtype": "fp32", "layers": "local", "compile": "always"}},
+    "bf16-local-compiled": {"precision": {"dtype": "bf16", "layers": "local", "compile": "always"}},
+    "bf16-local-graph": {"precision": {"dtype": "bf16", "layers": "local"}, "parallel": {"cuda_graphs": True}},
+    "bf16-te-graph": {"precision": TE, "parallel": {"cuda_graphs": True}},
+    "bf16-local-compiled-graph": {
+        "precision": {"dtype": "bf16", "layers": "local", "compile": "always"}, "parallel": {"cuda_graphs": True},
+    },
     "fp8-delayed": {"precision": {**TE, "fp8": "delayed"}},
     "fp8-current": {"precision": {**TE, "fp8": "current"}},
     "fp8-blockwise": {"precision": {**TE, "fp8": "blockwise"}},

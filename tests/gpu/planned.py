@@ -8,6 +8,7 @@ import gc
 import torch
 
 from megamug.benchmarks import jam, mug
+from megamug.planner_execution import layers_of
 from megamug.planner_memory import RESERVED, Layout, memory
 from megamug.planner_model import model_of
 from tests.gpu import parity
@@ -31,7 +32,8 @@ def lm_options(*overrides: str, layers: int = 8, width: int = 1024, batch: int =
 def cases() -> dict[str, tuple]:
     """By name (configuration, size of the vocabulary, builder of a step, its options)."""
     found = {}
-    for name, more in {"te": [], "local": ["precision.layers=local"], "recompute": ["parallel.recompute=full"]}.items():
+    kinds = {name: [f"precision.layers={name}"] for name in ("te", "local")} | {"recompute": ["parallel.recompute=full"]}
+    for name, more in kinds.items():
         options = mug_options(*more)
         found[f"vit-b16-{name}"] = mug.settings(options, "bf16"), 0, mug.build_megamug, options
         options = lm_options(*more)
@@ -46,7 +48,7 @@ def planned(config, vocabulary: int) -> int:
     layout = Layout(
         micro_batch=data.micro_batch_size, micro_batches=data.global_batch_size // data.micro_batch_size,
         recompute=parallel.recompute == "full", distributed_optimizer=parallel.distributed_optimizer,
-        fp8=config.precision.fp8, dtype=config.precision.dtype,
+        fp8=config.precision.fp8, dtype=config.precision.dtype, layers=layers_of(config, 1, config.precision.fp8),
     )  # fmt: skip
     return memory(model_of(config, vocabulary), layout).total - RESERVED
 

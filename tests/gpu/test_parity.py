@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 LOCAL, TF32 = 1e-6, 1e-4
 BF16 = (0.006, 0.03)  # bf16 is as far from fp32 on a CPU: 0.0035 and 0.018
 SAME_PRODUCTS = (5e-4, 2e-3)  # only the order of the additions in the norm and the update differs; 6e-5, 2e-4 on a CPU
-FP8 = (0.005, 0.1)
+FP8 = (0.01, 0.1)  # seen on an H200: 0.006 of the loss at these widths (64), 0.038 of the norm
 every_case = pytest.mark.parametrize("case", CASES)
 
 
