@@ -258,7 +258,7 @@ def _copy_of(batch):
 
 def step_runner(config: Config, models: list, world) -> StepRunner:
     """Of this run; the log says which, and why."""
-    graphs, reason = choose(config, world.size, models[0].module.plan.spec)
+    graphs, reason = choose(config, world.size, getattr(models[0].module.plan, "spec", ""))
     logger.info("CUDA graph of a step: %s (%s)", "to be recorded and proven" if graphs else "none", reason)
     return (GraphRunner if graphs else StepRunner)(config, models, world)
 

@@ -381,6 +381,8 @@ class LayerRun(TransformerBlock):
 def recomputed(function: Callable[..., Tensor], *arguments) -> Tensor:
     """What `function` returns; backward computes it once more instead of keeping what it needs. Nothing here is random,
     so no generator's state is kept either."""
+    taken = getattr(function, "taken", None)  # of `compiled`: which one it is has to be settled before
+    function = function if taken is None else taken(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 

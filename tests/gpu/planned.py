@@ -18,7 +18,7 @@ VOCABULARY = 32000
 
 def mug_options(*overrides: str, preset: str = "vit_b16", batch: int = 64) -> argparse.Namespace:
     """Of `tools/benchmark.py mug`: MAE."""
-    return argparse.Namespace(preset=preset, batch=batch, overrides=list(overrides))
+    return argparse.Namespace(preset=preset, batch=batch, vocabulary=VOCABULARY, overrides=list(overrides))
 
 
 def lm_options(*overrides: str, layers: int = 8, width: int = 1024, batch: int = 8) -> argparse.Namespace:
@@ -32,8 +32,8 @@ def lm_options(*overrides: str, layers: int = 8, width: int = 1024, batch: int =
 def cases() -> dict[str, tuple]:
     """By name (configuration, size of the vocabulary, builder of a step, its options)."""
     found = {}
-    kinds = {name: [f"precision.layers={name}"] for name in ("te", "local")} | {"recompute": ["parallel.recompute=full"]}
-    for name, more in kinds.items():
+    kinds = {"te": ["precision.layers=te"], "local": ["precision.layers=local"]}
+    for name, more in {**kinds, "recompute": ["parallel.recompute=full"]}.items():
         options = mug_options(*more)
         found[f"vit-b16-{name}"] = mug.settings(options, "bf16"), 0, mug.build_megamug, options
         options = lm_options(*more)

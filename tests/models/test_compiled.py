@@ -37,8 +37,11 @@ def step(world, case, options: dict, compile: str) -> tuple[dict, dict]:
 ONE = {"model": {"layers": 2, "decoder_layers": 1, "text_unimodal_layers": 1, "text_multimodal_layers": 1}}
 
 
+AGAIN = {"parallel": {"recompute": "full"}}
+
+
 @pytest.mark.parametrize(
-    "case, options, kinds", [(mug_case, ONE, 4), (jam_case, {"pair": "equal"}, 2)], ids=["mug", "jam"]
+    "case, options, kinds", [(mug_case, ONE | AGAIN, 4), (jam_case, {"pair": "equal"}, 2)], ids=["mug-recompute", "jam"]
 )
 def test_compiled_layers_give_the_same(world, caplog, case, options, kinds):
     plain = step(world, case, options, "never")
