@@ -27,7 +27,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     KERNELS["avx2"] = ["-mavx2", "-mfma"]
     KERNELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     KERNELS["avx512_bf16"] = [*KERNELS["avx512"], "-mavx512bf16"]
-CUDA_ARCHITECTURES = ("90",)
+CUDA_ARCHITECTURES = ("80", "90")
 
 
 def log(message: str) -> None:

@@ -105,7 +105,7 @@ def _mug(config: Config, vocabulary: int) -> Model:
         layers = [layer(painted, shape, causal=False)] * model.decoder_layers
         stack("image", painted, layers, (Kept(hidden, WHOLE),), rides + hidden)  # kept where hidden patches are taken
         head = Unit(linear(w, values), 2, products=(Product(masked, w, values, WHOLE, fp8=False),),
-                    kept=(Kept(masked * w, WHOLE), Kept(masked * values, WHOLE, logits=True)),
+                    kept=(Kept(masked * w, WHOLE), Kept(2 * masked * values, WHOLE, logits=True)),  # and their gradient
                     moved=((WHOLE, 2 * masked * (w + values), 3 * masked * (w + values), STREAM),))  # fmt: skip
         blocks.append(Block("image", "head", (head,)))
         boundary.append(rides + hidden)

@@ -136,7 +136,8 @@ def _launches(plan: Plan) -> list[str]:
     others = {}
     if layout.tensor == 1 and layout.fp8 == "none" and layout.layers != "compiled":
         others["compiled layers (precision.layers=auto)"] = {"layers": "compiled"}
-    if not layout.graphs and layout.tensor * layout.pipeline == 1:
+    able = layout.layers != "te" or plan.config.model.kind != "mug"  # see `validate_precision.cuda_graphs`
+    if able and not layout.graphs and layout.tensor * layout.pipeline == 1:
         others["parallel.cuda_graphs=true"] = {"graphs": True}
     if layout.micro_batches % 2 == 0:
         doubled = {"micro_batch": 2 * layout.micro_batch, "micro_batches": layout.micro_batches // 2}

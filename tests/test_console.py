@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import deque
 
 import pytest
 
@@ -139,7 +140,15 @@ def test_without_the_routing_the_others_are_heard(folder):
         assert manner in err
 
 
-def test_what_was_said_before_the_run_had_a_file(tmp_path, caplog):
+@pytest.fixture
+def untaken(monkeypatch):
+    """As in a process that has not called `console.take`, which tests of tools may have done in this one."""
+    for name, value in {"_depth": 0, "_files": [], "_kept": deque()}.items():
+        monkeypatch.setattr(console, name, value)
+    monkeypatch.setattr(logging.Logger, "handle", console._handle)
+
+
+def test_what_was_said_before_the_run_had_a_file(tmp_path, caplog, untaken):
     """Nested, and given back: in the end the standard library is as it was."""
     handle, show = logging.Logger.handle, warnings.showwarning
     file = logging.FileHandler(tmp_path / "log")

@@ -128,7 +128,7 @@ def test_the_distributed_optimizer_shares_out_what_only_updates_need():
 def test_the_command_tells_of_processes_that_are_not_there(tmp_path, capsys, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    config = tiny_config(make_data(tmp_path), tmp_path / "run", register_tokens=3, decoder_register_tokens=1)
+    config = tiny_config(make_data(tmp_path), tmp_path / "run", register_tokens=3, decoder_register_tokens=3)
     config.parallel.__dict__.update(tensor=2, pipeline=2, distributed_optimizer=True)
     precision = {"dtype": "bf16", "fp8": "current", "fp8_parameters": True}  # for Hopper, which need not be here
     config.precision.__dict__.update(precision)

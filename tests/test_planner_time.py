@@ -159,11 +159,11 @@ def test_the_command_says_where_the_host_is_the_limit(capsys):
     out = told(capsys, *small)
     seconds, others = re.search(r"wait [\d.]+ of ([\d.]+) s for kernels to be launched: (.*)", out).groups()
     quicker = {key: float(number) for key, number in re.findall(r"([a-z][^;]*?) would make it ([\d.]+) s", others)}
-    assert {*quicker} == {"compiled layers (precision.layers=auto)", "parallel.cuda_graphs=true",
-                          "data.micro_batch_size=128"}  # fmt: skip
+    # (No graphs: those of a MUG with Transformer Engine's layers are refused.)
+    assert {*quicker} == {"compiled layers (precision.layers=auto)", "data.micro_batch_size=128"}
     assert all(number < 0.95 * float(seconds) for number in quicker.values())
     # What it promises is what a plan of that says.
-    for key in ("parallel.cuda_graphs=true", "data.micro_batch_size=128"):
+    for key in ("data.micro_batch_size=128",):
         config = load_config(LARGE, [*small, key])
         fixed = ("precision.fp8", "data.micro_batch_size", "parallel.recompute")
         best = planner.plan(config, 1, "h200", fixed=fixed).choices[0]

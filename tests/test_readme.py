@@ -84,7 +84,8 @@ def test_make_demo_runs_the_demo_script():
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^demo: venv\n\t.*python examples/mug/demo\.py$", makefile, flags=re.MULTILINE)
     assert re.search(r"^demo-jam: venv\n\t.*python examples/jam/demo\.py$", makefile, flags=re.MULTILINE)
-    assert re.search(r"^test: venv\n\t.*pytest", makefile, flags=re.MULTILINE)
+    assert re.search(r"^test: venv\n(.*\n)*?\t\$\(PYTEST\) -n 2 .*\$\(TESTS\)$", makefile, flags=re.MULTILINE)
+    assert re.search(r"^PYTEST = .*-m pytest", makefile, flags=re.MULTILINE)
 
 
 def test_the_demo_ends_with_pictures_and_figures_and_goes_on_where_it_stopped(tmp_path):

@@ -52,6 +52,8 @@ class Compiled:
     A kind is what a compilation is made for: parameters by name, shape and type, and the shapes of the arguments.
     """
 
+    backend = "inductor"
+
     def __init__(self, plain: Callable[..., Tensor]):
         self.plain = plain
         self._of_kind: dict[tuple, Callable[..., Tensor]] = {}
@@ -102,7 +104,7 @@ class Compiled:
     ) -> tuple[Callable[..., Tensor], str, float, torch.dtype]:
         """(the compiled function, name of the output or gradient that differs most, how much, the type)."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
-        function = torch.compile(self.plain, fullgraph=True, dynamic=False)
+        function = torch.compile(self.plain, fullgraph=True, dynamic=False, backend=self.backend)
         with gpu_attention.torch_instead():
             plain = _values_and_gradients(self.plain, module, arguments)
         with kernel_order():  # which kernel attention takes is decided when a layer is traced

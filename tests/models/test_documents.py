@@ -235,7 +235,7 @@ def test_jam_cross_trains_as_with_a_mask(world, by_starts, monkeypatch, recomput
 
     A gate's gradient is one number, a sum of terms of both signs over all tokens and units: more of it is rounding.
     """
-    check(jam(recompute), monkeypatch, precision=1e-5)
+    check(jam(recompute), monkeypatch, precision=2e-5)  # a gate's gradient is a sum over all tokens that nearly cancels
 
 
 def test_evaluation_gives_the_loss_of_training(world, by_starts):

@@ -189,24 +189,23 @@ def test_a_run_of_layers_keeps_its_numbers(world):
     assert any(key.startswith("stack.layers.1.self_attention.linear_qkv.layer_norm_") for key in keys(1, 2))
 
 
-def test_only_a_run_in_evaluation_without_gradients_goes_the_short_way(world, monkeypatch):
+def test_training_evaluation_and_recomputation_run_one_function(world, monkeypatch):
+    """What a compiled layer stands in for in training, and for nothing else."""
     config = config_of()
     run = layers.LayerRun(config, [specs.transformer_layer("local", config, causal=True)] * 2, layers.Norm, 0, 2)
-    taken, short = [], functional.transformer_layer
-
-    def watched(layer, *more):
-        taken.append(layer)
-        return short(layer, *more)
-
-    monkeypatch.setattr(functional, "transformer_layer", watched)
+    plain, compiled, short = [], [], functional.transformer_layer
+    monkeypatch.setattr(functional, "transformer_layer", lambda *a: plain.append(a[0]) or short(*a))
+    run.layer_function = lambda *a: compiled.append(a[0]) or short(*a)
     x = torch.zeros(3, 1, 32)
     run.train()
     run(x, attention_mask=None)
-    with torch.no_grad():  # as the first pass of a recomputation
+    assert compiled == list(run.layers) and not plain
+    with torch.no_grad():
         run(x, attention_mask=None)
     run.eval()
     run(x, attention_mask=None)
-    assert not taken
-    with torch.no_grad():
-        run(x, attention_mask=None)
-    assert taken == list(run.layers)
+    assert plain == list(run.layers) * 2 and len(compiled) == 2
+    run.train()
+    run.config.recompute_granularity = "full"
+    run(x.requires_grad_(), attention_mask=None).sum().backward()
+    assert compiled == list(run.layers) * 2 + list(run.layers)[::-1]  # forward, and again from behind
