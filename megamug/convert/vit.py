@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megamug.convert.table import Row, batched, convolution, qkv, same, weight_and_bias
 from megamug.errors import UserError
-from megamug.models.layers import sincos_positions
+from megamug.models.positions import sincos_positions
 from megamug.models.presets import PRESETS
 
 

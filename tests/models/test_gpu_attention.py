@@ -190,8 +190,8 @@ def on_gpu(*sizes, dtype=torch.bfloat16):
     """What looks like a packed projection on a GPU, without one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return torch.empty(*sizes, dtype=dtype, device="cuda:0")
+    with FakeTensorMode(allow_non_fake_inputs=True):  # past what stands in for `torch.empty` on a machine without a GPU
+        return torch.ops.aten.empty.memory_format(sizes, dtype=dtype, device=torch.device("cuda:0"))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megamug.models import functional, layers, specs
-from megamug.models.layers import LocalAttention, Norm, sincos_positions
+from megamug.models.layers import LocalAttention, Norm
+from megamug.models.positions import sincos_positions
 
 
 def config_of():
