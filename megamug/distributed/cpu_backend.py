@@ -165,14 +165,16 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
     "megatron.core.optimizer.distrib_optimizer": {
         "DistributedOptimizer._build_model_and_main_param_groups": "sorts parameters by type() in CUDA's spelling; "
         "the groups of model parameters and of shards run in one order",
+        "DistributedOptimizer._copy_main_params_to_model_params": "copies each shard into its place in the buffers",
     },
     "megatron.core.optimizer.optimizer": {
         "Float16OptimizerWithFloat16Params.__init__": "sorts parameters by type() in CUDA's spelling; the groups of "
         "model and main parameters run in one order; copies `shared`",
     },
-    "megatron.core.optimizer.clip_grads": {
-        "get_grad_norm_fp32": "the norm over all stages and tensor-parallel slices, without multi-tensor kernels",
-        "clip_grad_by_total_norm_fp32": "scales in place by max_norm / (norm + 1e-6) where that is below 1",
+    "megatron.core.distributed.distributed_data_parallel": {
+        "DistributedDataParallel.__init__": "puts each parameter's hook on an autograd node that it keeps in grad_accs",
+        "DistributedDataParallel._make_backward_post_hook": "adds grad to main_grad unless grad_added_to_main_grad",
+        "DistributedDataParallel.zero_grad_buffer": "clears sums and grad_added_to_main_grad of params_with_grad",
     },
     "megatron.core.distributed.param_and_grad_buffer": {
         "_ParamAndGradBuffer.__init__": "a parameter marked shared_embedding has a bucket of its own under the "
