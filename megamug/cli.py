@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megamug
-from megamug import console, validate
+from megamug import console
 from megamug.command_line import Parser, world_size
-from megamug.config import load_config, resolve
+from megamug.configuration import validate
+from megamug.configuration.reading import load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.evaluate import DECODERS, TASKS, check_kind

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megamug.configuration.ranges import Range
 from megamug.durable import folder_problem
 from megamug.errors import UserError
-from megamug.ranges import Range
 
 DEFAULTS = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
 

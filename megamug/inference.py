@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from megamug import validate_lm
 from megamug.checkpoint.store import CheckpointStore
 from megamug.command_line import world_size
-from megamug.config import Config, ParallelConfig, load_config, resolve
+from megamug.configuration import validate_lm
+from megamug.configuration.reading import Config, ParallelConfig, load_config, resolve
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
 

@@ -23,7 +23,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
 from megamug import adam, gradients
-from megamug.config import Config, OptimizerConfig, TrainConfig
+from megamug.configuration.reading import Config, OptimizerConfig, TrainConfig
 from megamug.gradients import GradientBuffers
 from megamug.models.specs import FP8_RECIPES
 from megamug.pipeline import finalise_gradients

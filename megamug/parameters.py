@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megamug.models.shapes import tower_shapes
+from megamug.configuration.shapes import tower_shapes
 
 BYTES = {"fp32": 4, "bf16": 2}
 

@@ -10,15 +10,15 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megamug import validate, validate_lm, validate_precision
-from megamug.config import Config, resolve
+from megamug.configuration import validate, validate_lm, validate_precision
+from megamug.configuration.ranges import check_keys, check_values
+from megamug.configuration.reading import Config, resolve
+from megamug.configuration.shapes import padded_vocabulary
 from megamug.errors import UserError
-from megamug.models.shapes import padded_vocabulary
 from megamug.planner_execution import GPUS, NODE, Gpu, graphs_of, layers_of
 from megamug.planner_memory import GIB, Layout, Memory, memory
 from megamug.planner_model import Model, model_of
 from megamug.planner_time import Times, peak, step_time
-from megamug.ranges import check_keys, check_values
 from megamug.telemetry.flops import TRAINING
 
 # Where neither data.tokenizer nor the command says: CM3leon's (arXiv 2309.02591), and LLaMA's for captions.

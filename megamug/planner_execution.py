@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
+from megamug.configuration.sections import LONG
 from megamug.planner_layers import GELU, ROTARY, STREAM, SWIGLU
-from megamug.sections import LONG
 
 NODE = 8  # GPUs that NVLink joins
 

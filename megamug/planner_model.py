@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from megamug import validate
-from megamug.config import Config, TowerConfig
+from megamug.configuration import validate
+from megamug.configuration.reading import Config, TowerConfig
 from megamug.models.partition import depth_slots
 from megamug.parameters import Count, linear, norm
 from megamug.planner_layers import (

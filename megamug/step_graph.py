@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamug import pipeline
-from megamug.config import Config
+from megamug.configuration.reading import Config
+from megamug.configuration.sections import LONG
 from megamug.pipeline import Sums
-from megamug.sections import LONG
 
 logger = logging.getLogger(__name__)
 

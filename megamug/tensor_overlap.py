@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def tensor_overlap(config: Config) -> Iterator[None]:
         return
     from transformer_engine.pytorch.module import base
 
-    from megamug.config import towers
+    from megamug.configuration.reading import towers
 
     precision, modes = config.precision, base.UserBufferQuantizationMode
     width = next(iter(towers(config).values())).width  # of every tower, see `validate_precision.overlap_tensor`

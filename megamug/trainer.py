@@ -14,7 +14,7 @@ import torch
 
 from megamug import adam
 from megamug.checkpoint.store import CheckpointStore
-from megamug.config import Config, save_config
+from megamug.configuration.reading import Config, save_config
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
 from megamug.resilience import BadStepGuard, StopRequest, Watchdog

@@ -21,7 +21,7 @@ import numpy as np
 
 from megamug import planner_execution as constants
 from megamug import planner_memory
-from megamug.config import Config, load_config, resolve
+from megamug.configuration.reading import Config, load_config, resolve
 from megamug.planner_execution import GPUS, layers_of
 from megamug.planner_memory import GIB, Layout, memory
 from megamug.planner_model import Model, model_of

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megamug import cli
-from megamug.config import to_yaml
+from megamug.configuration.reading import to_yaml
 from megamug.data.sources import resolve_sources
 from tests.data.conftest import encoded, good_members, picture, write_tar
 from tests.data.test_shards import CASES, hostile

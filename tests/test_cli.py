@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import megamug
-from megamug import cli, validate
+from megamug import cli
 from megamug.command_line import world_size
-from megamug.config import Config, save_config
+from megamug.configuration import validate
+from megamug.configuration.reading import Config, save_config
 from megamug.errors import UserError
 from tests.distributed.launch import python_path
 

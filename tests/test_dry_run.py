@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megamug import cli, dry_run, parameters
-from megamug.config import Config, resolve, save_config
+from megamug.configuration.reading import Config, resolve, save_config
 from megamug.models.mug import Mug
 from megamug.models.mug_plan import MugPlan
 from tests.evaluate.tiny_run import make_data, tiny_config

@@ -7,8 +7,9 @@ import importlib
 import pytest
 import torch
 
-from megamug import parameters, validate_precision
+from megamug import parameters
 from megamug.benchmarks import mug
+from megamug.configuration import validate_precision
 from megamug.models.lm_task import model_of
 from megamug.planner_memory import Layout, memory
 from tests.gpu import cpu, parity, planned, writing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamug.checkpoint.store import CheckpointStore
-from megamug.config import load_config, save_config
+from megamug.configuration.reading import load_config, save_config
 from megamug.errors import UserError
 from megamug.inference import load_run
 from tests.distributed.launch import ROOT, launch

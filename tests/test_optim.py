@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megamug.config import OptimizerConfig, TrainConfig
+from megamug.configuration.reading import OptimizerConfig, TrainConfig
 from megamug.optim import MOMENTS, Optimizer, learning_rate, wrap_chunks
 from tests.distributed.layout_worker import micro_batches, tiny
 

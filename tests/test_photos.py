@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megamug import cli
-from megamug.config import to_yaml
+from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import tiny_config
 from tests.training import checkpoints, consumed, hooked, metrics

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamug import cli, parameters, planner, validate, validate_precision
-from megamug.config import Config, load_config, resolve
+from megamug import cli, parameters, planner
+from megamug.configuration import validate, validate_precision
+from megamug.configuration.reading import Config, load_config, resolve
 from megamug.models import cpu_linear
 from megamug.models.mug import Mug, MugBatch
 from megamug.models.mug_plan import MugPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megamug import cli, planner
-from megamug.config import load_config, resolve
+from megamug.configuration.reading import load_config, resolve
 from megamug.planner_execution import EXECUTIONS, FP8, GPUS, layers_of
 from megamug.planner_memory import Layout
 from megamug.planner_model import model_of

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megamug import cli
-from megamug.config import to_yaml
+from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import HELD_OUT, make_data, tiny_config
 from tests.training import checkpoints, consumed, fingerprint, hooked, metrics, tensors

@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_keys_that_the_pages_name_exist():
-    from megamug.config import keys
+    from megamug.configuration.reading import keys
 
     sections = {key.partition(".")[0] for key in keys() if "." in key}
     for page in PAGES:

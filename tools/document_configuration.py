@@ -16,12 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
-from megamug.config import Config  # noqa: E402
-from megamug.models.presets import BY_KIND, DEFAULT, PRESETS, TOWERS  # noqa: E402
+from megamug.configuration.presets import BY_KIND, DEFAULT, PRESETS, TOWERS  # noqa: E402
+from megamug.configuration.reading import Config  # noqa: E402
 
 HEAD = """# Configuration
 
-<!-- Written by `python tools/document_configuration.py` from megamug/sections.py: edit there. -->
+<!-- Written by `python tools/document_configuration.py` from megamug/configuration/sections.py: edit there. -->
 
 ```
 megamug train CONFIG.yaml [section.key=value ...]

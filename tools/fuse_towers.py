@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 
 from megamug.command_line import COUNT, FROM_ZERO, Parser, output_folder
+from megamug.configuration.sections import FusionConfig
 from megamug.data.tooling import Progress, run_tool
 from megamug.distributed.cpu_backend import import_megatron
 from megamug.errors import UserError
-from megamug.sections import FusionConfig
 
 import_megatron()  # without its advice
 

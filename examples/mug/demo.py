@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, precision, run  # noqa: E402
 
 from megamug.command_line import COUNT, Parser, output_folder  # noqa: E402
-from megamug.config import load_config  # noqa: E402
+from megamug.configuration.reading import load_config  # noqa: E402
 from megamug.data.tooling import run_tool  # noqa: E402
 
 

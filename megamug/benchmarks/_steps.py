@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import record_function
 
-from megamug import validate, validate_precision
 from megamug.command_line import world_size
-from megamug.config import Config, load_config, resolve
+from megamug.configuration import validate, validate_precision
+from megamug.configuration.reading import Config, load_config, resolve
 from megamug.errors import UserError
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megamug import validate
 from megamug.checkpoint.saver import STATE, on_first, read_state
 from megamug.checkpoint.state import entries_of, load_tensors
 from megamug.checkpoint.store import STEP_FOLDER
 from megamug.checkpoint.tensors import TensorReader
-from megamug.config import Config, load_config, resolve
+from megamug.configuration import validate
+from megamug.configuration.reading import Config, load_config, resolve
 from megamug.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megamug.config import TowerConfig
+from megamug.configuration.reading import TowerConfig
 from megamug.convert import llama, parts
 from megamug.errors import UserError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View, as_it_is
 from megamug.convert.hf_vit import LAYER, encoder_config, encoder_rows, encoder_settings, newer, older, preprocessor
 from megamug.convert.table import Row

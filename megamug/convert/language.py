@@ -7,13 +7,13 @@ from dataclasses import asdict
 from functools import partial
 from types import ModuleType
 
-from megamug.config import Config, TowerConfig
+from megamug.configuration.reading import Config, TowerConfig
+from megamug.configuration.sections import DataConfig
+from megamug.configuration.shapes import padded_vocabulary, tower_shapes
 from megamug.convert import chameleon, llama, llamagen, opt
 from megamug.convert.formats import Format, View, VocabularyRows, is_count
 from megamug.convert.table import Row
 from megamug.errors import UserError
-from megamug.models.shapes import padded_vocabulary, tower_shapes
-from megamug.sections import DataConfig
 
 COUNTS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",

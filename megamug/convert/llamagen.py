@@ -16,11 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megamug.config import Config, TowerConfig
+from megamug.configuration.reading import Config, TowerConfig
+from megamug.configuration.shapes import padded_vocabulary
 from megamug.convert import parts
 from megamug.convert.formats import View
 from megamug.errors import UserError
-from megamug.models.shapes import padded_vocabulary
 
 NAME = "llamagen_gpt"
 TABLES = 2  # of embeddings

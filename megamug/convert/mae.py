@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row
 from megamug.convert.vit import (

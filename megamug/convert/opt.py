@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megamug.config import TowerConfig
+from megamug.configuration.reading import TowerConfig
 from megamug.convert import parts
 from megamug.errors import UserError
 

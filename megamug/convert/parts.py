@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamug.config import TowerConfig
-from megamug.models.shapes import padded_vocabulary
+from megamug.configuration.reading import TowerConfig
+from megamug.configuration.shapes import padded_vocabulary
 
 
 def _same(tensor: Tensor) -> Tensor:

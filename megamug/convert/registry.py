@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megamug.config import nearest
+from megamug.configuration.reading import nearest
 from megamug.convert import hf_vit, hf_vitmae, language, mae, timm
 from megamug.convert.formats import Format
 from megamug.convert.image_tokenizer import LAYOUTS

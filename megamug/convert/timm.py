@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.mae import encoder_rows, encoder_settings
 from megamug.convert.table import Row, batched

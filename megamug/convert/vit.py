@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megamug.configuration.presets import PRESETS
 from megamug.convert.table import Row, batched, convolution, qkv, same, weight_and_bias
 from megamug.errors import UserError
 from megamug.models.positions import sincos_positions
-from megamug.models.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.configuration.shapes import padded_vocabulary
 from megamug.data.text import BOS, EOS, PAD, Tokenizer
 from megamug.durable import fsync_folder, write_atomically
 from megamug.errors import UserError
-from megamug.models.shapes import padded_vocabulary
 
 VOCABULARY_VERSION = 1
 FILE, TEXT_MODEL, IMAGE_TOKENIZER = "vocabulary.json", "text.model", "image_tokenizer"

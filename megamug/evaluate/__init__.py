@@ -78,7 +78,7 @@ def run_task(
 
 def _check_documents(run_dir: Path, data: object) -> None:
     """Raises UserError where the documents cannot be read, or are of another vocabulary than the run."""
-    from megamug import validate_lm
+    from megamug.configuration import validate_lm
     from megamug.data.indexed import open_documents
     from megamug.data.vocabulary import Vocabulary
     from megamug.inference import read_config

@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
+from megamug.configuration.sections import LONG
 from megamug.models import gpu_attention
 from megamug.models.layers import kernel_order
-from megamug.sections import LONG
 
 logger = logging.getLogger(__name__)
 

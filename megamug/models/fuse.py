@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamug import validate_lm
 from megamug.checkpoint.saver import read_state
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.config import Config, load_config, resolve
+from megamug.configuration import validate_lm
+from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.sections import FusionConfig, TowerConfig
 from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.models.fuse_cross import WORDS, cross_tensors
-from megamug.sections import FusionConfig, TowerConfig
 
 EMBEDDINGS = (WORDS, "embedding.positions", "output_layer.weight")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader
-from megamug.config import Config
+from megamug.configuration.reading import Config
+from megamug.configuration.shapes import cross_shapes, init_std, output_width
 from megamug.models.init import draw
-from megamug.models.shapes import cross_shapes, init_std, output_width
 from megamug.models.tower import DTYPES
 
 WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

@@ -11,9 +11,9 @@ from functools import cached_property
 
 from megatron.core.transformer import TransformerConfig
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
+from megamug.configuration.shapes import count, init_std, output_width, parameter_shapes
 from megamug.models.partition import Slot, depth_slots
-from megamug.models.shapes import count, init_std, output_width, parameter_shapes
 from megamug.models.stages import Block, Boundary, Plan
 from megamug.models.tower import TowerPlan
 from megamug.telemetry.flops import attention_flops, linear_flops, mlp_flops

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from megatron.core.transformer import TransformerConfig
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.models.stages import Block, Boundary, Part, Plan
 from megamug.models.tower import TowerPlan
 

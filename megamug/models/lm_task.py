@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.data.indexed import DocumentSet, open_documents
 from megamug.data.loader import GlobalBatch
 from megamug.data.order import GlobalOrder

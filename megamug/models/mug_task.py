@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.data.dali import load_dali
 from megamug.data.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.order import GlobalOrder

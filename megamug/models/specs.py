@@ -23,7 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.errors import UserError
 from megamug.models import layers
 from megamug.models.elementwise import SwiGLU

@@ -16,9 +16,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
+from megamug.configuration.shapes import padded_vocabulary
 from megamug.models.partition import cut
-from megamug.models.shapes import padded_vocabulary
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.errors import UserError
 from megamug.models import compiled, specs

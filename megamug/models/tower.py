@@ -19,11 +19,11 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megamug.config import Config, TowerConfig
+from megamug.configuration.reading import Config, TowerConfig
+from megamug.configuration.shapes import GRID_PREFIX
 from megamug.models import specs
 from megamug.models.elementwise import rotation_table
 from megamug.models.layers import LayerRun
-from megamug.models.shapes import GRID_PREFIX
 from megamug.telemetry.flops import layer_flops, linear_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

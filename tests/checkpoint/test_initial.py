@@ -11,7 +11,7 @@ import torch
 
 from megamug import cli
 from megamug.checkpoint import initial
-from megamug.config import resolve, to_yaml
+from megamug.configuration.reading import resolve, to_yaml
 from megamug.errors import UserError
 from megamug.models.tasks import make_task
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config

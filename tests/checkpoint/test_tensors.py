@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.config import Config, load_config
+from megamug.configuration.reading import Config, load_config
 from megamug.errors import UserError
 from tests.distributed.launch import python_path
 from tests.distributed.layout_worker import tiny
@@ -126,7 +126,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
 PEAK = """
 import resource, sys, torch
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.config import Config
+from megamug.configuration.reading import Config
 count, folder = int(sys.argv[1]), sys.argv[2]
 def tensors():
     for i in range(count):

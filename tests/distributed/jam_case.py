@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from megamug.config import Config, resolve
+from megamug.configuration.reading import Config, resolve
 from megamug.data.token_loader import IGNORE
 from tests.distributed import lm_case
 from tests.distributed.lm_case import TOKENS, VOCABULARY

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from megamug.config import Config, resolve
+from megamug.configuration.reading import Config, resolve
 from megamug.data.token_loader import IGNORE, TokenBatch
 
 VOCABULARY, TOKENS = 200, 16

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 
 VOCABULARY = 70
 

@@ -168,7 +168,7 @@ def test_megatrons_random_states_and_recomputation():
     one that was computed."""
     found = run("""
 import json, torch
-from megamug.config import ParallelConfig
+from megamug.configuration.reading import ParallelConfig
 from megamug.distributed import setup
 setup.start(ParallelConfig(), seed=3)
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megamug import cli
-from megamug.config import to_yaml
+from megamug.configuration.reading import to_yaml
 from megamug.data.loader import order_of
 from megamug.data.sources import resolve_sources
 from tests.distributed.launch import ROOT, launch

@@ -8,7 +8,7 @@ import torch
 
 from megamug.checkpoint.saver import Saver
 from megamug.checkpoint.store import CheckpointStore
-from megamug.config import Config, save_config
+from megamug.configuration.reading import Config, save_config
 from megamug.data.demo import DemoParameters, make_demo_data
 from megamug.data.indexing import index_paths
 from megamug.data.sources import resolve_sources

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megamug import cli, parameters, validate
-from megamug.config import load_config, resolve
+from megamug import cli, parameters
+from megamug.configuration import validate
+from megamug.configuration.reading import load_config, resolve
 from megamug.models.lm_task import model_of
 from megamug.models.mug_plan import MugPlan
 from tests.data.language import some_documents, tiny_vocabulary, write_set

@@ -109,8 +109,8 @@ def test_benchmarks_can_be_asked_for_what_the_scripts_ask(name, processes, tmp_p
     """The words reach the benchmarks' own parsers, and the sizes fit the layout. Nothing is measured."""
     from torch.distributed.run import get_args_parser
 
-    from megamug import validate, validate_precision
     from megamug.benchmarks import checkpoint, jam, loader, losses, mug
+    from megamug.configuration import validate, validate_precision
 
     (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%q " "$@"\necho\n')
     (tmp_path / "python").chmod(0o755)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megamug.config import to_yaml
+from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT, environment, free_port
 from tests.evaluate.tiny_run import make_data, tiny_config
 from tests.training import checkpoints, metrics

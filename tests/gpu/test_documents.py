@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megamug.config import Config, resolve
+from megamug.configuration.reading import Config, resolve
 from megamug.data.token_loader import TokenBatch, no_fewer
 from megamug.models import documents
 from megamug.models.layers import document_mask

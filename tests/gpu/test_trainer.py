@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from megamug import cli
-from megamug.config import to_yaml
+from megamug.configuration.reading import to_yaml
 from tests.evaluate.tiny_run import HELD_OUT, make_data, tiny_config
 from tests.training import checkpoints, consumed, fingerprint, hooked, metrics
 

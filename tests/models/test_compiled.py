@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from megamug.config import Config
+from megamug.configuration.reading import Config
 from megamug.models import compiled, functional, gpu_attention
 from megamug.pipeline import run_batch
 from tests.distributed import jam_case, lm_case, mug_case

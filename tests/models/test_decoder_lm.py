@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megamug.config import Config, TowerConfig, resolve
+from megamug.configuration.presets import TOWERS
+from megamug.configuration.reading import Config, TowerConfig, resolve
 from megamug.convert import llama, opt
-from megamug.models.presets import TOWERS
 
 VOCABULARY, CONTEXT = 100, 24
 LLAMA = {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamug.config import Config, resolve
+from megamug.configuration.reading import Config, resolve
 from megamug.data.token_loader import TokenBatch
 from megamug.models import documents
 from megamug.models.elementwise import rotate, rotation_table

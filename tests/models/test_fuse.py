@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.config import Config, load_config, resolve
+from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.sections import FusionConfig
+from megamug.configuration.shapes import count, parameter_shapes, tower_shapes
 from megamug.errors import UserError
 from megamug.models import fuse
-from megamug.models.shapes import count, parameter_shapes, tower_shapes
-from megamug.sections import FusionConfig
 from tests.data.language import tiny_vocabulary
 from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA, TOKENS
 

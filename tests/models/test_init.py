@@ -9,10 +9,10 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megamug.config import Config
+from megamug.configuration.presets import PRESETS
+from megamug.configuration.reading import Config
 from megamug.models.init import RULES, draw, initialise
 from megamug.models.mug_plan import MugPlan
-from megamug.models.presets import PRESETS
 from tests.distributed.layout_worker import tiny
 
 NAME = "encoder.stack.layers.0.mlp.linear_fc1.weight"

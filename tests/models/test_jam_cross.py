@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megamug.config import Config, resolve
+from megamug.configuration.reading import Config, resolve
+from megamug.configuration.shapes import count, tower_shapes
 from megamug.models.jam_plan import JamPlan
 from megamug.models.partition import depth_slots
-from megamug.models.shapes import count, tower_shapes
 
 VOCABULARY, TOKENS, ROWS = 200, 16, 2
 LLAMA = dict(

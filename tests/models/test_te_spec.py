@@ -122,7 +122,7 @@ import torch
 from megamug.distributed import cpu_backend
 cpu_backend.apply()
 from transformer_engine.pytorch.module import base
-from megamug.config import load_config, resolve
+from megamug.configuration.reading import load_config, resolve
 from megamug.tensor_overlap import tensor_overlap
 signature, calls = inspect.signature(base.initialize_ub), []
 base.initialize_ub = lambda *a, **k: calls.append(signature.bind(*a, **k).arguments)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.config import load_config, resolve
+from megamug.configuration.reading import load_config, resolve
 from megamug.convert.conversion import from_megamug
 from megamug.convert.registry import FORMATS
 from megamug.convert.source import ForeignTensors

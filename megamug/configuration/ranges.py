@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megamug.config import Config, keys, nearest
+from megamug.configuration.reading import Config, keys, nearest
 from megamug.errors import UserError
 
 

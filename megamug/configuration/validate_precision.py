@@ -1,5 +1,5 @@
 """Checks of arithmetic and of what only GPUs do: FP8, Transformer Engine's layers, overlapped tensor parallelism, CUDA
-graphs, the optimizer's kernel. Run by `megamug.validate`, and by the planner for each layout.
+graphs, the optimizer's kernel. Run by `megamug.configuration.validate`, and by the planner for each layout.
 
 As there: one function per concern, a `UserError` with both numbers and the fix. Torch is imported only where this
 machine's GPUs are looked at.
@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 import math
 
-from megamug.config import Config, towers
-from megamug.counts import decoder_tokens, round_up, stack_layers, visible_tokens
+from megamug.configuration.counts import decoder_tokens, round_up, stack_layers, visible_tokens
+from megamug.configuration.reading import Config, towers
 from megamug.errors import UserError
 
 # Transformer Engine's FP8 products (cuBLAS) want every inner dimension in multiples of 16 numbers. Forward that is

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamug.config import Config, resolve
+from megamug.configuration.presets import PRESETS
+from megamug.configuration.reading import Config, resolve
 from megamug.models.mug_plan import MugPlan
-from megamug.models.presets import PRESETS
 from megamug.telemetry.flops import TRAINING, linear_flops
 from tests.distributed.layout_worker import micro_batches, tiny
 

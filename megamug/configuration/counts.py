@@ -5,7 +5,7 @@ The formulas are those of `megamug.models.mug_plan`, which needs torch; a test c
 
 from __future__ import annotations
 
-from megamug.config import Config, towers
+from megamug.configuration.reading import Config, towers
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -1,10 +1,10 @@
 """How a configuration is read, completed by its preset and written.
 
-`megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `megamug.sections`, overrides win
+`megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `megamug.configuration.sections`, overrides win
 over it (the last one of a key wins), and what comes out is written to `RUN/config.yaml`.
 
 Reading is strict: a key that is unknown or given twice and a value of another type are a `UserError`.
-Whether the values make sense together is the business of `megamug.validate`.
+Whether the values make sense together is the business of `megamug.configuration.validate`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from megamug.durable import replace_text
-from megamug.errors import UserError
-from megamug.models import presets
-from megamug.sections import (
+from megamug.configuration import presets
+from megamug.configuration.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -36,6 +34,8 @@ from megamug.sections import (
     TowerConfig,
     TrainConfig,
 )
+from megamug.durable import replace_text
+from megamug.errors import UserError
 
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "FusionConfig", "LogConfig", "ModelConfig", "OptimizerConfig",

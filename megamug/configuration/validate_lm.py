@@ -1,4 +1,4 @@
-"""Checks of the language models' part of a configuration (`decoder_lm`, `jam_cross`), run by `megamug.validate`.
+"""Checks of the language models' part of a configuration (`decoder_lm`, `jam_cross`), run by `megamug.configuration.validate`.
 
 As there: one function per concern, a `UserError` with both numbers and the fix, nothing of torch.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megamug.config import Config, towers
-from megamug.counts import round_up
+from megamug.configuration.counts import round_up
+from megamug.configuration.reading import Config, towers
+from megamug.configuration.shapes import positions_of
 from megamug.errors import UserError
-from megamug.models.shapes import positions_of
 
 TOWER_SIZES = (
     "layers", "width", "heads", "query_groups", "ffn_width", "norm", "activation", "bias", "positions", "qk_norm",

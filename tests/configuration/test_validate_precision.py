@@ -9,8 +9,9 @@ import re
 
 import pytest
 
-from megamug import planner, validate_precision
-from megamug.config import load_config, resolve
+from megamug import planner
+from megamug.configuration import validate_precision
+from megamug.configuration.reading import load_config, resolve
 from megamug.errors import UserError
 
 MUG = "model.preset=vit_b16 precision.dtype=bf16 data.micro_batch_size=16 "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from megamug.config import Config, TowerConfig
+from megamug.configuration.reading import Config, TowerConfig
 
 Shapes = dict[str, tuple[int, ...]]
 TOWERS = ("text", "image")

@@ -14,8 +14,8 @@ from typing import get_args
 
 import pytest
 
-from megamug import ranges, validate
-from megamug.config import Config, keys, load_config, resolve, save_config
+from megamug.configuration import ranges, validate
+from megamug.configuration.reading import Config, keys, load_config, resolve, save_config
 from megamug.errors import UserError
 
 

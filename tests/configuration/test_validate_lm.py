@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from megamug import validate
-from megamug.config import Config, load_config, resolve, save_config
+from megamug.configuration import validate
+from megamug.configuration.reading import Config, load_config, resolve, save_config
 from megamug.errors import UserError
 from tests.data.language import tiny_vocabulary, write_set
 

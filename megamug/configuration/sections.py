@@ -15,7 +15,7 @@ Sources = str | list[dict]  # a folder of shards, a glob, or a list of {path, we
 class ModelConfig:
     """The model. What follows `initial` and `z_loss_weight` is for `kind: mug`; the sizes of the other kinds are in the
     sections `lm`, or `text_tower`, `image_tower` and `fusion`. A `None` size is taken from the preset
-    (`megamug.models.presets`)."""
+    (`megamug.configuration.presets`)."""
 
     kind: str = "mug"  # mug: vision learner | decoder_lm: one decoder-only tower | jam_cross: two towers fused
     preset: str | None = None  # a name of the tables below; null: vit_b16, cm3leon_350m or jam_2x350m by kind

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megamug.config import (
+from megamug.configuration.presets import BY_KIND, DEFAULT, PRESETS, TOWERS
+from megamug.configuration.reading import (
     Config,
     ModelConfig,
     TowerConfig,
@@ -22,9 +23,8 @@ from megamug.config import (
     towers,
 )
 from megamug.errors import UserError
-from megamug.models.presets import BY_KIND, DEFAULT, PRESETS, TOWERS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def written(tmp_path: Path, text: str) -> Path:

@@ -11,13 +11,20 @@ import math
 import os
 from pathlib import Path
 
-from megamug import validate_lm, validate_precision
-from megamug.config import Config, load_config, resolve
-from megamug.counts import data_parallel, decoder_tokens, patch_count, round_up, visible_patches, visible_tokens
+from megamug.configuration import validate_lm, validate_precision
+from megamug.configuration.counts import (
+    data_parallel,
+    decoder_tokens,
+    patch_count,
+    round_up,
+    visible_patches,
+    visible_tokens,
+)
+from megamug.configuration.ranges import check_keys, check_values
+from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.durable import folder_problem
 from megamug.errors import UserError
-from megamug.models.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
-from megamug.ranges import check_keys, check_values
 
 
 def validate(config: Config, world_size: int, here: bool = True) -> None:
