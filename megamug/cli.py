@@ -178,7 +178,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if data is not None and len(data) == 1:
         data = data[0]
     if data is not None:
-        from megamug.data.sources import parse_sets, resolve_sources
+        from megamug.data.shards.sources import parse_sets, resolve_sources
 
         try:
             if arguments.task == "perplexity":

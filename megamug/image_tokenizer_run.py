@@ -21,7 +21,7 @@ from torch import Tensor
 from megamug.command_line import world_size
 from megamug.data.loader import PairLoader, order_of
 from megamug.data.order import Cursor
-from megamug.data.sources import Source, resolve_sources
+from megamug.data.shards.sources import Source, resolve_sources
 from megamug.durable import replace_text, replacing
 from megamug.errors import UserError
 from megamug.models.image_tokenizer import CONFIG_FILE, ImageTokenizerConfig, from_bytes, read_config, to_bytes

@@ -15,9 +15,9 @@ import pytest
 
 from megamug import cli
 from megamug.configuration.reading import to_yaml
-from megamug.data.sources import resolve_sources
+from megamug.data.shards.sources import resolve_sources
 from tests.data.conftest import encoded, good_members, picture, write_tar
-from tests.data.test_shards import CASES, hostile
+from tests.data.shards.test_reading import CASES, hostile
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import tiny_config
 from tests.training import consumed, hooked, metrics

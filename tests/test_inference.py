@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_told(saved, tmp_path, monkeypatch):
 
 
 def test_another_tokenizer_is_refused(saved):
-    from megamug.data.sources import resolve_sources
+    from megamug.data.shards.sources import resolve_sources
     from megamug.data.text import iterate_captions, train_tokenizer
 
     run_dir, _ = saved

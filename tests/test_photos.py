@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(not SHARDS, reason=f"no photographs: {PHOTOS} ho
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """The shards by links, as their own folder is not written to; indexed; with a tokenizer of their captions."""
-    from megamug.data.indexing import index_paths
-    from megamug.data.sources import resolve_sources
+    from megamug.data.shards.indexing import index_paths
+    from megamug.data.shards.sources import resolve_sources
     from megamug.data.text import iterate_captions, train_tokenizer
 
     folder = tmp_path_factory.mktemp("photos")

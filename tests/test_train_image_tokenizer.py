@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megamug.data.demo import DemoParameters, make_demo_data
-from megamug.data.indexing import index_paths
+from megamug.data.shards.indexing import index_paths
 from megamug.models.image_tokenizer import ImageTokenizer
 from megamug.models.image_tokenizer_training import ImageTokenizerTrainer
 from tests.distributed.launch import launch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megamug.command_line import COUNT, FROM_ZERO, Parser, output_folder
 from megamug.data.demo import DemoParameters, make_demo_data
-from megamug.data.indexing import index_paths, summary
+from megamug.data.shards.indexing import index_paths, summary
 from megamug.data.tooling import run_tool
 
 

@@ -23,10 +23,10 @@ import torch
 
 from megamug.benchmarks import _contest, _loader_peers, _profile, _report
 from megamug.command_line import COUNT
-from megamug.data.indexing import index_paths
-from megamug.data.packing import make_shards
-from megamug.data.shards import find_index
-from megamug.data.sources import find_shards, resolve_sources
+from megamug.data.shards.indexing import index_paths
+from megamug.data.shards.packing import make_shards
+from megamug.data.shards.reading import find_index
+from megamug.data.shards.sources import find_shards, resolve_sources
 from megamug.data.text import Tokenizer, iterate_captions, train_tokenizer
 from megamug.errors import UserError
 

@@ -234,7 +234,7 @@ def files(config: Config) -> None:
     data = config.data
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tar shards, a glob, or a list of {path, weight}")
-    from megamug.data.sources import resolve_sources
+    from megamug.data.shards.sources import resolve_sources
 
     for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
         try:

@@ -114,7 +114,7 @@ def files(config: Config) -> None:
         raise UserError("data.train is not set; give it a folder of tokenised documents (tools/tokenize_documents.py),"
                         " or a list of {path, weight}")
     from megamug.data.indexed import read_header
-    from megamug.data.sources import parse_sets
+    from megamug.data.shards.sources import parse_sets
     from megamug.data.vocabulary import Vocabulary
 
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from megamug.data.random import uniform
-from megamug.data.tar_writer import write_shard
+from megamug.data.shards.tar_writer import write_shard
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.durable import write_atomically
 from megamug.errors import UserError

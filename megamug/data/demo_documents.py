@@ -20,7 +20,7 @@ from PIL import Image
 
 from megamug.data.demo import COLOURS, RADII, SHAPES, Scene, claim_folder, compose, render
 from megamug.data.random import uniform
-from megamug.data.tar_writer import write_members
+from megamug.data.shards.tar_writer import write_members
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.errors import UserError
 

@@ -40,8 +40,8 @@ from megamug.data.indexed import (
     read_header,
     write_header,
 )
-from megamug.data.sources import find_shards
-from megamug.data.tar_members import problem
+from megamug.data.shards.sources import find_shards
+from megamug.data.shards.tar_members import problem
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.data.vocabulary import Vocabulary
 from megamug.durable import write_atomically

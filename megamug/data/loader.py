@@ -24,8 +24,8 @@ from torch.profiler import record_function
 from megamug.data.dali import CropDecoder, load_dali
 from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 from megamug.data.order import Cursor, GlobalOrder
-from megamug.data.shards import OpenShards
-from megamug.data.sources import Source
+from megamug.data.shards.reading import OpenShards
+from megamug.data.shards.sources import Source
 from megamug.data.text import Tokenizer
 from megamug.errors import UserError
 

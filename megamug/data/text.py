@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megamug.data.sources import Source
+from megamug.data.shards.sources import Source
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 

@@ -15,7 +15,7 @@ from megamug.configuration import validate_lm
 from megamug.configuration.reading import Config, load_config, resolve, towers
 from megamug.configuration.shapes import positions_of
 from megamug.data.documents import Picture
-from megamug.data.verify import DEFAULT_LIMITS, Rejected, check_header
+from megamug.data.shards.verify import DEFAULT_LIMITS, Rejected, check_header
 from megamug.data.vocabulary import Vocabulary
 from megamug.durable import write_atomically
 from megamug.errors import UserError

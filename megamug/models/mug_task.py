@@ -17,7 +17,7 @@ from megamug.data.dali import load_dali
 from megamug.data.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.order import GlobalOrder
 from megamug.data.random import random_masks
-from megamug.data.sources import resolve_sources
+from megamug.data.shards.sources import resolve_sources
 from megamug.data.text import Tokenizer
 from megamug.models.mug import PAD, Mug, MugBatch
 from megamug.models.mug_plan import MugPlan

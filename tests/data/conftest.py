@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamug.data.indexing import index_paths
+from megamug.data.shards.indexing import index_paths
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def shard_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(shard_folder, tmp_path_factory):
-    from megamug.data.sources import resolve_sources
+    from megamug.data.shards.sources import resolve_sources
     from megamug.data.text import Tokenizer, iterate_captions, train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"

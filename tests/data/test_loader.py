@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from megamug.data.indexing import index_paths
 from megamug.data.loader import PairLoader, TooManyFailures
-from megamug.data.shards import Shard
-from megamug.data.sources import resolve_sources
+from megamug.data.shards.indexing import index_paths
+from megamug.data.shards.reading import Shard
+from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import megamug.data.document_tokenizer as document_tokenizer
 from megamug.data.document_tokenizer import tokenize_documents
 from megamug.data.indexed import IMAGE, RESPONSE, DocumentSet
-from megamug.data.sources import resolve_sources
+from megamug.data.shards.sources import resolve_sources
 from megamug.data.vocabulary import make_vocabulary
 from megamug.errors import UserError
 from megamug.models.image_tokenizer import from_bytes

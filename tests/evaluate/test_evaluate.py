@@ -13,7 +13,7 @@ from megamug import evaluate
 from megamug.data.dali import CropDecoder
 from megamug.data.images import centre_squares
 from megamug.data.random import random_masks
-from megamug.data.sources import resolve_sources
+from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 from megamug.evaluate import captioning
 from megamug.evaluate.held_out import held_out

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.launch import python_path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def tool(name, *arguments):

@@ -2,9 +2,9 @@ import tarfile
 
 import pytest
 
-from megamug.data.indexing import index_paths
-from megamug.data.packing import make_shards
-from megamug.data.shards import Shard
+from megamug.data.shards.indexing import index_paths
+from megamug.data.shards.packing import make_shards
+from megamug.data.shards.reading import Shard
 from megamug.errors import UserError
 
 

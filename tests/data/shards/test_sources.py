@@ -1,6 +1,6 @@
 import pytest
 
-from megamug.data.sources import resolve_sources
+from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 
 

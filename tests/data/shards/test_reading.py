@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamug.data.indexing import index_paths, summary, write_quarantine
-from megamug.data.shards import SUFFIX, Shard, find_index
-from megamug.data.sources import resolve_sources
-from megamug.data.verify import Limits, index_shard
+from megamug.data.shards.indexing import index_paths, summary, write_quarantine
+from megamug.data.shards.reading import SUFFIX, Shard, find_index
+from megamug.data.shards.sources import resolve_sources
+from megamug.data.shards.verify import Limits, index_shard
 from megamug.errors import UserError
 
 
@@ -226,7 +226,7 @@ def test_read_only_folder_has_its_index_elsewhere(helpers, tmp_path, monkeypatch
     folder = tmp_path / "shards"
     folder.mkdir()
     path = helpers.write_tar(folder / "x.tar", helpers.good_members(2))
-    monkeypatch.setattr("megamug.data.shards.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("megamug.data.shards.reading.os.access", lambda *_: False)  # root may write everywhere
     index_paths([folder], processes=1)
     assert [p.name for p in folder.iterdir()] == ["x.tar"]
     assert str(find_index(path)).startswith(os.environ["MEGAMUG_INDEX_DIRECTORY"])

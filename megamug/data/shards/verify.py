@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megamug.data.dali import DECODE_ERRORS, FullDecoder, decoder_version
-from megamug.data.shards import (
+from megamug.data.shards.reading import (
     FORMAT_VERSION,
     SAMPLE,
     IndexHeader,
@@ -31,7 +31,7 @@ from megamug.data.shards import (
     read_header,
     write_index,
 )
-from megamug.data.tar_members import Pair, problem, scan
+from megamug.data.shards.tar_members import Pair, problem, scan
 from megamug.errors import UserError
 
 _BATCH = 32  # images decoded at a time

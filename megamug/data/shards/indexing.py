@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from megamug.data.dali import load_dali
-from megamug.data.sources import find_shards
+from megamug.data.shards.sources import find_shards
+from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, ShardReport, index_shard
 from megamug.data.tooling import Progress, default_processes, parallel_map
-from megamug.data.verify import DEFAULT_LIMITS, Limits, ShardReport, index_shard
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 

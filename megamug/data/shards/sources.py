@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.data.shards import Shard, find_index, index_command
+from megamug.data.shards.reading import Shard, find_index, index_command
 from megamug.errors import UserError
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamug.data.shards import SUFFIX, parse_caption
-from megamug.data.tar_members import IMAGE_EXTENSIONS
-from megamug.data.tar_writer import write_shard
+from megamug.data.shards.reading import SUFFIX, parse_caption
+from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
+from megamug.data.shards.tar_writer import write_shard
 from megamug.data.tooling import Progress
 from megamug.errors import UserError
 
