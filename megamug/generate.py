@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from megamug.data.dali import DECODE_ERRORS, CropDecoder, FullDecoder
-from megamug.data.images import centre_squares
+from megamug.data.pairs.images import centre_squares
+from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
 from megamug.data.random import random_masks, uniform
-from megamug.data.text import BOS, EOS, PAD, Tokenizer
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 from megamug.losses.masked_patch import VARIANCE_EPSILON

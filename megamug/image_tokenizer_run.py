@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamug.command_line import world_size
-from megamug.data.loader import PairLoader, order_of
 from megamug.data.order import Cursor
+from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources
 from megamug.durable import replace_text, replacing
 from megamug.errors import UserError

@@ -154,7 +154,7 @@ def _vocabulary(config: Config, given: int | None) -> tuple[int, str]:
 def _read_vocabulary(kind: str, path: str) -> int:
     try:
         if kind == "mug":
-            from megamug.data.text import Tokenizer
+            from megamug.data.pairs.text import Tokenizer
 
             return Tokenizer(path).vocab_size
         from megamug.data.vocabulary import Vocabulary

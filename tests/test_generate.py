@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megamug import generate
+from megamug.data.pairs.text import BOS, EOS, PAD
 from megamug.data.random import uniform
-from megamug.data.text import BOS, EOS, PAD
 from megamug.generate import all_visible, encode, generate_captions, generate_tokens
 from megamug.inference import load_run
 from megamug.models.layers import LatentCrossAttention, LocalAttention, key_value_cache

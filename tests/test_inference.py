@@ -82,8 +82,8 @@ def test_what_cannot_be_read_is_told(saved, tmp_path, monkeypatch):
 
 
 def test_another_tokenizer_is_refused(saved):
+    from megamug.data.pairs.text import iterate_captions, train_tokenizer
     from megamug.data.shards.sources import resolve_sources
-    from megamug.data.text import iterate_captions, train_tokenizer
 
     run_dir, _ = saved
     path = run_dir.parent / "tokenizer.model"

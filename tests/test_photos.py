@@ -26,9 +26,9 @@ pytestmark = pytest.mark.skipif(not SHARDS, reason=f"no photographs: {PHOTOS} ho
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """The shards by links, as their own folder is not written to; indexed; with a tokenizer of their captions."""
+    from megamug.data.pairs.text import iterate_captions, train_tokenizer
     from megamug.data.shards.indexing import index_paths
     from megamug.data.shards.sources import resolve_sources
-    from megamug.data.text import iterate_captions, train_tokenizer
 
     folder = tmp_path_factory.mktemp("photos")
     (folder / "shards").mkdir()

@@ -30,7 +30,7 @@ def hooked(
     `again`: it gets another one before and after each checkpoint is written.
     """
     from megamug.checkpoint.store import CheckpointStore
-    from megamug.data.loader import PairLoader
+    from megamug.data.pairs.loader import PairLoader
 
     rank = int(os.environ.get("RANK", 0))
     originals = PairLoader.next, CheckpointStore.begin, CheckpointStore.commit

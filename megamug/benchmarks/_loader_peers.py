@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from megamug.data.pairs.text import Tokenizer
 from megamug.data.shards.reading import parse_caption
 from megamug.data.shards.sources import resolve_sources
-from megamug.data.text import Tokenizer
 
 ENDLESS = 1 << 40
 

@@ -23,11 +23,11 @@ import torch
 
 from megamug.benchmarks import _contest, _loader_peers, _profile, _report
 from megamug.command_line import COUNT
+from megamug.data.pairs.text import Tokenizer, iterate_captions, train_tokenizer
 from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.packing import make_shards
 from megamug.data.shards.reading import find_index
 from megamug.data.shards.sources import find_shards, resolve_sources
-from megamug.data.text import Tokenizer, iterate_captions, train_tokenizer
 from megamug.errors import UserError
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos"
@@ -114,7 +114,7 @@ def race(report: _report.Report, options: argparse.Namespace) -> None:
 
 def build_megamug(options: argparse.Namespace, _: str):
     """(a turn of `batches` batches, no FLOPs) of the loader that training uses."""
-    from megamug.data.loader import PairLoader
+    from megamug.data.pairs.loader import PairLoader
 
     loader = PairLoader(
         resolve_sources(options.shards), tokenizer=Tokenizer(options.tokenizer), image_size=options.image_size,

@@ -255,7 +255,7 @@ def vocabulary(config: Config) -> None:
     """A tokenizer that can be read, and its padded vocabulary shared evenly."""
     if config.model.caption_loss_weight == 0:
         return
-    from megamug.data.text import Tokenizer
+    from megamug.data.pairs.text import Tokenizer
 
     try:
         size = Tokenizer(config.data.tokenizer).vocab_size

@@ -21,8 +21,8 @@ import numpy as np
 
 from megamug.data.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable
 from megamug.data.indexed import IMAGE, RESPONSE, DocumentSet
+from megamug.data.pairs.text import PAD
 from megamug.data.random import uniform
-from megamug.data.text import PAD
 from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
 

@@ -240,7 +240,7 @@ class ImageEncoder:
         import torch
 
         from megamug.data.dali import DECODE_ERRORS
-        from megamug.data.images import centre_squares, decode_or_none
+        from megamug.data.pairs.images import centre_squares, decode_or_none
 
         regions = centre_squares([p.width for p in pictures], [p.height for p in pictures])
         flips = np.zeros(len(pictures), bool)

@@ -16,8 +16,8 @@ import torch
 
 from megamug.data.document_packing import RowMaker
 from megamug.data.indexed import DocumentSet
-from megamug.data.loader import GlobalBatch
 from megamug.data.order import Cursor, GlobalOrder
+from megamug.data.pairs.loader import GlobalBatch
 from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
 

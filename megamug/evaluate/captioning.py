@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamug.data.text import PAD
+from megamug.data.pairs.text import PAD
 from megamug.errors import UserError
 from megamug.evaluate.held_out import held_out, select
 from megamug.generate import all_visible, columns, encode, generate_tokens, sample_rows

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megamug.data.indexed import IMAGE, DocumentSet, open_documents
-from megamug.data.text import PAD
+from megamug.data.pairs.text import PAD
 from megamug.data.token_loader import IGNORE
 from megamug.data.vocabulary import Vocabulary
 from megamug.losses.cross_entropy import forward_torch, make_terms

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megamug.configuration.reading import Config
 from megamug.data.indexed import DocumentSet, open_documents
-from megamug.data.loader import GlobalBatch
 from megamug.data.order import GlobalOrder
+from megamug.data.pairs.loader import GlobalBatch
 from megamug.data.token_loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
 from megamug.data.vocabulary import Vocabulary
 from megamug.models.decoder_lm import DecoderLM

@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from megamug.configuration.reading import Config
 from megamug.data.dali import load_dali
-from megamug.data.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.order import GlobalOrder
+from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
+from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks
 from megamug.data.shards.sources import resolve_sources
-from megamug.data.text import Tokenizer
 from megamug.models.mug import PAD, Mug, MugBatch
 from megamug.models.mug_plan import MugPlan
 from megamug.models.task import Task

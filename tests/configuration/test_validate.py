@@ -24,8 +24,8 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     """A folder with one indexed shard, a tokenizer of 300 pieces (384 padded), and a run folder that is not there."""
     from PIL import Image
 
+    from megamug.data.pairs.text import train_tokenizer
     from megamug.data.shards.verify import index_shard
-    from megamug.data.text import train_tokenizer
 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "shards").mkdir()

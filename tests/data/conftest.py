@@ -70,8 +70,8 @@ def shard_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(shard_folder, tmp_path_factory):
+    from megamug.data.pairs.text import Tokenizer, iterate_captions, train_tokenizer
     from megamug.data.shards.sources import resolve_sources
-    from megamug.data.text import Tokenizer, iterate_captions, train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer(iterate_captions(resolve_sources(str(shard_folder))), path, 300)

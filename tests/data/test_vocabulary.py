@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamug.data.text import train_tokenizer
+from megamug.data.pairs.text import train_tokenizer
 from megamug.data.vocabulary import Vocabulary, make_vocabulary
 from megamug.errors import UserError
 

@@ -10,7 +10,7 @@ import pytest
 
 from megamug import cli
 from megamug.configuration.reading import to_yaml
-from megamug.data.loader import order_of
+from megamug.data.pairs.loader import order_of
 from megamug.data.shards.sources import resolve_sources
 from tests.distributed.launch import ROOT, launch
 from tests.evaluate.tiny_run import make_data, tiny_config

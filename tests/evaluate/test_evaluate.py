@@ -11,7 +11,7 @@ from PIL import Image
 
 from megamug import evaluate
 from megamug.data.dali import CropDecoder
-from megamug.data.images import centre_squares
+from megamug.data.pairs.images import centre_squares
 from megamug.data.random import random_masks
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError

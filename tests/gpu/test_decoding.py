@@ -34,7 +34,7 @@ def test_mixed_decoding_equals_the_cpu(decoders, extension, size):
 
 
 def test_a_bad_file_does_not_stop_the_others(decoders):
-    from megamug.data.images import decode_or_none
+    from megamug.data.pairs.images import decode_or_none
 
     good = [encoded(picture(i), "PNG") for i in range(3)]
     regions, flips = np.tile([0, 0, 30, 30], (4, 1)), np.zeros(4, bool)

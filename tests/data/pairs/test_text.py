@@ -1,7 +1,7 @@
 import pytest
 
+from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer, iterate_captions, train_tokenizer
 from megamug.data.shards.sources import resolve_sources
-from megamug.data.text import BOS, EOS, PAD, Tokenizer, iterate_captions, train_tokenizer
 from megamug.errors import UserError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megamug.data.loader import PairLoader, TooManyFailures
+from megamug.data.pairs.loader import PairLoader, TooManyFailures
 from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.reading import Shard
 from megamug.data.shards.sources import resolve_sources
@@ -80,7 +80,7 @@ def test_threads_and_chunks_change_nothing(make, monkeypatch):
     want = flat([loader.next() for _ in range(3)])
     threads = make(threads=3)
     assert same(flat([threads.next() for _ in range(3)]), want)
-    monkeypatch.setattr("megamug.data.loader.MAX_DECODE_BATCH", 3)  # a batch of 8 is read and decoded in three parts
+    monkeypatch.setattr("megamug.data.pairs.loader.MAX_DECODE_BATCH", 3)  # a batch of 8 is read and decoded in three parts
     parts = make()
     assert same(flat([parts.next() for _ in range(3)]), want)
 
@@ -164,7 +164,7 @@ def test_a_sample_that_fails_is_replaced_by_the_next(make, damaged, tokenizer, c
 def test_a_failure_in_a_later_chunk_is_replaced_alike(make, damaged, monkeypatch):
     want = make(damaged, micro_batch_size=4, global_batch_size=4)
     want = flat([want.next() for _ in range(3)])
-    monkeypatch.setattr("megamug.data.loader.MAX_DECODE_BATCH", 3)
+    monkeypatch.setattr("megamug.data.pairs.loader.MAX_DECODE_BATCH", 3)
     parts = make(damaged, micro_batch_size=4, global_batch_size=4)
     assert same(flat([parts.next() for _ in range(3)]), want)
 
@@ -218,7 +218,7 @@ def test_while_it_is_paused_no_batch_is_made(make, monkeypatch):
 
 def test_real_photographs(make):
     named = os.environ.get("MEGAMUG_PHOTOS")
-    folder = Path(named) if named else Path(__file__).parents[3] / "shared" / "data" / "photos"
+    folder = Path(named) if named else Path(__file__).parents[4] / "shared" / "data" / "photos"
     if not folder.is_dir():
         pytest.skip("no photographs: set MEGAMUG_PHOTOS to a folder of photograph shards")
     assert sum(r.samples for r in index_paths([folder], processes=1)) == 200

@@ -22,11 +22,11 @@ import torch
 from torch.profiler import record_function
 
 from megamug.data.dali import CropDecoder, load_dali
-from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 from megamug.data.order import Cursor, GlobalOrder
+from megamug.data.pairs.images import centre_squares, decode_or_none, random_flips, random_resized_crops
+from megamug.data.pairs.text import Tokenizer
 from megamug.data.shards.reading import OpenShards
 from megamug.data.shards.sources import Source
-from megamug.data.text import Tokenizer
 from megamug.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from megamug.data.dali import CropDecoder, FullDecoder, without_remarks
-from megamug.data.images import centre_squares, decode_or_none, random_flips, random_resized_crops
+from megamug.data.pairs.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 
 
 def test_crops_are_inside_and_as_asked():
