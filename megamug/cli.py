@@ -182,7 +182,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
         try:
             if arguments.task == "perplexity":
-                from megamug.data.indexed import read_header
+                from megamug.data.documents.indexed import read_header
 
                 for folder, _ in parse_sets(data):
                     read_header(Path(folder))

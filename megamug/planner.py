@@ -157,7 +157,7 @@ def _read_vocabulary(kind: str, path: str) -> int:
             from megamug.data.pairs.text import Tokenizer
 
             return Tokenizer(path).vocab_size
-        from megamug.data.vocabulary import Vocabulary
+        from megamug.data.documents.vocabulary import Vocabulary
 
         return Vocabulary.load(path).size
     except UserError as error:

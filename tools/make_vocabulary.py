@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamug.command_line import COUNT, Parser, output_folder
+from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.tooling import run_tool
-from megamug.data.vocabulary import make_vocabulary
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 
 from megamug.command_line import COUNT, Parser, output_file
-from megamug.data.documents import iterate_texts, open_shard
+from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.pairs.text import MAX_TRAINING_CAPTIONS, iterate_captions, train_tokenizer
 from megamug.data.shards.reading import find_index, index_command
 from megamug.data.shards.sources import find_shards, resolve_sources

@@ -117,7 +117,7 @@ def _build(options: argparse.Namespace, dtype: str, kind: str):
     from megamug.distributed import cpu_backend
 
     cpu_backend.apply()
-    from megamug.data.token_loader import TokenBatch, no_fewer
+    from megamug.data.documents.loader import TokenBatch, no_fewer
     from megamug.models.lm_task import LmTask, model_of
     from megamug.models.task import Task
 

@@ -113,9 +113,9 @@ def files(config: Config) -> None:
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tokenised documents (tools/tokenize_documents.py),"
                         " or a list of {path, weight}")
-    from megamug.data.indexed import read_header
+    from megamug.data.documents.indexed import read_header
+    from megamug.data.documents.vocabulary import Vocabulary
     from megamug.data.shards.sources import parse_sets
-    from megamug.data.vocabulary import Vocabulary
 
     try:
         vocabulary = Vocabulary.load(data.tokenizer)

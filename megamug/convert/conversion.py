@@ -140,7 +140,7 @@ def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:
     known = reader.state().get("origin", {}).get("vocabulary")
     if known:
         return tuple(known) if isinstance(known, list) else (int(known),)
-    from megamug.data.vocabulary import Vocabulary
+    from megamug.data.documents.vocabulary import Vocabulary
 
     return (Vocabulary.load(config.data.tokenizer).size,)
 

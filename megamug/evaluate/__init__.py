@@ -79,8 +79,8 @@ def run_task(
 def _check_documents(run_dir: Path, data: object) -> None:
     """Raises UserError where the documents cannot be read, or are of another vocabulary than the run."""
     from megamug.configuration import validate_lm
-    from megamug.data.indexed import open_documents
-    from megamug.data.vocabulary import Vocabulary
+    from megamug.data.documents.indexed import open_documents
+    from megamug.data.documents.vocabulary import Vocabulary
     from megamug.inference import read_config
 
     config = read_config(run_dir)

@@ -25,10 +25,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from megamug.data.indexed import IMAGE, DocumentSet, open_documents
+from megamug.data.documents.indexed import IMAGE, DocumentSet, open_documents
+from megamug.data.documents.loader import IGNORE
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.pairs.text import PAD
-from megamug.data.token_loader import IGNORE
-from megamug.data.vocabulary import Vocabulary
 from megamug.losses.cross_entropy import forward_torch, make_terms
 
 MODALITIES = ("text", "caption_given_image", "image_given_caption", "image_first", "mark_behind_image")

@@ -14,9 +14,9 @@ import numpy as np
 from megamug.configuration import validate_lm
 from megamug.configuration.reading import Config, load_config, resolve, towers
 from megamug.configuration.shapes import positions_of
-from megamug.data.documents import Picture
+from megamug.data.documents.reading import Picture
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.shards.verify import DEFAULT_LIMITS, Rejected, check_header
-from megamug.data.vocabulary import Vocabulary
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 
@@ -180,7 +180,7 @@ def token_limit(config: Config, vocabulary: Vocabulary, start: list[int], max_to
 
 def encode_image(path: Path, vocabulary: Vocabulary) -> list[int]:
     """The ids of a picture file, as those of training data are made. Raises `UserError` where it cannot be read."""
-    from megamug.data.document_tokenizer import ImageEncoder
+    from megamug.data.documents.tokenizer import ImageEncoder
 
     try:
         data = path.read_bytes()

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.random import uniform
-from megamug.data.vocabulary import Vocabulary
 from megamug.generate import nucleus_choice
 from megamug.models.layers import key_value_cache
 

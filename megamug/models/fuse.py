@@ -27,7 +27,7 @@ from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration import validate_lm
 from megamug.configuration.reading import Config, load_config, resolve
 from megamug.configuration.sections import FusionConfig, TowerConfig
-from megamug.data.vocabulary import Vocabulary
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.models.fuse_cross import WORDS, cross_tensors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from megamug.data.token_loader import IGNORE
+from megamug.data.documents.loader import IGNORE
 from megamug.losses import linear_cross_entropy, vocab_parallel_cross_entropy
 from megamug.models.stages import Plan
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megamug.configuration.reading import Config
-from megamug.data.indexed import DocumentSet, open_documents
+from megamug.data.documents.indexed import DocumentSet, open_documents
+from megamug.data.documents.loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch
-from megamug.data.token_loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
-from megamug.data.vocabulary import Vocabulary
 from megamug.models.decoder_lm import DecoderLM
 from megamug.models.lm_plan import LmPlan
 from megamug.models.task import Task

@@ -17,7 +17,7 @@ from megamug.data.demo_documents import (
     make_demo_documents,
     text_document,
 )
-from megamug.data.documents import iterate_texts, open_shard
+from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.random import uniform
 from megamug.errors import UserError
 

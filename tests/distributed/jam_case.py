@@ -7,7 +7,7 @@ import functools
 import torch
 
 from megamug.configuration.reading import Config, resolve
-from megamug.data.token_loader import IGNORE
+from megamug.data.documents.loader import IGNORE
 from tests.distributed import lm_case
 from tests.distributed.lm_case import TOKENS, VOCABULARY
 from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA

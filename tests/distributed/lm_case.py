@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from megamug.configuration.reading import Config, resolve
-from megamug.data.token_loader import IGNORE, TokenBatch
+from megamug.data.documents.loader import IGNORE, TokenBatch
 
 VOCABULARY, TOKENS = 200, 16
 FAMILIES = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megamug import evaluate
-from megamug.data.indexed import DocumentSet
-from megamug.data.vocabulary import Vocabulary
+from megamug.data.documents.indexed import DocumentSet
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.evaluate.perplexity import MODALITIES, modality_of, windows
 from megamug.inference import load_run

@@ -10,7 +10,7 @@ import torch
 from megamug.checkpoint.saver import Saver
 from megamug.checkpoint.store import CheckpointStore
 from megamug.configuration.reading import Config, resolve, save_config
-from megamug.data.vocabulary import Vocabulary
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.distributed import setup
 from tests.data.language import some_documents, tiny_vocabulary, write_set
 

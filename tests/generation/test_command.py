@@ -11,7 +11,7 @@ from PIL import Image
 
 from megamug import cli
 from megamug.configuration.reading import load_config, save_config
-from megamug.data.vocabulary import Vocabulary
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.generation.page import page
 from tests.data.language import image
 from tests.generation.language_run import STEP, make_data, make_run
@@ -149,7 +149,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
 
 def test_a_vocabulary_of_text_alone_and_a_run_of_mug(folder, tmp_path, capsys):
     from megamug.configuration.reading import Config
-    from megamug.data.vocabulary import make_vocabulary
+    from megamug.data.documents.vocabulary import make_vocabulary
 
     make_vocabulary(folder / "t.model", None, 2, tmp_path / "vocabulary")
     config = load_config(folder / "learned" / "config.yaml")

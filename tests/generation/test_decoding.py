@@ -119,7 +119,7 @@ def test_tokens_are_those_of_plain_passes(folder, sampling):
 
 
 def test_what_may_follow(tmp_path, folder):
-    from megamug.data.vocabulary import Vocabulary
+    from megamug.data.documents.vocabulary import Vocabulary
 
     v = Vocabulary.load(folder / "vocabulary")
     text, codes = v.encode_text("two triangles"), image(v).tolist()
@@ -170,7 +170,7 @@ def test_guidance_by_hand():
 
 
 def test_text_gives_way_to_masks(folder):
-    from megamug.data.vocabulary import Vocabulary
+    from megamug.data.documents.vocabulary import Vocabulary
 
     v = Vocabulary.load(folder / "vocabulary")
     ids = [v.bos_id, 5, v.text_pieces - 1, v.break_id, v.first_code, v.break_id - 1, v.eos_id, v.pad_id]

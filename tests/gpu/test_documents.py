@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megamug.configuration.reading import Config, resolve
-from megamug.data.token_loader import TokenBatch, no_fewer
+from megamug.data.documents.loader import TokenBatch, no_fewer
 from megamug.models import documents
 from megamug.models.layers import document_mask
 from tests.models.test_documents import FAMILIES, by_mask, numbered

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamug.configuration.reading import Config, resolve
-from megamug.data.token_loader import TokenBatch
+from megamug.data.documents.loader import TokenBatch
 from megamug.models import documents
 from megamug.models.elementwise import rotate, rotation_table
 from megamug.models.layers import LocalAttention, document_mask

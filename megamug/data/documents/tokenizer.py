@@ -18,17 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.data.documents import (
-    PAIR_ORDERS,
-    Document,
-    DocumentShard,
-    Picture,
-    Sample,
-    open_shard,
-    read_documents,
-    read_pairs,
-)
-from megamug.data.indexed import (
+from megamug.data.documents.indexed import (
     IMAGE,
     MARKER,
     NAME,
@@ -40,10 +30,20 @@ from megamug.data.indexed import (
     read_header,
     write_header,
 )
+from megamug.data.documents.reading import (
+    PAIR_ORDERS,
+    Document,
+    DocumentShard,
+    Picture,
+    Sample,
+    open_shard,
+    read_documents,
+    read_pairs,
+)
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.shards.sources import find_shards
 from megamug.data.shards.tar_members import problem
 from megamug.data.tooling import Progress, default_processes, parallel_map
-from megamug.data.vocabulary import Vocabulary
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 

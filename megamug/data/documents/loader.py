@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megamug.data.document_packing import RowMaker
-from megamug.data.indexed import DocumentSet
+from megamug.data.documents.indexed import DocumentSet
+from megamug.data.documents.packing import RowMaker
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch
-from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
 
 IGNORE = -100  # the label of a token that carries no loss

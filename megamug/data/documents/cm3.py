@@ -23,8 +23,8 @@ import math
 
 import numpy as np
 
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.random import uniform
-from megamug.data.vocabulary import Vocabulary
 
 GROWTH = 3  # the sentinel in place of a span, and the sentinel and <eoss> around it at the end
 

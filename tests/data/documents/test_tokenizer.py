@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-import megamug.data.document_tokenizer as document_tokenizer
-from megamug.data.document_tokenizer import tokenize_documents
-from megamug.data.indexed import IMAGE, RESPONSE, DocumentSet
+import megamug.data.documents.tokenizer as document_tokenizer
+from megamug.data.documents.indexed import IMAGE, RESPONSE, DocumentSet
+from megamug.data.documents.tokenizer import tokenize_documents
+from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.shards.sources import resolve_sources
-from megamug.data.vocabulary import make_vocabulary
 from megamug.errors import UserError
 from megamug.models.image_tokenizer import from_bytes
 from tests.distributed.launch import python_path
@@ -178,7 +178,7 @@ def assert_the_same(found, wanted):
 
 def test_killed_and_continued_with_other_workers_the_result_is_the_same(vocabulary, texts, tmp_path, monkeypatch):
     code = (
-        "import sys, megamug.data.document_tokenizer as t; t.CHUNK = 1\n"
+        "import sys, megamug.data.documents.tokenizer as t; t.CHUNK = 1\n"
         f"t.tokenize_documents({list(map(str, texts))!r}, {str(vocabulary.folder)!r}, sys.argv[1], workers=1)"
     )
     killed = tmp_path / "killed"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamug.data.cm3 import restore
-from megamug.data.document_packing import RowMaker, best_fit, pack, reserve
-from megamug.data.indexed import DocumentSet
+from megamug.data.documents.cm3 import restore
+from megamug.data.documents.indexed import DocumentSet
+from megamug.data.documents.packing import RowMaker, best_fit, pack, reserve
 from megamug.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -105,7 +105,7 @@ def test_rows_do_not_depend_on_their_neighbours(documents, vocabulary):
 
 def test_spans_are_left_out_seldom(documents, vocabulary):
     """The rule of the free tokens: rows with a document each draw a span too many in less than 2 of 100."""
-    from megamug.data.cm3 import draw_counts
+    from megamug.data.documents.cm3 import draw_counts
 
     counts = draw_counts(3, np.zeros(20000, np.int64), np.arange(20000), 1.0)
     assert (counts * 3 > reserve(1.0)).mean() < 0.02

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamug.data.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable, most_spans, restore
-from megamug.data.document_tokenizer import assemble
-from megamug.data.vocabulary import Vocabulary, VocabularySpec
+from megamug.data.documents.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable, most_spans, restore
+from megamug.data.documents.tokenizer import assemble
+from megamug.data.documents.vocabulary import Vocabulary, VocabularySpec
 
 SENTINELS = 40
 VOCABULARY = Vocabulary(VocabularySpec(50, "", 16, (2, 2), 8, "", SENTINELS), None, Path("."))

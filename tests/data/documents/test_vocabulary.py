@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamug.data.documents.vocabulary import Vocabulary, make_vocabulary
 from megamug.data.pairs.text import train_tokenizer
-from megamug.data.vocabulary import Vocabulary, make_vocabulary
 from megamug.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))

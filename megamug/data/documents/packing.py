@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megamug.data.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable
-from megamug.data.indexed import IMAGE, RESPONSE, DocumentSet
+from megamug.data.documents.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable
+from megamug.data.documents.indexed import IMAGE, RESPONSE, DocumentSet
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.pairs.text import PAD
 from megamug.data.random import uniform
-from megamug.data.vocabulary import Vocabulary
 from megamug.errors import UserError
 
 PACKING_VERSION = 1

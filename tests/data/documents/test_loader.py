@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megamug.data.indexed import DocumentSet, open_documents
-from megamug.data.token_loader import IGNORE, TokenLoader
+from megamug.data.documents.indexed import DocumentSet, open_documents
+from megamug.data.documents.loader import IGNORE, TokenLoader
 from megamug.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
