@@ -139,7 +139,7 @@ def main() -> None:
 def judge(count: int) -> dict[str, float]:
     """Of held-out instructions the shares whose texts and pictures are exactly those asked for (see `RIGHT`)."""
     from megamug.data.documents.reading import open_shard, read_documents
-    from megamug.generation.command import generate_documents
+    from megamug.generation.documents import generate_documents
 
     shards = [open_shard(path) for path in sorted(Path("data/documents/instructions/heldout").glob("*.tar"))]
     asked = [document for shard in shards for document in read_documents(shard.path, shard.samples, [])][:count]

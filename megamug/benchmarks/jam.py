@@ -26,9 +26,9 @@ import types
 
 import torch
 
-from megamug import inference
 from megamug.benchmarks import _contest, _report, _steps
 from megamug.command_line import COUNT, FROM_ZERO, world_size
+from megamug.generation import loading as inference
 
 KINDS = ("decoder_lm", "jam_cross")
 PROMPT = 32  # tokens before those that are written

@@ -154,7 +154,7 @@ def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str
         return {}
     from megamug.checkpoint.state import entries_of
     from megamug.distributed import cpu_backend, setup
-    from megamug.inference import one_process
+    from megamug.generation.loading import one_process
     from megamug.models.tasks import make_task
 
     config = one_process(copy.deepcopy(config))

@@ -40,7 +40,7 @@ def run_task(
     """
     from megamug.durable import write_atomically
     from megamug.evaluate import captioning, perplexity, reconstruction
-    from megamug.inference import load_run
+    from megamug.generation.loading import load_run
 
     if task not in TASKS:
         raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
@@ -81,7 +81,7 @@ def _check_documents(run_dir: Path, data: object) -> None:
     from megamug.configuration import validate_lm
     from megamug.data.documents.indexed import open_documents
     from megamug.data.documents.vocabulary import Vocabulary
-    from megamug.inference import read_config
+    from megamug.generation.loading import read_config
 
     config = read_config(run_dir)
     validate_lm.reading(config, run_dir)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megamug.data.pairs.text import PAD
 from megamug.errors import UserError
 from megamug.evaluate.held_out import held_out, select
-from megamug.generate import all_visible, columns, encode, generate_tokens, sample_rows
+from megamug.generation.captions import all_visible, columns, encode, generate_tokens, sample_rows
 from megamug.models.mug import MugBatch
 from megamug.telemetry.pictures import save_grid
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megamug.errors import UserError
 from megamug.evaluate.held_out import held_out, select
-from megamug.generate import (
+from megamug.generation.captions import (
     TRUE_STATISTICS,
     columns,
     encode,

@@ -126,7 +126,7 @@ class MugTask(Task):
         if not world.is_first:
             return None
         from megamug.evaluate.held_out import held_out, select
-        from megamug.generate import columns, sample_rows, true_and_written
+        from megamug.generation.captions import columns, sample_rows, true_and_written
         from megamug.telemetry.pictures import save_grid
 
         data = replace(self.config.data, global_batch_size=PICTURE_PAIRS, micro_batch_size=PICTURE_PAIRS)

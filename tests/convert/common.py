@@ -51,7 +51,7 @@ def batch(visible: int = PATCHES):
 @contextmanager
 def loaded(run_dir: Path):
     """The model of a run folder, read by the loader that everything uses."""
-    from megamug.inference import load_run
+    from megamug.generation.loading import load_run
 
     with load_run(run_dir) as run, torch.no_grad():
         yield run.model

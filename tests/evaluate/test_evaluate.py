@@ -17,8 +17,8 @@ from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 from megamug.evaluate import captioning
 from megamug.evaluate.held_out import held_out
-from megamug.generate import reconstruct
-from megamug.inference import load_run
+from megamug.generation.captions import reconstruct
+from megamug.generation.loading import load_run
 from megamug.models.mug import MugBatch, unpatchify
 from tests.evaluate.tiny_run import HELD_OUT, MICRO_BATCH, STEP, make_data, make_run, tiny_config
 
@@ -200,8 +200,8 @@ def test_picture_while_training(run_dir, tmp_path, caplog):
 
 def test_a_picture_of_fewer_pairs_is_made_of_eight_rows(run_dir, tmp_path, monkeypatch):
     """Under FP8 the products forward want rows in multiples of eight, however few pairs are held out."""
-    from megamug import generate
     from megamug.evaluate import held_out
+    from megamug.generation import captions as generate
 
     whole, sizes, drawn = held_out.held_out, [], []
     monkeypatch.setattr(held_out, "held_out", lambda task, world, most: whole(task, world, 3))

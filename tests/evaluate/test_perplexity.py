@@ -11,7 +11,7 @@ from megamug.data.documents.indexed import DocumentSet
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.evaluate.perplexity import MODALITIES, modality_of, windows
-from megamug.inference import load_run
+from megamug.generation.loading import load_run
 from tests.data.language import image, write_set
 from tests.generation.language_run import CONTEXT, MODELS, STEP, make_data, make_run
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from megamug.data.random import uniform
-from megamug.generate import nucleus_choice
+from megamug.generation.captions import nucleus_choice
 from megamug.generation.decoding import Row, Sampling, guide, possible, write_documents
-from megamug.inference import load_run
+from megamug.generation.loading import load_run
 from tests.data.language import image
 from tests.generation.language_run import MODELS, make_data, make_run
 

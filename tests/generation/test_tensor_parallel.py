@@ -6,8 +6,8 @@ import pytest
 
 from megamug import evaluate
 from megamug.errors import UserError
-from megamug.generation.command import generate_documents
-from megamug.inference import load_run
+from megamug.generation.documents import generate_documents
+from megamug.generation.loading import load_run
 from tests.distributed.launch import launch
 from tests.generation.language_run import make_data, make_run
 

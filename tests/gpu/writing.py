@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from megamug import evaluate
-from megamug.generate import encode, generate_tokens, reconstruct
+from megamug.generation.captions import encode, generate_tokens, reconstruct
 from megamug.generation.decoding import Sampling, write_documents
-from megamug.inference import load_run
+from megamug.generation.loading import load_run
 from megamug.models.mug import MugBatch
 from tests.data.language import image
 from tests.evaluate import tiny_run

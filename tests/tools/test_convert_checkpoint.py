@@ -137,7 +137,7 @@ def test_learned_positions_are_refused_unless_allowed(tmp_path, capsys):
 
 def test_decoders_for_training_on_are_drawn_when_asked_for(source, tmp_path):
     """An encoder of MAE in a MUG that will paint: what the source has not is as a new run would draw it."""
-    from megamug.inference import load_run
+    from megamug.generation.loading import load_run
     from megamug.models.init import draw
 
     options = ["model.image_loss_weight=1", "model.decoder_layers=1", "model.decoder_width=8", "model.decoder_heads=2"]

@@ -203,7 +203,7 @@ def generate_from_images(
     `captions.json` into `output` (default: a new folder in RUN/generate), prints their paths, returns the figures.
     Raises `UserError`: no picture, one that does not decode, a ratio that hides everything, a run that cannot be read.
     """
-    from megamug.inference import load_run
+    from megamug.generation.loading import load_run
 
     if top_p is None and temperature != 1.0:
         raise UserError(f"--temperature is {temperature:g} but nothing is drawn at random; give --top-p as well")

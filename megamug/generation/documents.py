@@ -68,9 +68,9 @@ def generate_documents(
     import torch
     import torch.distributed as dist
 
-    from megamug.generate import new_folder
+    from megamug.generation.captions import new_folder
     from megamug.generation.decoding import Sampling, write_documents
-    from megamug.inference import load_run
+    from megamug.generation.loading import load_run
 
     sampling = Sampling(
         temperature, TOP_P if top_p is None else top_p, guidance, contrastive, contrastive_top_k or 1,

@@ -8,7 +8,7 @@ import torch
 from megamug.checkpoint.store import CheckpointStore
 from megamug.configuration.reading import load_config, save_config
 from megamug.errors import UserError
-from megamug.inference import load_run
+from megamug.generation.loading import load_run
 from tests.distributed.launch import ROOT, launch
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
 
