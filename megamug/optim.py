@@ -25,7 +25,7 @@ from torch import Tensor
 from megamug import adam, gradients
 from megamug.configuration.reading import Config, OptimizerConfig, TrainConfig
 from megamug.gradients import GradientBuffers
-from megamug.models.specs import FP8_RECIPES
+from megamug.models.blocks.specs import FP8_RECIPES
 from megamug.pipeline import finalise_gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

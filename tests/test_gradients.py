@@ -120,7 +120,8 @@ def dispatched(layers: int) -> int:
     """Operators of a bf16 training step with so many encoder layers, as a GPU would get them; views left out."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megamug.models import cpu_attention, cpu_linear
+    from megamug.models.attention import cpu as cpu_attention
+    from megamug.models.blocks import cpu_linear
     from megamug.models.mug import Mug
     from megamug.models.mug_plan import MugPlan
     from megamug.optim import Optimizer, wrap_chunks

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megamug import cli, parameters, planner
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.reading import Config, load_config, resolve
-from megamug.models import cpu_linear
+from megamug.models.blocks import cpu_linear
 from megamug.models.mug import Mug, MugBatch
 from megamug.models.mug_plan import MugPlan
 from megamug.planner_memory import (

@@ -292,7 +292,7 @@ def synchronize() -> None:
 def product_rate(dtype: str, size: int = 2048) -> float:
     """FLOP/s of one size^3 product, the faster of torch.mm and, on a CPU, oneDNN as megamug's linears use it; each the
     median of three. FP8 is set against bf16."""
-    from megamug.models import cpu_linear
+    from megamug.models.blocks import cpu_linear
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16

@@ -101,7 +101,7 @@ def _model(config, options: argparse.Namespace):
     from megamug.distributed import cpu_backend, setup
 
     cpu_backend.apply()
-    from megamug.models import specs
+    from megamug.models.blocks import specs
     from megamug.models.init import initialise
     from megamug.models.lm_task import model_of
 

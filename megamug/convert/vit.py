@@ -11,7 +11,7 @@ from torch import Tensor
 from megamug.configuration.presets import PRESETS
 from megamug.convert.table import Row, batched, convolution, qkv, same, weight_and_bias
 from megamug.errors import UserError
-from megamug.models.positions import sincos_positions
+from megamug.models.blocks.positions import sincos_positions
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from megamug.data.random import random_masks, uniform
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 from megamug.losses.masked_patch import VARIANCE_EPSILON
-from megamug.models.layers import key_value_cache
+from megamug.models.blocks.layers import key_value_cache
 from megamug.models.mug import Mug, MugBatch, patchify, take, unpatchify
 from megamug.telemetry.pictures import PictureRow, save_grid
 

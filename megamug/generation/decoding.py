@@ -31,7 +31,7 @@ from torch import Tensor
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.random import uniform
 from megamug.generation.captions import nucleus_choice
-from megamug.models.layers import key_value_cache
+from megamug.models.blocks.layers import key_value_cache
 
 FIRST, TEXT, IMAGE, BEHIND = range(4)  # where a row is: before a text, inside one, inside an image, behind one
 

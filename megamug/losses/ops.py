@@ -1,6 +1,6 @@
 """The one door to the compiled kernels: loads the libraries built from `csrc/`, registers fakes and autograd rules.
 
-Most are losses; the CPU library also has the attention that `megamug/models/cpu_attention.py` calls.
+Most are losses; the CPU library also has the attention that `megamug/models/attention/cpu.py` calls.
 
 The schemas are in `csrc/cpu/operators.cpp`. The CPU library holds the schemas and the CPU kernels; the CUDA library
 adds kernels and is loaded only where torch has CUDA. Loading happens on import, so that a first call under

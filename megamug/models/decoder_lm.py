@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megamug.models import documents, specs
-from megamug.models.layers import LocalColumnParallelLinear
+from megamug.models.attention import documents
+from megamug.models.blocks import specs
+from megamug.models.blocks.layers import LocalColumnParallelLinear
 from megamug.models.lm_losses import language_losses
 from megamug.models.lm_plan import LmPlan
 from megamug.models.stages import Stage, tensors_alone

@@ -26,9 +26,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megamug.configuration.shapes import TOWERS
-from megamug.models import documents, functional, specs
+from megamug.models.attention import documents
+from megamug.models.blocks import functional, specs
+from megamug.models.blocks.layers import LocalColumnParallelLinear, context_linear, recomputed, replicated
 from megamug.models.jam_plan import JamPart, JamPlan
-from megamug.models.layers import LocalColumnParallelLinear, context_linear, recomputed, replicated
 from megamug.models.lm_losses import language_losses
 from megamug.models.stages import Stage, tensors_alone
 from megamug.models.tower import TowerEmbedding, TowerPlan

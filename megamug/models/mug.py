@@ -23,10 +23,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megamug.losses import masked_patch_loss, vocab_parallel_cross_entropy
-from megamug.models import specs
-from megamug.models.layers import LayerRun, replicated
+from megamug.models.blocks import specs
+from megamug.models.blocks.layers import LayerRun, replicated
+from megamug.models.blocks.positions import sincos_positions
 from megamug.models.mug_plan import MugPlan
-from megamug.models.positions import sincos_positions
 from megamug.models.stages import Part, Stage, tensors_alone
 
 PAD = 0  # token id that ends no caption and carries no loss

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megamug.configuration.reading import Config
-from megamug.models import specs
+from megamug.models.blocks import specs
 from megamug.models.stages import Block, Boundary, Part, Plan
 from megamug.telemetry.flops import layer_flops, linear_flops
 

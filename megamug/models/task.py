@@ -7,7 +7,7 @@ import torch
 from megamug.configuration.reading import Config
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.errors import UserError
-from megamug.models import compiled, specs
+from megamug.models.blocks import compiled, specs
 from megamug.models.init import initialise
 from megamug.models.stages import Plan
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from megamug.configuration.reading import Config, TowerConfig
 from megamug.configuration.shapes import GRID_PREFIX
-from megamug.models import specs
-from megamug.models.elementwise import rotation_table
-from megamug.models.layers import LayerRun
+from megamug.models.blocks import specs
+from megamug.models.blocks.elementwise import rotation_table
+from megamug.models.blocks.layers import LayerRun
 from megamug.telemetry.flops import layer_flops, linear_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

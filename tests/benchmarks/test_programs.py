@@ -16,7 +16,7 @@ from megamug.benchmarks import _contest, checkpoint, jam, loader, losses, mug
 from megamug.distributed import setup
 from megamug.errors import UserError
 from megamug.losses.ops import libraries
-from megamug.models import cpu_linear, specs
+from megamug.models.blocks import cpu_linear, specs
 from tests.data.conftest import good_members, write_tar
 from tests.distributed.launch import ROOT, environment, launch_forked
 

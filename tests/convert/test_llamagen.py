@@ -89,8 +89,8 @@ def our_logits(run_dir: Path, tokens: Tensor, steps: list[int] | None = None) ->
     from megamug.distributed import cpu_backend, setup
 
     cpu_backend.apply()
+    from megamug.models.blocks.layers import key_value_cache
     from megamug.models.decoder_lm import DecoderLM
-    from megamug.models.layers import key_value_cache
     from megamug.models.lm_plan import LmPlan
 
     reader = TensorReader(run_dir)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megamug.checkpoint.tensors import TensorReader
 from megamug.convert.conversion import from_megamug, to_megamug
 from megamug.convert.registry import FORMATS
-from megamug.models.positions import sincos_positions
+from megamug.models.blocks.positions import sincos_positions
 from tests.convert.common import (
     PATCH,
     SIZE,

@@ -1,4 +1,4 @@
-// The CUDA kernels of attention, run block by block on a CPU for tests/models/test_gpu_attention.py.
+// The CUDA kernels of attention, run block by block on a CPU for tests/models/attention/test_gpu.py.
 #include "block.h"
 
 namespace megamug {

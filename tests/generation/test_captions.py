@@ -9,7 +9,7 @@ from megamug.data.random import uniform
 from megamug.generation import captions as generate
 from megamug.generation.captions import all_visible, encode, generate_captions, generate_tokens
 from megamug.generation.loading import load_run
-from megamug.models.layers import LatentCrossAttention, LocalAttention, key_value_cache
+from megamug.models.blocks.layers import LatentCrossAttention, LocalAttention, key_value_cache
 from megamug.models.mug import MugBatch
 from tests.evaluate.tiny_run import make_data, make_run, tiny_config
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megamug.losses import ops
-from megamug.models import gpu_attention
+from megamug.models.attention import gpu as gpu_attention
 
 pytestmark = [
     pytest.mark.gpu,

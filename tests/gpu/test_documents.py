@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from megamug.configuration.reading import Config, resolve
 from megamug.data.documents.loader import TokenBatch, no_fewer
-from megamug.models import documents
-from megamug.models.layers import document_mask
-from tests.models.test_documents import FAMILIES, by_mask, numbered
+from megamug.models.attention import documents
+from megamug.models.blocks.layers import document_mask
+from tests.models.attention.test_documents import FAMILIES, by_mask, numbered
 from tests.models.test_jam_cross import GPT, LLAMA, jam_config
 
 pytestmark = [

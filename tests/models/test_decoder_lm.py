@@ -184,7 +184,7 @@ def test_separate_documents_are_as_if_alone(world, options):
 
 @pytest.mark.parametrize("options", [{}, LLAMA, GROUPED, CHAMELEON, GRID, OPT], ids=str)
 def test_a_key_value_cache_gives_the_same_logits(world, options):
-    from megamug.models.layers import key_value_cache
+    from megamug.models.blocks.layers import key_value_cache
 
     chunk = build(options).eval()
     tokens, prompt = rows(), 7

@@ -251,7 +251,7 @@ def reference_half(half, hidden, context, hidden_mask):
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_cross_block_is_its_formula(world, documents):
-    from megamug.models.layers import document_mask
+    from megamug.models.blocks.layers import document_mask
 
     block = build(jam_config(*PAIRS["unlike"]), gates=0.7).cross["1"]
     g = torch.Generator().manual_seed(2)
@@ -297,7 +297,7 @@ def test_evaluation_gives_the_logits_of_training(world, pair):
 
 
 def test_the_cache_gives_the_logits_of_the_whole_row(world):
-    from megamug.models.layers import key_value_cache
+    from megamug.models.blocks.layers import key_value_cache
 
     model, batch = build(jam_config(*PAIRS["unlike"]), gates=0.7).eval(), random_batch()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamug.models.positions import sincos_positions
+from megamug.models.blocks.positions import sincos_positions
 from tests.distributed.layout_worker import micro_batches, tiny
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `dev`)")

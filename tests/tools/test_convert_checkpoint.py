@@ -19,7 +19,7 @@ from megamug.convert.conversion import from_megamug
 from megamug.convert.registry import FORMATS
 from megamug.convert.source import ForeignTensors
 from megamug.errors import UserError
-from megamug.models.positions import sincos_positions
+from megamug.models.blocks.positions import sincos_positions
 from tests.convert.common import assert_same_bits, tensors_in
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from megamug.models import cpu_attention, cpu_linear, documents, functional, gpu_attention
-from megamug.models.elementwise import rotated
-from megamug.models.norms import HeadNorm
+from megamug.models.attention import cpu as cpu_attention
+from megamug.models.attention import documents
+from megamug.models.attention import gpu as gpu_attention
+from megamug.models.blocks import cpu_linear, functional
+from megamug.models.blocks.elementwise import rotated
+from megamug.models.blocks.norms import HeadNorm
 
 
 class Norm(nn.Module):

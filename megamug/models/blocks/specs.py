@@ -25,9 +25,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megamug.configuration.reading import Config
 from megamug.errors import UserError
-from megamug.models import layers
-from megamug.models.elementwise import SwiGLU
-from megamug.models.norms import NormedResidual
+from megamug.models.blocks import layers
+from megamug.models.blocks.elementwise import SwiGLU
+from megamug.models.blocks.norms import NormedResidual
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
             "precision.layers=te needs Transformer Engine, which is not installed: pip install --no-build-isolation"
             " -e '.[te]' in the checkout of megamug, or set precision.layers=local"
         ) from error
-    from megamug.models.te_attention import DocumentAttention
+    from megamug.models.attention.te import DocumentAttention
 
     return Modules(
         norm=layers.PlainNorm if plain_norm else te.TENorm,

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from megamug.losses import ops
-from megamug.models import cpu_attention
+from megamug.models.attention import cpu as cpu_attention
 from tests.distributed.launch import python_path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 need = pytest.mark.skipif(not ops.libraries().cpu, reason=ops.libraries().reason)
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -186,7 +186,7 @@ def layer(causal, dropout=0.0):
     # here, and not above: the tests of narrower instruction sets start faster without Megatron
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megamug.models.layers import LocalAttention
+    from megamug.models.blocks.layers import LocalAttention
 
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     return LocalAttention(SimpleNamespace(attention_dropout=dropout), 1, mask, "self")
@@ -213,7 +213,7 @@ def test_the_layer_with_the_kernels_and_without(causal, dtype, built, monkeypatc
 @pytest.mark.parametrize("built", [True, False])
 def test_the_layer_keeps_documents_apart(built, monkeypatch):
     """By their numbers, through the kernels or torch, and by a mask of Megatron's form."""
-    from megamug.models.layers import document_mask
+    from megamug.models.blocks.layers import document_mask
 
     if built and not ops.libraries().cpu:
         pytest.skip(ops.libraries().reason)

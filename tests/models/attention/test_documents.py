@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamug.configuration.reading import Config, resolve
 from megamug.data.documents.loader import TokenBatch
-from megamug.models import documents
-from megamug.models.elementwise import rotate, rotation_table
-from megamug.models.layers import LocalAttention, document_mask
+from megamug.models.attention import documents
+from megamug.models.blocks.elementwise import rotate, rotation_table
+from megamug.models.blocks.layers import LocalAttention, document_mask
 from tests.models.test_jam_cross import GPT, LLAMA, jam_config
 
 ROWS, TOKENS, VOCABULARY = 3, 37, 200  # no other size is 37

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamug.models import cpu_linear
+from megamug.models.blocks import cpu_linear
 
 
 @pytest.fixture(autouse=True)

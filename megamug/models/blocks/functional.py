@@ -20,7 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
-from megamug.models.elementwise import rotate
+from megamug.models.blocks.elementwise import rotate
 
 
 def transformer_layer(

@@ -7,9 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from megamug.models import documents
-from megamug.models.layers import document_mask
-from tests.models.test_documents import LENGTHS, ROWS, TOKENS, by_document, numbered
+from megamug.models.attention import documents
+from megamug.models.blocks.layers import document_mask
+from tests.models.attention.test_documents import LENGTHS, ROWS, TOKENS, by_document, numbered
 
 if importlib.util.find_spec("transformer_engine") is None:
     pytest.skip("Transformer Engine is not installed (extra `te`)", allow_module_level=True)
@@ -23,7 +23,7 @@ def test_documents_go_to_the_fused_kernels_where_there_are_some(monkeypatch, len
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megamug.models.te_attention import DocumentAttention
+    from megamug.models.attention.te import DocumentAttention
 
     called = []
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamug.losses import ops
-from megamug.models import gpu_attention
+from megamug.models.attention import gpu as gpu_attention
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 need = pytest.mark.skipif(not ops.libraries().cpu, reason=ops.libraries().reason)
 
 

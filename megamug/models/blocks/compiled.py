@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from megamug.configuration.reading import Config
 from megamug.configuration.sections import LONG
-from megamug.models import gpu_attention
-from megamug.models.layers import kernel_order
+from megamug.models.attention import gpu as gpu_attention
+from megamug.models.blocks.layers import kernel_order
 
 logger = logging.getLogger(__name__)
 

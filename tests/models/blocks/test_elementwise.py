@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from megamug.models.elementwise import SwiGLU, rotate, rotation_table
+from megamug.models.blocks.elementwise import SwiGLU, rotate, rotation_table
 
 
 def inputs(*shape: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megamug.configuration.reading import Config
-from megamug.models import compiled, functional, gpu_attention
+from megamug.models.attention import gpu as gpu_attention
+from megamug.models.blocks import compiled, functional
 from megamug.pipeline import run_batch
 from tests.distributed import jam_case, lm_case, mug_case
 

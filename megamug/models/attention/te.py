@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megamug.models import documents
+from megamug.models.attention import documents
 
 WIDEST = 128  # numbers of a head up to which Transformer Engine has a fused backward for documents on every GPU
 

@@ -10,9 +10,9 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megamug.models import functional, layers, specs
-from megamug.models.layers import LocalAttention, Norm
-from megamug.models.positions import sincos_positions
+from megamug.models.blocks import functional, layers, specs
+from megamug.models.blocks.layers import LocalAttention, Norm
+from megamug.models.blocks.positions import sincos_positions
 
 
 def config_of():

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megamug.losses import ops
-from megamug.models import cpu_attention
+from megamug.models.attention import cpu as cpu_attention
 
 LONGEST = {32: 288, 64: 256, 80: 128, 96: 128, 128: 128}  # width of a head: tokens of a sequence at most
 _DTYPES = (torch.bfloat16, torch.float16)
