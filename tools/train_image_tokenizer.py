@@ -14,9 +14,9 @@ from megamug.command_line import COUNT, FROM_ZERO, Parser, number, output_folder
 from megamug.configuration.ranges import Range
 from megamug.data.tooling import run_tool
 from megamug.errors import UserError
-from megamug.image_tokenizer_run import RunOptions, train
-from megamug.models.image_tokenizer import ImageTokenizerConfig
-from megamug.models.image_tokenizer_training import TrainingOptions
+from megamug.models.image_tokenizer.model import ImageTokenizerConfig
+from megamug.models.image_tokenizer.run import RunOptions, train
+from megamug.models.image_tokenizer.training import TrainingOptions
 
 MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}  # by f, as in the published models
 

@@ -294,7 +294,7 @@ def image_tokenizer_from_megamug(
 ) -> list[str]:
     """Writes the folder `output` in a layout of another project from an image tokenizer folder. Raises UserError."""
     from megamug.convert.image_tokenizer import foreign_config, to_foreign
-    from megamug.models.image_tokenizer import ImageTokenizer
+    from megamug.models.image_tokenizer.model import ImageTokenizer
 
     tokenizer = ImageTokenizer.load(source)
     foreign = to_foreign(tokenizer.config, dict(tokenizer.state_dict()), layout)

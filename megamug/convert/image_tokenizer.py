@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megamug.convert.source import ForeignTensors
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from megamug.models.image_tokenizer.model import ImageTokenizer, ImageTokenizerConfig
 
 LAYOUTS = ("taming", "chameleon", "janus", "llamagen", "diffusers")
 _NORMALISED = ("janus", "llamagen")

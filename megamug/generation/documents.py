@@ -234,7 +234,7 @@ def decode_images(pictures: dict[str, np.ndarray], vocabulary: Vocabulary, devic
     import torch
     from PIL import Image
 
-    from megamug.models.image_tokenizer import to_bytes
+    from megamug.models.image_tokenizer.model import to_bytes
 
     if not pictures:
         return {}

@@ -13,7 +13,7 @@ from megamug.convert.image_tokenizer import (
     to_foreign,
 )
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from megamug.models.image_tokenizer.model import ImageTokenizer, ImageTokenizerConfig
 
 SIZES = dict(
     image_size=16, channels=32, channel_multipliers=(1, 1, 2), residual_blocks=1, attention_resolutions=(4,),

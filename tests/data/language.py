@@ -14,7 +14,7 @@ def tiny_image_tokenizer(folder, codes=16, image_size=32, seed=0):
     """An untrained image tokenizer: 8 x 8 pixels a code. Returns the folder."""
     import torch
 
-    from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+    from megamug.models.image_tokenizer.model import ImageTokenizer, ImageTokenizerConfig
 
     torch.manual_seed(seed)
     ImageTokenizer(ImageTokenizerConfig(

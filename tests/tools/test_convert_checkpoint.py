@@ -250,7 +250,7 @@ def test_one_parameter_in_memory_in_both_directions(source, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("layout", ["taming", "llamagen"])
 def test_image_tokenizers(tmp_path, layout, capsys):
-    from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+    from megamug.models.image_tokenizer.model import ImageTokenizer, ImageTokenizerConfig
 
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(ImageTokenizerConfig(

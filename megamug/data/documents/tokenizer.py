@@ -223,7 +223,7 @@ class ImageEncoder:
 
         Raises `UserError` where the image tokenizer gives other codes than the vocabulary says.
         """
-        from megamug.models.image_tokenizer import from_bytes
+        from megamug.models.image_tokenizer.model import from_bytes
 
         pixels, failed = self._decode(pictures)
         codes = self._tokenizer.encode(from_bytes(pixels)).cpu().numpy()

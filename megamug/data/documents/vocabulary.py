@@ -152,7 +152,7 @@ class Vocabulary:
 
     def load_image_tokenizer(self, device: str = "cpu"):
         """The `ImageTokenizer` in the folder. Raises `UserError` where there is none, or another's."""
-        from megamug.models.image_tokenizer import ImageTokenizer
+        from megamug.models.image_tokenizer.model import ImageTokenizer
 
         if not self.codes:
             raise UserError(f"{self.folder}: a vocabulary of text alone; make one with --image-tokenizer FOLDER")
@@ -207,7 +207,7 @@ def _examine(folder: Path) -> tuple[int, tuple[int, int], int, str]:
     """(codes, grid, image size, fingerprint) of an image tokenizer, the grid as one grey image gives it."""
     import torch
 
-    from megamug.models.image_tokenizer import ImageTokenizer
+    from megamug.models.image_tokenizer.model import ImageTokenizer
 
     tokenizer = ImageTokenizer.load(folder, "cpu")
     size = int(tokenizer.config.image_size)

@@ -21,7 +21,7 @@ from megamug.data.documents.tokenizer import tokenize_documents
 from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import from_bytes
+from megamug.models.image_tokenizer.model import from_bytes
 from tests.distributed.launch import python_path
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,8 +8,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megamug.models.image_tokenizer import ImageTokenizerConfig
-from megamug.models.image_tokenizer_training import ImageTokenizerTrainer, TrainingOptions, round_trip_error
+from megamug.models.image_tokenizer.model import ImageTokenizerConfig
+from megamug.models.image_tokenizer.training import ImageTokenizerTrainer, TrainingOptions, round_trip_error
 
 CONFIG = ImageTokenizerConfig(
     image_size=32, channels=4, channel_multipliers=(1, 2), residual_blocks=1, attention_resolutions=(),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import GroupNorm, ImageTokenizer, ImageTokenizerConfig, from_bytes, to_bytes
-from megamug.models.vq import Codebook
+from megamug.models.image_tokenizer.model import GroupNorm, ImageTokenizer, ImageTokenizerConfig, from_bytes, to_bytes
+from megamug.models.image_tokenizer.vq import Codebook
 
 SIZES = dict(
     image_size=16, channels=8, channel_multipliers=(1, 2), residual_blocks=1, attention_resolutions=(8,),
@@ -69,7 +69,7 @@ def test_published_sizes():
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_nearest_code_against_all_distances_in_float64(normalise, monkeypatch):
-    monkeypatch.setattr("megamug.models.vq._DISTANCES", 64)  # parts of a few rows
+    monkeypatch.setattr("megamug.models.image_tokenizer.vq._DISTANCES", 64)  # parts of a few rows
     torch.manual_seed(1)
     book = Codebook(20, 5, normalise)
     torch.nn.init.normal_(book.embedding.weight)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megamug.durable import fsync_folder, replace_text
 from megamug.errors import UserError
-from megamug.models.vq import Codebook
+from megamug.models.image_tokenizer.vq import Codebook
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _FORMAT = "megamug-image-tokenizer-1"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
-from megamug.models.image_tokenizer_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
-from megamug.models.image_tokenizer_training import (
+from megamug.models.image_tokenizer.losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
+from megamug.models.image_tokenizer.model import ImageTokenizer, ImageTokenizerConfig
+from megamug.models.image_tokenizer.training import (
     CodebookStatistics,
     ImageTokenizerTrainer,
     TrainingOptions,

@@ -16,11 +16,11 @@ import torch
 
 from megamug.data.demo import DemoParameters, make_demo_data
 from megamug.data.shards.indexing import index_paths
-from megamug.models.image_tokenizer import ImageTokenizer
-from megamug.models.image_tokenizer_training import ImageTokenizerTrainer
+from megamug.models.image_tokenizer.model import ImageTokenizer
+from megamug.models.image_tokenizer.training import ImageTokenizerTrainer
 from tests.distributed.launch import launch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SIZES = "--image-size 32 --f 4 --channels 4 --residual-blocks 1 --latent-channels 4 --code-width 2 --codes 8"
 LOOP = "--norm-groups 2 --batch-size 4 --steps 6 --log-every 1 --threads 1 --validation-samples 5"
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from megamug.data.random import uniform
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import AttentionBlock, ImageTokenizer, ImageTokenizerConfig, ResidualBlock
-from megamug.models.image_tokenizer_losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
+from megamug.models.image_tokenizer.losses import PatchDiscriminator, PerceptualLoss, adaptive_weight, hinge_loss
+from megamug.models.image_tokenizer.model import AttentionBlock, ImageTokenizer, ImageTokenizerConfig, ResidualBlock
 
 
 @dataclass(frozen=True)

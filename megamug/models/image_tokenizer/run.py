@@ -24,8 +24,8 @@ from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources
 from megamug.durable import replace_text, replacing
 from megamug.errors import UserError
-from megamug.models.image_tokenizer import CONFIG_FILE, ImageTokenizerConfig, from_bytes, read_config, to_bytes
-from megamug.models.image_tokenizer_training import ImageTokenizerTrainer, TrainingOptions, round_trip_error
+from megamug.models.image_tokenizer.model import CONFIG_FILE, ImageTokenizerConfig, from_bytes, read_config, to_bytes
+from megamug.models.image_tokenizer.training import ImageTokenizerTrainer, TrainingOptions, round_trip_error
 from megamug.resilience import StopRequest
 from megamug.telemetry.pictures import PictureRow, save_grid
 
