@@ -10,7 +10,7 @@ import torch
 from megamug import parameters
 from megamug.benchmarks import mug
 from megamug.configuration import validate_precision
-from megamug.models.lm_task import model_of
+from megamug.models.language.task import model_of
 from megamug.planner_memory import Layout, memory
 from tests.gpu import cpu, parity, planned, writing
 from tests.gpu.parity import CASES, CUT, STEPS, VARIANTS

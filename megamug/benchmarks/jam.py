@@ -103,7 +103,7 @@ def _model(config, options: argparse.Namespace):
     cpu_backend.apply()
     from megamug.models.blocks import specs
     from megamug.models.init import initialise
-    from megamug.models.lm_task import model_of
+    from megamug.models.language.task import model_of
 
     plan_type, model_type = model_of(config.model.kind)
     world = setup.start(config.parallel, config.seed)
@@ -118,7 +118,7 @@ def _build(options: argparse.Namespace, dtype: str, kind: str):
 
     cpu_backend.apply()
     from megamug.data.documents.loader import TokenBatch, no_fewer
-    from megamug.models.lm_task import LmTask, model_of
+    from megamug.models.language.task import LmTask, model_of
     from megamug.models.task import Task
 
     class TaskWithoutFiles(Task):
@@ -167,7 +167,7 @@ def build_transformers_compiled(options: argparse.Namespace, dtype: str):
 
 def build_transformers(options: argparse.Namespace, dtype: str, how=lambda model: model):
     """(step, its FLOPs) of transformers' LlamaForCausalLM."""
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.plan import LmPlan
 
     flops = options.batch * 3 * LmPlan(settings(options, dtype, "decoder_lm"), options.vocabulary).forward_flops
     model = how(_llama(options))
@@ -222,7 +222,7 @@ def _build_writer(options: argparse.Namespace, dtype: str, kind: str):
 
 def build_transformers_writer(options: argparse.Namespace, dtype: str):
     """(writing of `generate` tokens, its FLOPs) by transformers' `generate`, greedy."""
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.plan import LmPlan
 
     plan = LmPlan(settings(options, dtype, "decoder_lm"), options.vocabulary)
     model = _llama(options).eval()

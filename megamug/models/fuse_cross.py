@@ -26,7 +26,7 @@ from megamug.checkpoint.tensors import LazyTensor, TensorReader
 from megamug.configuration.reading import Config
 from megamug.configuration.shapes import cross_shapes, init_std, output_width
 from megamug.models.init import draw
-from megamug.models.tower import DTYPES
+from megamug.models.language.tower import DTYPES
 
 WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 ROWS = 8192  # of a vocabulary matrix, converted to float64 at a time

@@ -30,9 +30,9 @@ from megamug.models.attention import documents
 from megamug.models.blocks import functional, specs
 from megamug.models.blocks.layers import LocalColumnParallelLinear, context_linear, recomputed, replicated
 from megamug.models.jam_plan import JamPart, JamPlan
-from megamug.models.lm_losses import language_losses
+from megamug.models.language.losses import language_losses
+from megamug.models.language.tower import TowerEmbedding, TowerPlan
 from megamug.models.stages import Stage, tensors_alone
-from megamug.models.tower import TowerEmbedding, TowerPlan
 
 States = dict[str, Tensor]  # of the text and of the image tower
 

@@ -13,9 +13,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megamug.configuration.reading import Config
 from megamug.configuration.shapes import count, init_std, output_width, parameter_shapes
+from megamug.models.language.tower import TowerPlan
 from megamug.models.partition import Slot, depth_slots
 from megamug.models.stages import Block, Boundary, Plan
-from megamug.models.tower import TowerPlan
 from megamug.telemetry.flops import attention_flops, linear_flops, mlp_flops
 
 

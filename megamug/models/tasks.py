@@ -26,6 +26,6 @@ def make_task(config: Config):
         from megamug.models.mug_task import MugTask
 
         return MugTask(config)
-    from megamug.models.lm_task import LmTask
+    from megamug.models.language.task import LmTask
 
     return LmTask(config)

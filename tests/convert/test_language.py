@@ -50,8 +50,8 @@ def logits(run_dir: Path, tokens: torch.Tensor) -> torch.Tensor:
     from megamug.distributed import cpu_backend, setup
 
     cpu_backend.apply()
-    from megamug.models.decoder_lm import DecoderLM
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.decoder_lm import DecoderLM
+    from megamug.models.language.plan import LmPlan
 
     reader = TensorReader(run_dir)
     config = config_of(reader)

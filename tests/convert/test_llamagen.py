@@ -90,8 +90,8 @@ def our_logits(run_dir: Path, tokens: Tensor, steps: list[int] | None = None) ->
 
     cpu_backend.apply()
     from megamug.models.blocks.layers import key_value_cache
-    from megamug.models.decoder_lm import DecoderLM
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.decoder_lm import DecoderLM
+    from megamug.models.language.plan import LmPlan
 
     reader = TensorReader(run_dir)
     config = config_of(reader)

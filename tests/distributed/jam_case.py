@@ -40,7 +40,7 @@ def tiny(options: dict) -> Config:
 
 def make_task(config: Config):
     """The task of `config`, without a vocabulary's files; gates are open, so that every parameter has a gradient."""
-    from megamug.models import lm_task
+    from megamug.models.language import task as lm_task
 
     class OpenGates(lm_task.LmTask):
         def build(self, world, initialised: bool = True) -> list[torch.nn.Module]:

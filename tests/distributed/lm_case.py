@@ -52,7 +52,8 @@ def tiny(options: dict) -> Config:
 
 def make_task(config: Config, kind: type | None = None):
     """The task of `config` (of class `kind`, None: the trainer's), without a vocabulary's files."""
-    from megamug.models import lm_task, tasks
+    from megamug.models import tasks
+    from megamug.models.language import task as lm_task
 
     vocabulary = types.SimpleNamespace(load=lambda folder: types.SimpleNamespace(size=VOCABULARY))
     with mock.patch.object(lm_task, "Vocabulary", vocabulary):

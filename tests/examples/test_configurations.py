@@ -11,7 +11,7 @@ import pytest
 from megamug import cli, parameters
 from megamug.configuration import validate
 from megamug.configuration.reading import load_config, resolve
-from megamug.models.lm_task import model_of
+from megamug.models.language.task import model_of
 from megamug.models.mug_plan import MugPlan
 from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT

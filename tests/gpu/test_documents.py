@@ -110,8 +110,8 @@ def made(plan_type, model_type, config, spec: str):
 
 
 def decoder(spec: str, options: dict, dtype: str = "bf16", recompute: str = "none", rows=ROWS, tokens=TOKENS):
-    from megamug.models.decoder_lm import DecoderLM
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.decoder_lm import DecoderLM
+    from megamug.models.language.plan import LmPlan
 
     config = Config()
     config.model.kind, config.model.preset = "decoder_lm", "lm_tiny"

@@ -40,9 +40,9 @@ class Parents:
         self.folder, self.vocabulary, self.models = folder, vocabulary, {}
 
     def model(self, tower: str, seed: int):
-        from megamug.models.decoder_lm import DecoderLM
         from megamug.models.init import initialise
-        from megamug.models.lm_plan import LmPlan
+        from megamug.models.language.decoder_lm import DecoderLM
+        from megamug.models.language.plan import LmPlan
 
         if (tower, seed) not in self.models:
             config = Config()
@@ -79,7 +79,7 @@ def parents(world, vocabulary, tmp_path_factory):
 def load(run: Path, vocabulary, world):
     """The model that a fused run holds."""
     from megamug.checkpoint.state import load_tensors
-    from megamug.models.lm_task import model_of
+    from megamug.models.language.task import model_of
 
     config = resolve(load_config(run / "config.yaml"))
     plan, model = model_of(config.model.kind)
@@ -309,7 +309,7 @@ def tool(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
 
 def test_the_tool_writes_a_run_that_starts_a_training(parents, world, vocabulary, tmp_path, monkeypatch, capsys):
     from megamug.checkpoint import initial
-    from megamug.models.lm_task import LmTask
+    from megamug.models.language.task import LmTask
 
     one, other = parents.model("llama", 1)[1], parents.model("cm3leon", 2)[1]
     fused = tmp_path / "fused"

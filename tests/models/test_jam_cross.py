@@ -66,9 +66,9 @@ def build(config: Config, seed: int = 1, gates: float | None = None):
 
 def parent(model, name: str, config: Config, seed: int = 1):
     """The DecoderLM whose weights the model's tower `name` has."""
-    from megamug.models.decoder_lm import DecoderLM
     from megamug.models.init import initialise
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.decoder_lm import DecoderLM
+    from megamug.models.language.plan import LmPlan
 
     alone = Config()
     alone.model.kind, alone.data = "decoder_lm", config.data

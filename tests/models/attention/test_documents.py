@@ -166,9 +166,9 @@ FAMILIES = {
 
 
 def decoder(options: dict, recompute: str):
-    from megamug.models.decoder_lm import DecoderLM
     from megamug.models.init import initialise
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.decoder_lm import DecoderLM
+    from megamug.models.language.plan import LmPlan
 
     config = Config()
     config.model.kind, config.model.preset = "decoder_lm", "lm_tiny"

@@ -7,8 +7,8 @@ from functools import cached_property
 from megatron.core.transformer import TransformerConfig
 
 from megamug.configuration.reading import Config
+from megamug.models.language.tower import TowerPlan
 from megamug.models.stages import Block, Boundary, Part, Plan
-from megamug.models.tower import TowerPlan
 
 
 class LmPlan(Plan):

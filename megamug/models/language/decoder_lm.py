@@ -12,10 +12,10 @@ from torch import Tensor
 from megamug.models.attention import documents
 from megamug.models.blocks import specs
 from megamug.models.blocks.layers import LocalColumnParallelLinear
-from megamug.models.lm_losses import language_losses
-from megamug.models.lm_plan import LmPlan
+from megamug.models.language.losses import language_losses
+from megamug.models.language.plan import LmPlan
+from megamug.models.language.tower import TowerEmbedding
 from megamug.models.stages import Stage, tensors_alone
-from megamug.models.tower import TowerEmbedding
 
 
 class DecoderLM(Stage):

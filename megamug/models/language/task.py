@@ -14,8 +14,8 @@ from megamug.data.documents.loader import IGNORE, TokenBatch, TokenLoader, order
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch
-from megamug.models.decoder_lm import DecoderLM
-from megamug.models.lm_plan import LmPlan
+from megamug.models.language.decoder_lm import DecoderLM
+from megamug.models.language.plan import LmPlan
 from megamug.models.task import Task
 
 

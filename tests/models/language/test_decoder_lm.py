@@ -24,9 +24,9 @@ OPT = {"norm": "layernorm", "activation": "relu", "bias": True}
 
 def build(options: dict | TowerConfig, context: int = CONTEXT, **model):
     """An initialised DecoderLM of `lm_tiny` with `options`, or of a whole tower."""
-    from megamug.models.decoder_lm import DecoderLM
     from megamug.models.init import initialise
-    from megamug.models.lm_plan import LmPlan
+    from megamug.models.language.decoder_lm import DecoderLM
+    from megamug.models.language.plan import LmPlan
 
     config = Config()
     config.model.__dict__.update(kind="decoder_lm", preset="lm_tiny", **model)
