@@ -128,7 +128,7 @@ SPLIT = re.compile(r"(linear_(qkv|q|kv|fc1)\.(weight|bias)|linear_(proj|fc2)\.we
 
 def stage_counts(plan, stage: int) -> tuple[Count, Count]:
     """(all, trained) parameters of a pipeline stage of any model, copies of a tied vocabulary included."""
-    from megamug.models.jam_plan import JamPlan
+    from megamug.models.jam.plan import JamPlan
     from megamug.models.mug_plan import MugPlan
 
     if isinstance(plan, MugPlan):

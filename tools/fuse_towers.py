@@ -22,7 +22,7 @@ from megamug.errors import UserError
 
 import_megatron()  # without its advice
 
-from megamug.models import fuse  # noqa: E402
+from megamug.models.jam import fuse  # noqa: E402
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def test_a_run_of_another_model_is_not_continued(inputs, tmp_path):
 
 
 def test_block_counts_are_those_of_the_models():
-    from megamug.models.jam_plan import JamPlan
+    from megamug.models.jam.plan import JamPlan
     from megamug.models.language.plan import LmPlan
 
     for kind, plan in ((LM, LmPlan), (JAM + "image_tower.layers=9", JamPlan)):

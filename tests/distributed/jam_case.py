@@ -10,7 +10,7 @@ from megamug.configuration.reading import Config, resolve
 from megamug.data.documents.loader import IGNORE
 from tests.distributed import lm_case
 from tests.distributed.lm_case import TOKENS, VOCABULARY
-from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA
+from tests.models.jam.test_cross import CM3LEON, GPT, LLAMA
 
 PAIRS = {"equal": (CM3LEON, CM3LEON), "unlike": (LLAMA, GPT)}
 # A gate's gradient is one number, the sum over all tokens and units of terms of both signs. With these seeds it is

@@ -6,7 +6,7 @@ cpu_backend.import_megatron()
 
 import megamug.checkpoint.saver  # noqa: E402
 import megamug.checkpoint.state  # noqa: E402
-import megamug.models.jam_cross  # noqa: E402
+import megamug.models.jam.cross  # noqa: E402
 import megamug.models.language.task  # noqa: E402
 import megamug.models.mug_task  # noqa: E402
 import megamug.optim  # noqa: E402

@@ -41,7 +41,7 @@ def reference(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
-    from megamug.models.jam_plan import JamPlan
+    from megamug.models.jam.plan import JamPlan
     from tests.distributed import jam_case
 
     for pair in PAIRS:

@@ -13,7 +13,7 @@ from megamug.data.documents.loader import TokenBatch, no_fewer
 from megamug.models.attention import documents
 from megamug.models.blocks.layers import document_mask
 from tests.models.attention.test_documents import FAMILIES, by_mask, numbered
-from tests.models.test_jam_cross import GPT, LLAMA, jam_config
+from tests.models.jam.test_cross import GPT, LLAMA, jam_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,8 +123,8 @@ def decoder(spec: str, options: dict, dtype: str = "bf16", recompute: str = "non
 
 
 def jam(spec: str, recompute: str = "none"):
-    from megamug.models.jam_cross import JamCross
-    from megamug.models.jam_plan import JamPlan
+    from megamug.models.jam.cross import JamCross
+    from megamug.models.jam.plan import JamPlan
 
     data = {"context_length": TOKENS, "micro_batch_size": ROWS}
     config = jam_config(LLAMA, GPT | {"max_positions": TOKENS}, data=data, parallel={"recompute": recompute},

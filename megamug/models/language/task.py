@@ -24,8 +24,8 @@ def model_of(kind: str) -> tuple[type, type]:
     if kind == "decoder_lm":
         return LmPlan, DecoderLM
     assert kind == "jam_cross", kind
-    from megamug.models.jam_cross import JamCross
-    from megamug.models.jam_plan import JamPlan
+    from megamug.models.jam.cross import JamCross
+    from megamug.models.jam.plan import JamPlan
 
     return JamPlan, JamCross
 

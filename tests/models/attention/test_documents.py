@@ -18,7 +18,7 @@ from megamug.data.documents.loader import TokenBatch
 from megamug.models.attention import documents
 from megamug.models.blocks.elementwise import rotate, rotation_table
 from megamug.models.blocks.layers import LocalAttention, document_mask
-from tests.models.test_jam_cross import GPT, LLAMA, jam_config
+from tests.models.jam.test_cross import GPT, LLAMA, jam_config
 
 ROWS, TOKENS, VOCABULARY = 3, 37, 200  # no other size is 37
 # Lengths of the documents of each row: one, several, some of one token.
@@ -182,8 +182,8 @@ def decoder(options: dict, recompute: str):
 
 def jam(recompute: str):
     from megamug.models.init import initialise
-    from megamug.models.jam_cross import JamCross
-    from megamug.models.jam_plan import JamPlan
+    from megamug.models.jam.cross import JamCross
+    from megamug.models.jam.plan import JamPlan
 
     towers = (LLAMA, GPT | {"max_positions": TOKENS})
     config = jam_config(*towers, data={"context_length": TOKENS, "micro_batch_size": ROWS},

@@ -15,11 +15,11 @@ from megamug.configuration.reading import Config, load_config, resolve
 from megamug.configuration.sections import FusionConfig
 from megamug.configuration.shapes import count, parameter_shapes, tower_shapes
 from megamug.errors import UserError
-from megamug.models import fuse
+from megamug.models.jam import fuse
 from tests.data.language import tiny_vocabulary
-from tests.models.test_jam_cross import CM3LEON, GPT, LLAMA, TOKENS
+from tests.models.jam.test_cross import CM3LEON, GPT, LLAMA, TOKENS
 
-TOOL = str(Path(__file__).parents[2] / "tools" / "fuse_towers.py")
+TOOL = str(Path(__file__).parents[3] / "tools" / "fuse_towers.py")
 SMALL = dict(layers=2, width=32, ffn_width=48)
 TOWERS = {
     "llama": LLAMA | SMALL, "llama, untied": LLAMA | SMALL | dict(tie_vocabulary=False),

@@ -29,7 +29,7 @@ from megamug.configuration.shapes import TOWERS
 from megamug.models.attention import documents
 from megamug.models.blocks import functional, specs
 from megamug.models.blocks.layers import LocalColumnParallelLinear, context_linear, recomputed, replicated
-from megamug.models.jam_plan import JamPart, JamPlan
+from megamug.models.jam.plan import JamPart, JamPlan
 from megamug.models.language.losses import language_losses
 from megamug.models.language.tower import TowerEmbedding, TowerPlan
 from megamug.models.stages import Stage, tensors_alone

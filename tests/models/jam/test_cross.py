@@ -9,7 +9,7 @@ import torch
 
 from megamug.configuration.reading import Config, resolve
 from megamug.configuration.shapes import count, tower_shapes
-from megamug.models.jam_plan import JamPlan
+from megamug.models.jam.plan import JamPlan
 from megamug.models.partition import depth_slots
 
 VOCABULARY, TOKENS, ROWS = 200, 16, 2
@@ -51,7 +51,7 @@ def jam_config(text: dict, image: dict, fusion: dict | None = None, **sections) 
 def build(config: Config, seed: int = 1, gates: float | None = None):
     """The model in one stage, all gates at `gates` where given."""
     from megamug.models.init import initialise
-    from megamug.models.jam_cross import JamCross
+    from megamug.models.jam.cross import JamCross
 
     plan = JamPlan(config, VOCABULARY)
     model = JamCross(plan)

@@ -29,7 +29,7 @@ from megamug.configuration.reading import Config, load_config, resolve
 from megamug.configuration.sections import FusionConfig, TowerConfig
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
-from megamug.models.fuse_cross import WORDS, cross_tensors
+from megamug.models.jam.fuse_cross import WORDS, cross_tensors
 
 EMBEDDINGS = (WORDS, "embedding.positions", "output_layer.weight")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
