@@ -93,7 +93,7 @@ def layer(width: int, ffn_width: int, context_width: int | None = None) -> Count
 
 
 def mug_stage(plan, stage: int) -> Count:
-    """One pipeline stage of MUG (`megamug.models.mug_plan.MugPlan`), a second copy of the vocabulary included."""
+    """One pipeline stage of MUG (`megamug.models.mug.plan.MugPlan`), a second copy of the vocabulary included."""
     model, values, count = plan.model, 3 * plan.patch_size**2, Count()
     for name, part in plan.parts(stage).items():
         width, ffn_width, layers = {
@@ -129,7 +129,7 @@ SPLIT = re.compile(r"(linear_(qkv|q|kv|fc1)\.(weight|bias)|linear_(proj|fc2)\.we
 def stage_counts(plan, stage: int) -> tuple[Count, Count]:
     """(all, trained) parameters of a pipeline stage of any model, copies of a tied vocabulary included."""
     from megamug.models.jam.plan import JamPlan
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.plan import MugPlan
 
     if isinstance(plan, MugPlan):
         return mug_stage(plan, stage), mug_stage(plan, stage)

@@ -10,8 +10,8 @@ import torch
 
 from megamug import cli, dry_run, parameters
 from megamug.configuration.reading import Config, resolve, save_config
-from megamug.models.mug import Mug
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.model import Mug
+from megamug.models.mug.plan import MugPlan
 from tests.evaluate.tiny_run import make_data, tiny_config
 
 VOCABULARY = 200  # padded to 256

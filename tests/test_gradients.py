@@ -22,7 +22,7 @@ def pieces(monkeypatch):
 
 
 def wrapped(dtype=torch.float32, **options) -> tuple[torch.nn.Module, GradientBuffers]:
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.plan import MugPlan
 
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)).to(dtype)
@@ -122,8 +122,8 @@ def dispatched(layers: int) -> int:
 
     from megamug.models.attention import cpu as cpu_attention
     from megamug.models.blocks import cpu_linear
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
     from megamug.optim import Optimizer, wrap_chunks
     from megamug.pipeline import run_batch
     from tests.distributed.mug_case import micro_batches

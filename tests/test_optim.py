@@ -47,8 +47,8 @@ def test_schedule_does_not_rise_again_after_the_last_step():
 
 def trainer_of(dtype: str = "fp32", distributed: bool = False, **options):
     from megamug.models.init import initialise
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
 
     config = tiny({"optimizer": options, "precision": {"dtype": dtype}, "data": {"global_batch_size": 2}})
     config.parallel.distributed_optimizer = distributed

@@ -16,8 +16,8 @@ NAMES = ["image", "caption"]
 
 def build(micro_batch: int, wrapped: bool = True):
     from megamug.models.init import initialise
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
 
     config = tiny({"data": {"micro_batch_size": micro_batch}})
     stage = Mug(MugPlan(config, vocabulary=70))

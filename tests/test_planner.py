@@ -18,8 +18,8 @@ from megamug import cli, parameters, planner
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.reading import Config, load_config, resolve
 from megamug.models.blocks import cpu_linear
-from megamug.models.mug import Mug, MugBatch
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.model import Mug, MugBatch
+from megamug.models.mug.plan import MugPlan
 from megamug.planner_memory import (
     GIB,
     Layout,

@@ -70,8 +70,8 @@ def settings(options: argparse.Namespace, dtype: str):
 
 def task_of(config, vocabulary: int):
     """The task of `config`, whose captions may be of a vocabulary that has only a size. Raises UserError."""
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
     from megamug.models.task import Task
     from megamug.models.tasks import make_task
 
@@ -97,7 +97,7 @@ def build_megamug(options: argparse.Namespace, dtype: str):
     from megamug.distributed import cpu_backend
 
     cpu_backend.apply()
-    from megamug.models.mug import MugBatch
+    from megamug.models.mug.model import MugBatch
 
     config = settings(options, dtype)
     task = task_of(config, options.vocabulary)
@@ -131,7 +131,7 @@ def build_transformers(options: argparse.Namespace, dtype: str, how=lambda model
     """(step, its FLOPs) of transformers' ViTMAEForPreTraining with the preset's sizes."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.plan import MugPlan
 
     config = settings(options, dtype)
     m, device = config.model, "cuda" if torch.cuda.is_available() else "cpu"

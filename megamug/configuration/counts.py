@@ -1,6 +1,6 @@
 """Numbers that follow from a configuration by counting: ranks, patches, tokens, layers of stacks. Nothing of torch.
 
-The formulas are those of `megamug.models.mug_plan`, which needs torch; a test compares them.
+The formulas are those of `megamug.models.mug.plan`, which needs torch; a test compares them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One function per concern; each raises `UserError` with both numbers and the fix, such as
 `parallel: tensor(4) x pipeline(2) x data(2) = 16 but WORLD_SIZE is 8; set parallel.data=1`.
-The formula for blocks is that of `megamug.models.mug_plan`, which needs torch; a test compares them.
+The formula for blocks is that of `megamug.models.mug.plan`, which needs torch; a test compares them.
 """
 
 from __future__ import annotations

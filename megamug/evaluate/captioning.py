@@ -16,7 +16,7 @@ from megamug.data.pairs.text import PAD
 from megamug.errors import UserError
 from megamug.evaluate.held_out import held_out, select
 from megamug.generation.captions import all_visible, columns, encode, generate_tokens, sample_rows
-from megamug.models.mug import MugBatch
+from megamug.models.mug.model import MugBatch
 from megamug.telemetry.pictures import save_grid
 
 EXAMPLES = 12  # samples listed and shown

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megamug.models.mug import MugBatch
+from megamug.models.mug.model import MugBatch
 
 
 def held_out(task, world, max_samples: int) -> Iterator[tuple[MugBatch, list[str]]]:

@@ -18,7 +18,7 @@ from megamug.generation.captions import (
     true_and_written,
     true_patches,
 )
-from megamug.models.mug import MugBatch, patchify, take
+from megamug.models.mug.model import MugBatch, patchify, take
 from megamug.telemetry.pictures import save_grid
 
 PICTURES = 12  # samples shown

@@ -26,7 +26,7 @@ from megamug.durable import write_atomically
 from megamug.errors import UserError
 from megamug.losses.masked_patch import VARIANCE_EPSILON
 from megamug.models.blocks.layers import key_value_cache
-from megamug.models.mug import Mug, MugBatch, patchify, take, unpatchify
+from megamug.models.mug.model import Mug, MugBatch, patchify, take, unpatchify
 from megamug.telemetry.pictures import PictureRow, save_grid
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from megamug.configuration.reading import Config
 def make_task(config: Config):
     """The task of `config` (resolved, validated). Raises UserError where its tokenizer or vocabulary cannot be read."""
     if config.model.kind == "mug":
-        from megamug.models.mug_task import MugTask
+        from megamug.models.mug.task import MugTask
 
         return MugTask(config)
     from megamug.models.language.task import LmTask

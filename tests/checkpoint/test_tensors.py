@@ -27,8 +27,8 @@ def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:
 
 def mug(seed: int):
     from megamug.models.init import initialise
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
 
     model = Mug(MugPlan(tiny({}), 70))
     initialise(model.sharded_state_dict(), seed)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamug.configuration.presets import PRESETS
 from megamug.configuration.reading import Config, resolve
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.plan import MugPlan
 from megamug.telemetry.flops import TRAINING, linear_flops
 from tests.distributed.layout_worker import micro_batches, tiny
 
@@ -27,7 +27,7 @@ def plan_of(preset: str) -> MugPlan:
 def parameter_counts(plan: MugPlan) -> tuple[int, int]:
     """Of encoder and image decoder, as MAE counts. Ours computes its positions; MAE stores a row for each patch and one
     for the class token."""
-    from megamug.models.mug import Mug
+    from megamug.models.mug.model import Mug
 
     model = Mug(plan)  # memory is reserved, not touched
     counts = []
@@ -67,7 +67,7 @@ def test_flops_equal_published_mae(preset):
 
 @pytest.mark.parametrize("weights", [{}, {"caption_loss_weight": 0.0}, {"image_loss_weight": 0.0}], ids=str)
 def test_flops_equal_torchs_count(world, weights):
-    from megamug.models.mug import Mug
+    from megamug.models.mug.model import Mug
 
     config = tiny({"model": weights, "data": {"global_batch_size": 2}})
     plan = MugPlan(config, vocabulary=70)

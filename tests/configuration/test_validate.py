@@ -187,7 +187,7 @@ def test_the_proposed_mask_ratio_leaves_a_patch_visible(inputs, side):
 @pytest.mark.parametrize("preset", ["demo", "vit_b16", "vit_h14"])
 @pytest.mark.parametrize("weights", [(1, 0.1), (1, 0), (0, 1)])
 def test_token_and_block_counts_are_those_of_the_model(preset, weights):
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.plan import MugPlan
 
     config = resolve(load_config(None, [f"model.preset={preset}", "model.register_tokens=3"]))
     config.model.decoder_register_tokens = 2

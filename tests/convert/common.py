@@ -40,7 +40,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 def batch(visible: int = PATCHES):
     """Megamug's batch of `images()`, and noise by which MAE chooses the same patches."""
-    from megamug.models.mug import MugBatch
+    from megamug.models.mug.model import MugBatch
 
     order = torch.stack([torch.randperm(PATCHES, generator=torch.Generator().manual_seed(i)) for i in range(BATCH)])
     seen, hidden = (ids.sort(dim=1)[0] for ids in (order[:, :visible], order[:, visible:]))

@@ -31,7 +31,8 @@ def tiny(options: dict) -> Config:
 
 def make_task(config: Config):
     """The task of `config`, without a tokenizer's file."""
-    from megamug.models import mug_task, tasks
+    from megamug.models import tasks
+    from megamug.models.mug import task as mug_task
 
     with mock.patch.object(mug_task, "Tokenizer", lambda path: types.SimpleNamespace(vocab_size=VOCABULARY)):
         return tasks.make_task(config)
@@ -39,7 +40,7 @@ def make_task(config: Config):
 
 def sample(index: int, plan):
     """Pixels, mask and caption of sample `index`: a pure function of it."""
-    from megamug.models.mug import PAD
+    from megamug.models.mug.model import PAD
 
     g = torch.Generator().manual_seed(1000 + index)
     size = plan.grid[0] * plan.patch_size
@@ -52,7 +53,7 @@ def sample(index: int, plan):
 
 def micro_batches(step: int, plan, config: Config, world):
     """(this replica's micro-batches of a step, totals of the whole global batch by loss name)."""
-    from megamug.models.mug import PAD, MugBatch
+    from megamug.models.mug.model import PAD, MugBatch
 
     count = config.data.global_batch_size
     samples = [sample(step * count + i, plan) for i in range(count)]

@@ -8,6 +8,6 @@ import megamug.checkpoint.saver  # noqa: E402
 import megamug.checkpoint.state  # noqa: E402
 import megamug.models.jam.cross  # noqa: E402
 import megamug.models.language.task  # noqa: E402
-import megamug.models.mug_task  # noqa: E402
+import megamug.models.mug.task  # noqa: E402
 import megamug.optim  # noqa: E402
 import megamug.pipeline  # noqa: E402, F401

@@ -19,7 +19,7 @@ from megamug.evaluate import captioning
 from megamug.evaluate.held_out import held_out
 from megamug.generation.captions import reconstruct
 from megamug.generation.loading import load_run
-from megamug.models.mug import MugBatch, unpatchify
+from megamug.models.mug.model import MugBatch, unpatchify
 from tests.evaluate.tiny_run import HELD_OUT, MICRO_BATCH, STEP, make_data, make_run, tiny_config
 
 
@@ -194,7 +194,7 @@ def test_picture_while_training(run_dir, tmp_path, caplog):
         with caplog.at_level(logging.INFO):
             assert run.task.picture(run.model, split, tmp_path, 5) is None
             assert run.task.picture(run.model, split, tmp_path, 6) is None
-    told = [record.message for record in caplog.records if record.name == "megamug.models.mug_task"]
+    told = [record.message for record in caplog.records if record.name == "megamug.models.mug.task"]
     assert len(told) == 1 and "parallel.tensor=2" in told[0]
 
 

@@ -47,7 +47,7 @@ def make_run(config: Config, scale: float = 5.0) -> dict[str, torch.Tensor]:
     Matrices and tokens are initialised as ever and then made `scale` times as large, so that what the model says
     depends on what it is shown.
     """
-    from megamug.models.mug_task import MugTask
+    from megamug.models.mug.task import MugTask
 
     save_config(config)
     task = MugTask(config)

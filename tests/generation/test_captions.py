@@ -10,7 +10,7 @@ from megamug.generation import captions as generate
 from megamug.generation.captions import all_visible, encode, generate_captions, generate_tokens
 from megamug.generation.loading import load_run
 from megamug.models.blocks.layers import LatentCrossAttention, LocalAttention, key_value_cache
-from megamug.models.mug import MugBatch
+from megamug.models.mug.model import MugBatch
 from tests.evaluate.tiny_run import make_data, make_run, tiny_config
 
 IMAGES = 6

@@ -11,7 +11,7 @@ from megamug import evaluate
 from megamug.generation.captions import encode, generate_tokens, reconstruct
 from megamug.generation.decoding import Sampling, write_documents
 from megamug.generation.loading import load_run
-from megamug.models.mug import MugBatch
+from megamug.models.mug.model import MugBatch
 from tests.data.language import image
 from tests.evaluate import tiny_run
 from tests.generation import language_run

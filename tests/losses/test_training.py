@@ -12,8 +12,8 @@ from tests.losses.common import need
 
 def loss_curve(world, steps: int) -> list[float]:
     from megamug.models.init import initialise
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
 
     config = tiny({"data": {"micro_batch_size": 8}})
     stage = Mug(MugPlan(config, vocabulary=70))

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megamug.configuration.presets import PRESETS
 from megamug.configuration.reading import Config
 from megamug.models.init import RULES, draw, initialise
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.plan import MugPlan
 from tests.distributed.layout_worker import tiny
 
 NAME = "encoder.stack.layers.0.mlp.linear_fc1.weight"
@@ -85,7 +85,7 @@ def first_rule(name: str) -> str | None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_parameter_of_every_preset_has_the_right_rule(world, preset):
     """Matrices are drawn, norms are one, other vectors zero; a token or a table is never taken for a matrix."""
-    from megamug.models.mug import Mug
+    from megamug.models.mug.model import Mug
 
     config = Config()
     config.model.__dict__.update(PRESETS[preset], register_tokens=2, decoder_register_tokens=1)
@@ -105,7 +105,7 @@ def test_every_parameter_of_every_preset_has_the_right_rule(world, preset):
 
 
 def test_initialise_fills_every_parameter(world):
-    from megamug.models.mug import Mug
+    from megamug.models.mug.model import Mug
 
     model = Mug(MugPlan(tiny({}), vocabulary=70))
     with torch.no_grad():

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.plan import MugPlan
 from megamug.models.partition import cut
 from megamug.models.stages import Boundary, attach_loss
 from tests.distributed.layout_worker import micro_batches, tiny
@@ -100,7 +100,7 @@ def test_every_block_is_in_exactly_one_stage(losses):
 def test_loss_and_gradients_do_not_know_the_stages(world, losses):
     """All stages in one process, one after another, against the uncut model; up to a stage for every block."""
     from megamug.models.init import initialise
-    from megamug.models.mug import Mug
+    from megamug.models.mug.model import Mug
 
     weights = {"image": 0.7, "caption": 0.3}
 
@@ -140,7 +140,7 @@ def test_loss_and_gradients_do_not_know_the_stages(world, losses):
 
 
 def test_vocabulary_stages_are_those_that_hold_its_weight(world):
-    from megamug.models.mug import Mug
+    from megamug.models.mug.model import Mug
 
     for losses in LOSSES:
         for pipeline in (1, 2, 3, 5, len(plan_of(1, losses).blocks)):

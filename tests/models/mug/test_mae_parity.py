@@ -35,8 +35,8 @@ def configuration(size: str, norm_pix: bool, **model):
 
 def ours(config, dtype=torch.float32, vocabulary: int = 70):
     from megamug.models.init import initialise
-    from megamug.models.mug import Mug
-    from megamug.models.mug_plan import MugPlan
+    from megamug.models.mug.model import Mug
+    from megamug.models.mug.plan import MugPlan
 
     plan = MugPlan(config, vocabulary)
     plan.dtype = dtype

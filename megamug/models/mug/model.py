@@ -26,7 +26,7 @@ from megamug.losses import masked_patch_loss, vocab_parallel_cross_entropy
 from megamug.models.blocks import specs
 from megamug.models.blocks.layers import LayerRun, replicated
 from megamug.models.blocks.positions import sincos_positions
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.plan import MugPlan
 from megamug.models.stages import Part, Stage, tensors_alone
 
 PAD = 0  # token id that ends no caption and carries no loss

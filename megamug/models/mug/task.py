@@ -19,8 +19,8 @@ from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks
 from megamug.data.shards.sources import resolve_sources
-from megamug.models.mug import PAD, Mug, MugBatch
-from megamug.models.mug_plan import MugPlan
+from megamug.models.mug.model import PAD, Mug, MugBatch
+from megamug.models.mug.plan import MugPlan
 from megamug.models.task import Task
 
 logger = logging.getLogger(__name__)
