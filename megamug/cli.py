@@ -152,7 +152,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = resolve(load_config(arguments.config, arguments.overrides))
     validate.validate(config, size, here=not elsewhere)
     if arguments.dry_run:
-        from megamug import dry_run
+        from megamug.planner import dry_run
 
         if _speaks():
             print(dry_run.layout_text(config, size))
@@ -265,8 +265,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UserError(f"--top is {arguments.top}; it must be at least 1")
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
         raise UserError(f"--json: {arguments.json} is not a file in a folder that exists")
-    from megamug import planner, planner_report
     from megamug.durable import replace_text
+    from megamug.planner import report as planner_report
+    from megamug.planner import search as planner
 
     config = load_config(arguments.config, arguments.overrides)
     fixed = [override.partition("=")[0].strip() for override in arguments.overrides]

@@ -28,14 +28,14 @@ own.addHandler(logging.StreamHandler(sys.stderr))
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name in (
-            "megamug.planner", "megamug.dry_run", "megamug.doctor", "megamug.trainer", "megamug.generation.loading",
+            "megamug.planner.search", "megamug.planner.dry_run", "megamug.doctor", "megamug.trainer", "megamug.generation.loading",
             "megamug.benchmarks.losses", "megamug.benchmarks.mug", "megatron.core.tensor_parallel",
         ):
             warnings.warn("noisy warns")
             logging.getLogger("noisy").warning("noisy logs")
             own.warning("noisy has a handler")
             logging.warning("noisy at the root")
-        if name == "megamug.planner":
+        if name == "megamug.planner.search":
             logging.getLogger("noisy").error("a mistake elsewhere")
 
 sys.meta_path.insert(0, Watch())

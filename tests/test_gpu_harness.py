@@ -7,11 +7,11 @@ import importlib
 import pytest
 import torch
 
-from megamug import parameters
 from megamug.benchmarks import mug
 from megamug.configuration import validate_precision
 from megamug.models.language.task import model_of
-from megamug.planner_memory import Layout, memory
+from megamug.planner import parameters
+from megamug.planner.memory import Layout, memory
 from tests.gpu import cpu, parity, planned, writing
 from tests.gpu.parity import CASES, CUT, STEPS, VARIANTS
 

@@ -9,10 +9,10 @@ import re
 
 import pytest
 
-from megamug import planner
 from megamug.configuration import validate_precision
 from megamug.configuration.reading import load_config, resolve
 from megamug.errors import UserError
+from megamug.planner import search as planner
 
 MUG = "model.preset=vit_b16 precision.dtype=bf16 data.micro_batch_size=16 "
 LM = "model.kind=decoder_lm precision.dtype=bf16 data.context_length=64 data.micro_batch_size=2 "

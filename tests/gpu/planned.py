@@ -8,9 +8,9 @@ import gc
 import torch
 
 from megamug.benchmarks import jam, mug
-from megamug.planner_execution import layers_of
-from megamug.planner_memory import RESERVED, Layout, memory
-from megamug.planner_model import model_of
+from megamug.planner.execution import layers_of
+from megamug.planner.memory import RESERVED, Layout, memory
+from megamug.planner.model import model_of
 from tests.gpu import parity
 
 VOCABULARY = 32000

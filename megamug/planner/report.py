@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from megamug.parameters import Count
-from megamug.planner import Choice, Plan, Rejected, times_of
-from megamug.planner_execution import NODE
-from megamug.planner_memory import GIB, Layout, Memory, memory
+from megamug.planner.execution import NODE
+from megamug.planner.memory import GIB, Layout, Memory, memory
+from megamug.planner.parameters import Count
+from megamug.planner.search import Choice, Plan, Rejected, times_of
 from megamug.telemetry.flops import TRAINING
 
 COLUMNS = ("tp", "sp", "pp", "vp", "dp", "micro", "recompute", "optimizer", "fp8", "layers")

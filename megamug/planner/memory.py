@@ -1,6 +1,6 @@
 """Memory of a layout, by parts, on the rank that needs most.
 
-Weights, gradients, main parameters and moments are exact (`megamug.parameters.state_memory`). Activations are summed
+Weights, gradients, main parameters and moments are exact (`megamug.planner.parameters.state_memory`). Activations are summed
 from what each layer keeps for backward (`planner_layers`), times the micro-batches in flight under Megatron's 1F1B or
 interleaved schedule (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Not modelled: fragmentation of the
 allocator beyond `RESERVED`, Transformer Engine's and NCCL's buffers beyond it, the batch itself, the padding of
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from megamug.models.partition import cut
-from megamug.parameters import BYTES, Count, state_memory
-from megamug.planner_layers import SEQUENCE, TENSOR, Unit, shared
-from megamug.planner_model import Model
+from megamug.planner.layers import SEQUENCE, TENSOR, Unit, shared
+from megamug.planner.model import Model
+from megamug.planner.parameters import BYTES, Count, state_memory
 
 GIB = 1024**3
 RESERVED = 2 * GIB  # CUDA context, cuBLAS and NCCL buffers: an allowance, not a measurement

@@ -1,7 +1,7 @@
 """What GPUs and our kinds of layers were measured to do: the constants of `planner_time`, each with its source.
 
 "Measured" is the table of docs/benchmarks/gpu.md; docs/layouts.md holds the error of every row. `python -m
-tests.planner_measured --fit` fits those that a comment calls fitted to its rows.
+tests.planner.measured --fit` fits those that a comment calls fitted to its rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megamug.configuration.reading import Config
 from megamug.configuration.sections import LONG
-from megamug.planner_layers import GELU, ROTARY, STREAM, SWIGLU
+from megamug.planner.layers import GELU, ROTARY, STREAM, SWIGLU
 
 NODE = 8  # GPUs that NVLink joins
 

@@ -15,10 +15,10 @@ from megamug.configuration.ranges import check_keys, check_values
 from megamug.configuration.reading import Config, resolve
 from megamug.configuration.shapes import padded_vocabulary
 from megamug.errors import UserError
-from megamug.planner_execution import GPUS, NODE, Gpu, graphs_of, layers_of
-from megamug.planner_memory import GIB, Layout, Memory, memory
-from megamug.planner_model import Model, model_of
-from megamug.planner_time import Times, peak, step_time
+from megamug.planner.execution import GPUS, NODE, Gpu, graphs_of, layers_of
+from megamug.planner.memory import GIB, Layout, Memory, memory
+from megamug.planner.model import Model, model_of
+from megamug.planner.time import Times, peak, step_time
 from megamug.telemetry.flops import TRAINING
 
 # Where neither data.tokenizer nor the command says: CM3leon's (arXiv 2309.02591), and LLaMA's for captions.
@@ -311,7 +311,7 @@ def _nothing(gpus: int, gpu: Gpu, rejected: list[Rejected]) -> str:
     nearest = min((r for r in rejected if r.memory), key=lambda r: r.memory.total, default=None)
     if nearest is None:
         return f"no layout on {gpus} GPUs is possible: {rejected[0].reason}"
-    from megamug.planner_report import described, memory_parts
+    from megamug.planner.report import described, memory_parts
 
     parts = ", ".join(f"{name} {number:.1f}" for name, number in memory_parts(nearest.memory).items())
     return (f"no layout fits {gpus} x {gpu.name} of {gpu.memory:g} GiB; the nearest ({described(nearest.layout)})"

@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megamug import planner_execution as constants
-from megamug.parameters import BYTES
-from megamug.planner_execution import EXECUTIONS, FP8, NODE, Execution, Gpu
-from megamug.planner_layers import SEQUENCE, Attention, Product, Unit, shared
-from megamug.planner_memory import Layout, memo, most_trained, stages_of
-from megamug.planner_model import Model
+from megamug.planner import execution as constants
+from megamug.planner.execution import EXECUTIONS, FP8, NODE, Execution, Gpu
+from megamug.planner.layers import SEQUENCE, Attention, Product, Unit, shared
+from megamug.planner.memory import Layout, memo, most_trained, stages_of
+from megamug.planner.model import Model
+from megamug.planner.parameters import BYTES
 from megamug.telemetry.peaks import peak_flops
 
 

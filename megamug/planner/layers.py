@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamug.parameters import Count, column_linear, row_linear
+from megamug.planner.parameters import Count, column_linear, row_linear
 
 # How tensor-parallel ranks share something.
 TENSOR = "tensor"  # always

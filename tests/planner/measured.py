@@ -1,8 +1,8 @@
 """What was measured of training steps, and what was published, beside what `megamug plan` says of the same.
 
-    python -m tests.planner_measured            a line for each row: predicted, measured, and the parts
-    python -m tests.planner_measured --fit      fits FREE to the rows, and prints the constants that it finds
-    python -m tests.planner_measured --write    puts figures and constants into the tables of docs/layouts.md
+    python -m tests.planner.measured            a line for each row: predicted, measured, and the parts
+    python -m tests.planner.measured --fit      fits FREE to the rows, and prints the constants that it finds
+    python -m tests.planner.measured --write    puts figures and constants into the tables of docs/layouts.md
 
 A new figure is a new `Row`; `python tools/benchmark.py` measures them (docs/benchmarks/gpu.md has the commands).
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug import planner_execution as constants
-from megamug import planner_memory
 from megamug.configuration.reading import Config, load_config, resolve
-from megamug.planner_execution import GPUS, layers_of
-from megamug.planner_memory import GIB, Layout, memory
-from megamug.planner_model import Model, model_of
-from megamug.planner_time import phases, step_time
+from megamug.planner import execution as constants
+from megamug.planner import memory as planner_memory
+from megamug.planner.execution import GPUS, layers_of
+from megamug.planner.memory import GIB, Layout, memory
+from megamug.planner.model import Model, model_of
+from megamug.planner.time import phases, step_time
 
 # ---------------------------------------------------------------------------------------------- one GPU, measured
 
@@ -227,7 +227,7 @@ NEMO = [
 
 # ---------------------------------------------------------------------------------------------- the program
 
-DOCUMENT = Path(__file__).parents[1] / "docs/layouts.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/layouts.md"
 
 
 def table() -> list[str]:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamug import cli, dry_run, parameters
+from megamug import cli
 from megamug.configuration.reading import Config, resolve, save_config
 from megamug.models.mug.model import Mug
 from megamug.models.mug.plan import MugPlan
+from megamug.planner import dry_run, parameters
 from tests.evaluate.tiny_run import make_data, tiny_config
 
 VOCABULARY = 200  # padded to 256

@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamug import cli, parameters, planner
+from megamug import cli
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.reading import Config, load_config, resolve
 from megamug.models.blocks import cpu_linear
 from megamug.models.mug.model import Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
-from megamug.planner_memory import (
+from megamug.planner import parameters
+from megamug.planner import search as planner
+from megamug.planner.memory import (
     GIB,
     Layout,
     in_flight,
@@ -30,10 +32,10 @@ from megamug.planner_memory import (
     stage_bytes,
     stages_of,
 )
-from megamug.planner_model import model_of
+from megamug.planner.model import model_of
 
 VOCABULARY = 256
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JAM = str(ROOT / "examples/jam/jam_2x7b_64node.yaml")
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "tie_vocabulary": False, "query_groups": 2,
          "qk_norm": True}  # fmt: skip

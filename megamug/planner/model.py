@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from megamug.configuration import validate
 from megamug.configuration.reading import Config, TowerConfig
 from megamug.models.partition import depth_slots
-from megamug.parameters import Count, linear, norm
-from megamug.planner_layers import (
+from megamug.planner.layers import (
     SEQUENCE,
     STREAM,
     TENSOR,
@@ -27,6 +26,7 @@ from megamug.planner_layers import (
     mlp,
     norm_kept,
 )
+from megamug.planner.parameters import Count, linear, norm
 
 
 @dataclass(frozen=True)

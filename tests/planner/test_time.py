@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megamug import cli, planner
+from megamug import cli
 from megamug.configuration.reading import load_config, resolve
-from megamug.planner_execution import EXECUTIONS, FP8, GPUS, layers_of
-from megamug.planner_memory import Layout
-from megamug.planner_model import model_of
-from megamug.planner_time import execution, phases, step_time
-from tests.planner_measured import (
+from megamug.planner import search as planner
+from megamug.planner.execution import EXECUTIONS, FP8, GPUS, layers_of
+from megamug.planner.memory import Layout
+from megamug.planner.model import model_of
+from megamug.planner.time import execution, phases, step_time
+from tests.planner.measured import (
     DOCUMENT,
     MEASURED,
     NEMO,
@@ -28,7 +29,7 @@ from tests.planner_measured import (
     table,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LARGE = str(ROOT / "examples/mug/vit_l16_1gpu.yaml")
 
 
@@ -58,7 +59,7 @@ def test_other_published_throughput_is_met(row):
 def test_the_document_tells_these_errors_and_constants():
     text = DOCUMENT.read_text()
     for line in [*table(), *published_table(), *constants_table()]:
-        assert line in text, "python -m tests.planner_measured --write"
+        assert line in text, "python -m tests.planner.measured --write"
 
 
 # ---------------------------------------------------------------------------------------------- what changes it
@@ -179,7 +180,7 @@ def test_the_command_says_whether_fp8_pays(capsys):
     config = load_config(ROOT / "examples/jam/jam_2x7b_64node.yaml", [f"{key}={value}" for key, value in keys.items()])
     wide = planner.plan(config, 64, "h100", fixed=keys)
     assert wide.choices[0].layout.fp8 != "none" and wide.choices[0].layout.layers == "te"
-    from megamug.planner_report import text
+    from megamug.planner.report import text
 
     assert "FP8 (delayed) pays at these widths" in text(wide, 1)
     assert "FP8" not in told(capsys, "precision.fp8=none").split("FP8 or not.")[1]

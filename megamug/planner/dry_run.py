@@ -5,9 +5,9 @@ No device and no process group is needed: a laptop tells what 512 GPUs would hol
 
 from __future__ import annotations
 
-from megamug import parameters
 from megamug.configuration import validate
 from megamug.configuration.reading import Config
+from megamug.planner import parameters
 
 GIB = 1024**3
 
