@@ -157,7 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if _speaks():
             print(dry_run.layout_text(config, size))
         return 0
-    from megamug import trainer
+    from megamug.training import trainer
 
     return trainer.train(config)
 

@@ -20,7 +20,7 @@ from tests.data.conftest import encoded, good_members, picture, write_tar
 from tests.data.shards.test_reading import CASES, hostile
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import tiny_config
-from tests.training import consumed, hooked, metrics
+from tests.training.runs import consumed, hooked, metrics
 
 LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
 

@@ -14,7 +14,7 @@ from megamug import cli
 from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import tiny_config
-from tests.training import checkpoints, consumed, hooked, metrics
+from tests.training.runs import checkpoints, consumed, hooked, metrics
 
 STEPS, HALF, BATCH = 50, 25, 8
 PHOTOS = Path(os.environ.get("MEGAMUG_PHOTOS") or ROOT.parent / "shared" / "data" / "photos")

@@ -57,7 +57,7 @@ def layout(config: Config) -> dict:
 def built(task, config: Config) -> tuple:
     """(this process's place, its bare chunks, the same wrapped for training, the optimizer), in `config`'s layout."""
     from megamug.distributed import setup
-    from megamug.optim import Optimizer, wrap_chunks
+    from megamug.training.optim import Optimizer, wrap_chunks
 
     world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
     task.join(world)
@@ -72,8 +72,8 @@ def training_step(task, config: Config, made: Callable) -> tuple[Callable[[], fl
     `made(world)` -> (this rank's micro-batches, totals by loss) are used where no `data.train` is named; from there
     the batches come otherwise, and the step returns the seconds that it waited for them.
     """
-    from megamug.pipeline import reduce_losses
-    from megamug.step_graph import step_runner
+    from megamug.training.pipeline import reduce_losses
+    from megamug.training.step_graph import step_runner
 
     world, _, models, optimizer = built(task, config)
     runner = step_runner(config, models, world)

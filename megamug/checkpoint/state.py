@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.models.fp8_parameters import is_fp8, set_value, unrounded
-from megamug.optim import MOMENTS, MainState, Optimizer
+from megamug.training.optim import MOMENTS, MainState, Optimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
 

@@ -184,7 +184,7 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
         "finalize_model_grads": "reduces over data, sequence and embedding groups; divides only by a num_tokens given",
         "_allreduce_non_tensor_model_parallel_grads": "sums main_grad of parameters marked sequence_parallel",
         "_allreduce_word_embedding_grads": "does nothing where share_embeddings_and_output_weights is False: tied "
-        "weights are summed by megamug.pipeline",
+        "weights are summed by megamug.training.pipeline",
     },
     "megatron.core.pipeline_parallel.schedules": {
         "forward_step_calc_loss": "calls loss_func on the last stage only; calculate_per_token_loss: divides nothing",

@@ -15,7 +15,7 @@ import torch
 from megamug.checkpoint.state import load_tensors, save_tensors, sharded_state
 from megamug.configuration.reading import Config
 from megamug.models.init import draw, initialise
-from megamug.optim import Optimizer, wrap_chunks
+from megamug.training.optim import Optimizer, wrap_chunks
 from tests.distributed import mug_case
 
 if importlib.util.find_spec("transformer_engine") is not None:
@@ -87,7 +87,7 @@ def mains(optimizer) -> dict[str, torch.Tensor]:
 
 
 def steps(task, models, optimizer, config, world, first: int, last: int) -> None:
-    from megamug.pipeline import run_batch
+    from megamug.training.pipeline import run_batch
 
     for step in range(first, last + 1):
         optimizer.zero_grad()

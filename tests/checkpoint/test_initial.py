@@ -15,7 +15,7 @@ from megamug.configuration.reading import resolve, to_yaml
 from megamug.errors import UserError
 from megamug.models.tasks import make_task
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
-from tests.training import tensors
+from tests.training.runs import tensors
 
 
 @pytest.fixture(scope="module")

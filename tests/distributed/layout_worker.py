@@ -129,9 +129,9 @@ def run(options: dict) -> dict:
 
     cpu_backend.apply()
     from megamug.checkpoint import state
-    from megamug.optim import Optimizer, wrap_chunks
-    from megamug.pipeline import reduce_losses, run_batch
-    from megamug.step_graph import step_runner
+    from megamug.training.optim import Optimizer, wrap_chunks
+    from megamug.training.pipeline import reduce_losses, run_batch
+    from megamug.training.step_graph import step_runner
 
     task = case.make_task(config)
     plan, names = task.plan, task.loss_names

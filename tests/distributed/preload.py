@@ -9,5 +9,5 @@ import megamug.checkpoint.state  # noqa: E402
 import megamug.models.jam.cross  # noqa: E402
 import megamug.models.language.task  # noqa: E402
 import megamug.models.mug.task  # noqa: E402
-import megamug.optim  # noqa: E402
-import megamug.pipeline  # noqa: E402, F401
+import megamug.training.optim  # noqa: E402
+import megamug.training.pipeline  # noqa: E402, F401

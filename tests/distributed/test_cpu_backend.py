@@ -44,7 +44,7 @@ names = [f"{module}.{path}" for module, path, _, _ in cpu_backend.PATCHES]
 def test_every_patch_is_applied_by_apply_alone_and_once():
     found = run(NOTE + """
 before = current()
-import megamug.distributed.setup, megamug.pipeline, megamug.optim, megamug.models.mug.model
+import megamug.distributed.setup, megamug.training.pipeline, megamug.training.optim, megamug.models.mug.model
 imported = current()
 assert cpu_backend.apply() is True
 first = current()

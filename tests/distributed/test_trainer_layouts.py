@@ -14,7 +14,7 @@ from megamug.data.pairs.loader import order_of
 from megamug.data.shards.sources import resolve_sources
 from tests.distributed.launch import ROOT, launch
 from tests.evaluate.tiny_run import make_data, tiny_config
-from tests.training import checkpoints, consumed, metrics
+from tests.training.runs import checkpoints, consumed, metrics
 
 STEPS, BATCH = 10, 12
 # (processes, layout, step to stop after, rank that is told to): 5 steps an epoch, so the third leg begins in mid-epoch.

@@ -16,7 +16,7 @@ import pytest
 from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT, environment, free_port
 from tests.evaluate.tiny_run import make_data, tiny_config
-from tests.training import checkpoints, metrics
+from tests.training.runs import checkpoints, metrics
 
 SCRIPT = ROOT / "examples" / "cluster" / "slurm.sh"
 STEPS = 60

@@ -9,7 +9,7 @@ import logging
 
 import pytest
 
-from megamug import step_graph
+from megamug.training import step_graph
 from tests.gpu import parity
 from tests.gpu.test_parity import BF16, SAME_PRODUCTS, close
 

@@ -10,7 +10,7 @@ import pytest
 from megamug import cli
 from megamug.configuration.reading import to_yaml
 from tests.evaluate.tiny_run import HELD_OUT, make_data, tiny_config
-from tests.training import checkpoints, consumed, fingerprint, hooked, metrics
+from tests.training.runs import checkpoints, consumed, fingerprint, hooked, metrics
 
 pytestmark = pytest.mark.gpu
 STEPS, STOP = 8, 3

@@ -101,7 +101,7 @@ def test_vit_l_has_its_published_size():
 @pytest.mark.parametrize("distributed", [False, True])
 def test_memory_is_what_training_allocates(world, dtype, distributed):
     """Weights, gradient buffer, main parameters and moments of a real optimizer, in bytes (one process)."""
-    from megamug.optim import Optimizer, wrap_chunks
+    from megamug.training.optim import Optimizer, wrap_chunks
 
     config = tiny_config(NOWHERE, NOWHERE)
     config.precision.dtype, config.parallel.distributed_optimizer = dtype, distributed

@@ -213,10 +213,10 @@ def test_logging_of_ranks(tmp_path, capsys):
     try:
         for rank in (0, 0, 1):  # the second call replaces the first
             path = setup_logging(tmp_path, rank)
-            logging.getLogger("megamug.trainer").info("hello from %d", rank)
+            logging.getLogger("megamug.training.trainer").info("hello from %d", rank)
             logging.getLogger("elsewhere").warning("careful")
             logging.getLogger("elsewhere").error("on fire")
-            logging.getLogger("megamug.trainer").error("broken on %d", rank)
+            logging.getLogger("megamug.training.trainer").error("broken on %d", rank)
             warnings.warn(f"a warning on {rank}", stacklevel=1)
         console = capsys.readouterr().out
         assert console.count("hello from 0") == 2 and "hello from 1" not in console

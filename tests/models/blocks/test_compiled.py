@@ -12,7 +12,7 @@ import torch
 from megamug.configuration.reading import Config
 from megamug.models.attention import gpu as gpu_attention
 from megamug.models.blocks import compiled, functional
-from megamug.pipeline import run_batch
+from megamug.training.pipeline import run_batch
 from tests.distributed import jam_case, lm_case, mug_case
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang+
 
 def step(world, case, options: dict, compile: str) -> tuple[dict, dict]:
     """Losses and gradients of a step's micro-batches."""
-    from megamug.optim import wrap_chunks
+    from megamug.training.optim import wrap_chunks
 
     config = case.tiny(options | {"precision": {"compile": compile}})
     task = case.make_task(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamug.configuration.reading import OptimizerConfig, TrainConfig
-from megamug.optim import MOMENTS, Optimizer, learning_rate, wrap_chunks
+from megamug.training.optim import MOMENTS, Optimizer, learning_rate, wrap_chunks
 from tests.distributed.layout_worker import micro_batches, tiny
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -64,7 +64,7 @@ def named_parameters(stage):
 
 
 def backward(stage, models, config, world, step: int) -> None:
-    from megamug.pipeline import run_batch
+    from megamug.training.pipeline import run_batch
 
     batches, totals = micro_batches(step, stage.plan, config, world)
     for model in models:

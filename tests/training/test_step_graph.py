@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 
-from megamug import step_graph
-from megamug.optim import Optimizer, wrap_chunks
-from megamug.pipeline import reduce_losses
+from megamug.training import step_graph
+from megamug.training.optim import Optimizer, wrap_chunks
+from megamug.training.pipeline import reduce_losses
 from tests.distributed.mug_case import make_task, micro_batches, tiny
 
 STEPS = 7

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from megamug import adam
 from megamug.checkpoint.store import CheckpointStore
 from megamug.configuration.reading import Config, save_config
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
-from megamug.resilience import BadStepGuard, StopRequest, Watchdog
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
-from megamug.tensor_overlap import tensor_overlap
+from megamug.training import adam
+from megamug.training.resilience import BadStepGuard, StopRequest, Watchdog
+from megamug.training.tensor_overlap import tensor_overlap
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Trainer:
 
     def __init__(self, config: Config, task, store: CheckpointStore, world, stop: StopRequest, watchdog: Watchdog):
         from megamug.checkpoint import initial, saver, state
-        from megamug.optim import Optimizer, wrap_chunks
-        from megamug.step_graph import step_runner
+        from megamug.training.optim import Optimizer, wrap_chunks
+        from megamug.training.step_graph import step_runner
 
         self.config, self.task, self.world, self.stop, self.watchdog = config, task, world, stop, watchdog
         if world.is_first:
@@ -136,7 +136,7 @@ class Trainer:
 
     def _train_step(self) -> bool:
         """One optimizer step over the global batch. Returns whether to stop after it."""
-        from megamug.pipeline import reduce_losses
+        from megamug.training.pipeline import reduce_losses
 
         pairs = self.loader.next()
         self.optimizer.zero_grad()
@@ -179,7 +179,7 @@ class Trainer:
     def _validate(self, pictures: bool) -> None:
         if self.config.data.validation is None:
             return
-        from megamug.pipeline import reduce_losses, run_batch
+        from megamug.training.pipeline import reduce_losses, run_batch
 
         started, gathered = time.perf_counter(), {}
         loader = self.task.loader(self.world, train=False, max_samples=self.config.data.validation_samples)

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamug import pipeline
 from megamug.configuration.reading import Config
 from megamug.configuration.sections import LONG
-from megamug.pipeline import Sums
+from megamug.training import pipeline
+from megamug.training.pipeline import Sums
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megamug import adam, gradients
 from megamug.configuration.reading import Config, OptimizerConfig, TrainConfig
-from megamug.gradients import GradientBuffers
 from megamug.models.blocks.specs import FP8_RECIPES
-from megamug.pipeline import finalise_gradients
+from megamug.training import adam, gradients
+from megamug.training.gradients import GradientBuffers
+from megamug.training.pipeline import finalise_gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

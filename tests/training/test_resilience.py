@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from megamug.resilience import BadStepGuard, StopRequest, TooManyBadSteps, Watchdog
+from megamug.training.resilience import BadStepGuard, StopRequest, TooManyBadSteps, Watchdog
 
 
 def run(script: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
@@ -91,7 +91,7 @@ def hang():
 }
 WATCHED = """
 import sys, time
-from megamug.resilience import Watchdog
+from megamug.training.resilience import Watchdog
 {hang}
 with Watchdog(1.0, sys.argv[1]) as watchdog:
     for _ in range(8):  # longer than the limit, but alive

@@ -2,7 +2,7 @@
 
 In one process: `with hooked(...): cli.main(["train", ...])`. In processes of their own, one for each rank:
 
-    python tests/training.py '{"ids": FOLDER, "stop_step": 3, "stop_rank": 1}' train CONFIG.yaml section.key=value
+    python tests/training/runs.py '{"ids": FOLDER, "stop_step": 3, "stop_rank": 1}' train CONFIG.yaml section.key=value
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from megamug import adam
 from megamug.errors import UserError
-from tests.test_optim import backward, trainer_of
+from megamug.training import adam
+from tests.training.test_optim import backward, trainer_of
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from megamug import gradients
-from megamug.gradients import GradientBuffers
+from megamug.training import gradients
+from megamug.training.gradients import GradientBuffers
 from tests.distributed.mug_case import tiny
 
 
@@ -124,8 +124,8 @@ def dispatched(layers: int) -> int:
     from megamug.models.blocks import cpu_linear
     from megamug.models.mug.model import Mug
     from megamug.models.mug.plan import MugPlan
-    from megamug.optim import Optimizer, wrap_chunks
-    from megamug.pipeline import run_batch
+    from megamug.training.optim import Optimizer, wrap_chunks
+    from megamug.training.pipeline import run_batch
     from tests.distributed.mug_case import micro_batches
 
     class Count(TorchDispatchMode):

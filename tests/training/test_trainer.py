@@ -21,7 +21,7 @@ from megamug import cli
 from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import HELD_OUT, make_data, tiny_config
-from tests.training import checkpoints, consumed, fingerprint, hooked, metrics, tensors
+from tests.training.runs import checkpoints, consumed, fingerprint, hooked, metrics, tensors
 
 STEPS = 12
 RECORD = {
@@ -177,7 +177,7 @@ def test_a_signal_to_all_processes_of_the_job(recipe, tmp_path):
 
 
 def test_a_step_with_an_infinite_gradient_changes_nothing(recipe, tmp_path, monkeypatch):
-    from megamug import pipeline
+    from megamug.training import pipeline
 
     whole, calls = pipeline.run_batch, []
 
@@ -229,7 +229,7 @@ def test_validation_is_what_evaluate_measures(straight):
 def test_asynchronous_checkpoints_hold_the_same_and_training_goes_on(recipe, straight, tmp_path, monkeypatch):
     """Each write takes at least as long as a step here, so a checkpoint of what came later would differ."""
     from megamug.checkpoint import state
-    from megamug.trainer import Trainer
+    from megamug.training.trainer import Trainer
 
     whole, whole_step, events = state.TensorWrite.write, Trainer._train_step, []
 

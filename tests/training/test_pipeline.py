@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from megamug.optim import wrap_chunks
-from megamug.pipeline import reduce_losses, run_batch
+from megamug.training.optim import wrap_chunks
+from megamug.training.pipeline import reduce_losses, run_batch
 from tests.distributed.layout_worker import micro_batches, tiny
 
 NAMES = ["image", "caption"]
