@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megamug
-from megamug import console
-from megamug.command_line import Parser, world_size
+from megamug.command_line import console
+from megamug.command_line.arguments import Parser, world_size
 from megamug.configuration import validate
 from megamug.configuration.reading import load_config, resolve
 from megamug.durable import folder_problem

@@ -13,7 +13,7 @@ import pytest
 
 import megamug
 from megamug import cli
-from megamug.command_line import world_size
+from megamug.command_line.arguments import world_size
 from megamug.configuration import validate
 from megamug.configuration.reading import Config, save_config
 from megamug.errors import UserError

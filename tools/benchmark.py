@@ -19,7 +19,8 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces its beginning and its end
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megamug import benchmarks, console
+from megamug import benchmarks
+from megamug.command_line import console
 from megamug.errors import UserError
 
 

@@ -20,7 +20,7 @@ from megamug.distributed.cpu_backend import import_megatron  # noqa: E402
 import_megatron()  # without its advice
 
 from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
-from megamug.command_line import Parser, output_folder  # noqa: E402
+from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
 from megamug.convert.conversion import (  # noqa: E402
     config_of,
     from_megamug,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser, output_folder
+from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, output_folder
 from megamug.configuration.sections import FusionConfig
 from megamug.data.tooling import Progress, run_tool
 from megamug.distributed.cpu_backend import import_megatron

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megamug.command_line import COUNT, Parser, output_folder
+from megamug.command_line.arguments import COUNT, Parser, output_folder
 from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.tooling import run_tool
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from megamug.command_line import COUNT, FROM_ZERO, Parser, number, output_folder
+from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, number, output_folder
 from megamug.configuration.ranges import Range
 from megamug.data.tooling import run_tool
 from megamug.errors import UserError

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 
-from megamug.command_line import COUNT, Parser, output_file
+from megamug.command_line.arguments import COUNT, Parser, output_file
 from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.pairs.text import MAX_TRAINING_CAPTIONS, iterate_captions, train_tokenizer
 from megamug.data.shards.reading import find_index, index_command

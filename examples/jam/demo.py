@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, look, precision, run  # noqa: E402
 
-from megamug.command_line import Parser, output_folder  # noqa: E402
+from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
 from megamug.data.tooling import run_tool  # noqa: E402
 
 TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"

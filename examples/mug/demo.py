@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, precision, run  # noqa: E402
 
-from megamug.command_line import COUNT, Parser, output_folder  # noqa: E402
+from megamug.command_line.arguments import COUNT, Parser, output_folder  # noqa: E402
 from megamug.configuration.reading import load_config  # noqa: E402
 from megamug.data.tooling import run_tool  # noqa: E402
 

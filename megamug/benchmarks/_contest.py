@@ -26,10 +26,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megamug import console
 from megamug.benchmarks import _profile, _steps
 from megamug.benchmarks._report import Report
-from megamug.command_line import COUNT
+from megamug.command_line import console
+from megamug.command_line.arguments import COUNT
 from megamug.distributed import setup
 from megamug.errors import UserError
 from megamug.telemetry.peaks import peak_flops

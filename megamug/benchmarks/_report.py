@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import megamug
-from megamug.command_line import Parser, new_file
+from megamug.command_line.arguments import Parser, new_file
 from megamug.durable import replace_text
 from megamug.errors import UserError
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import record_function
 
-from megamug.command_line import world_size
+from megamug.command_line.arguments import world_size
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.reading import Config, load_config, resolve
 from megamug.errors import UserError

@@ -28,7 +28,7 @@ import torch
 
 from megamug.benchmarks import _contest, _profile, _report, _steps, mug
 from megamug.checkpoint.store import CheckpointStore
-from megamug.command_line import COUNT, world_size
+from megamug.command_line.arguments import COUNT, world_size
 from megamug.distributed import cpu_backend, setup
 from megamug.durable import fsync_folder
 from megamug.errors import UserError

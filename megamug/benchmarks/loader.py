@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megamug.benchmarks import _contest, _loader_peers, _profile, _report
-from megamug.command_line import COUNT
+from megamug.command_line.arguments import COUNT
 from megamug.data.pairs.text import Tokenizer, iterate_captions, train_tokenizer
 from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.packing import make_shards

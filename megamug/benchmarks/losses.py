@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from megamug.benchmarks import _profile, _report
 from megamug.benchmarks._report import Report
-from megamug.command_line import COUNT, device
+from megamug.command_line.arguments import COUNT, device
 from megamug.errors import UserError
 from megamug.losses import linear_cross_entropy, masked_patch_loss, vocab_parallel_cross_entropy
 from megamug.losses.ops import libraries

@@ -26,7 +26,7 @@ import argparse
 import torch
 
 from megamug.benchmarks import _contest, _report, _steps
-from megamug.command_line import COUNT, world_size
+from megamug.command_line.arguments import COUNT, world_size
 from megamug.errors import UserError
 
 VOCABULARY = 32000

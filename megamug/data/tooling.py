@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
-from megamug import console
+from megamug.command_line import console
 from megamug.errors import UserError
 
 _REMEDIES = {

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from megamug import console
+from megamug.command_line import console
 
 _applied = False
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megamug import console
+from megamug.command_line import console
 from megamug.durable import replace_text
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
     """Send this process's log to `RUN/log/rank-N.log` (appended), and to the console what a reader there wants.
 
     The console shows megamug's own lines from rank 0, and errors of anybody from every rank; what else other packages
-    log or warn of goes to the file only, see `megamug.console`. May be called again: the handlers of the earlier call
+    log or warn of goes to the file only, see `megamug.command_line.console`. May be called again: the handlers of the earlier call
     are replaced. Returns the path of the log file.
     """
     path = Path(run_dir) / "log" / f"rank-{rank}.log"

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megamug.command_line import device
+from megamug.command_line.arguments import device
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def called(tool: str, *words: object) -> tuple[int, str, str]:

@@ -13,7 +13,7 @@ from collections import deque
 
 import pytest
 
-from megamug import console
+from megamug.command_line import console
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
 
