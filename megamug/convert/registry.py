@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megamug.configuration.reading import nearest
-from megamug.convert import hf_vit, hf_vitmae, language, mae, timm
 from megamug.convert.formats import Format
 from megamug.convert.image_tokenizer import LAYOUTS
+from megamug.convert.language import formats as language
+from megamug.convert.vision import hf_vit, hf_vitmae, mae, timm
 from megamug.errors import UserError
 
 FORMATS: dict[str, Format] = {

@@ -9,7 +9,7 @@ import torch
 
 from megamug.configuration.presets import TOWERS
 from megamug.configuration.reading import Config, TowerConfig, resolve
-from megamug.convert import llama, opt
+from megamug.convert.language import llama, opt
 
 VOCABULARY, CONTEXT = 100, 24
 LLAMA = {

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megamug.configuration.reading import TowerConfig
-from megamug.convert import llama, parts
+from megamug.convert import parts
+from megamug.convert.language import llama
 from megamug.errors import UserError
 
 NAME = "hf_chameleon"

@@ -10,8 +10,8 @@ from types import ModuleType
 from megamug.configuration.reading import Config, TowerConfig
 from megamug.configuration.sections import DataConfig
 from megamug.configuration.shapes import padded_vocabulary, tower_shapes
-from megamug.convert import chameleon, llama, llamagen, opt
 from megamug.convert.formats import Format, View, VocabularyRows, is_count
+from megamug.convert.language import chameleon, llama, llamagen, opt
 from megamug.convert.table import Row
 from megamug.errors import UserError
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View
-from megamug.convert.mae import encoder_rows, encoder_settings
 from megamug.convert.table import Row, batched
-from megamug.convert.vit import positions
+from megamug.convert.vision.mae import encoder_rows, encoder_settings
+from megamug.convert.vision.vit import positions
 
 
 def settings(view: View) -> dict[str, object]:

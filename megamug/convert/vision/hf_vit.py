@@ -12,7 +12,7 @@ from torch import Tensor
 from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View, as_it_is, is_count
 from megamug.convert.table import Row
-from megamug.convert.vit import LayerNames, blocks, encoder, no_registers, positions
+from megamug.convert.vision.vit import LayerNames, blocks, encoder, no_registers, positions
 from megamug.errors import UserError
 
 LAYER = LayerNames(

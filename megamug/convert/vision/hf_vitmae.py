@@ -9,9 +9,17 @@ from torch import Tensor
 
 from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View, as_it_is
-from megamug.convert.hf_vit import LAYER, encoder_config, encoder_rows, encoder_settings, newer, older, preprocessor
 from megamug.convert.table import Row
-from megamug.convert.vit import blocks, decoder, no_registers, positions
+from megamug.convert.vision.hf_vit import (
+    LAYER,
+    encoder_config,
+    encoder_rows,
+    encoder_settings,
+    newer,
+    older,
+    preprocessor,
+)
+from megamug.convert.vision.vit import blocks, decoder, no_registers, positions
 from megamug.errors import UserError
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megamug.configuration.reading import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row
-from megamug.convert.vit import (
+from megamug.convert.vision.vit import (
     LayerNames,
     blocks,
     decoder,
