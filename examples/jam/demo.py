@@ -158,7 +158,7 @@ def follows(document: dict, prompt: str, first: str, then: str, folder: Path) ->
     import numpy as np
     from PIL import Image
 
-    from megamug.data.demo import read_tidy
+    from megamug.data.demo.scenes import read_tidy
 
     segments = document["segments"]
     said = [segment["text"] for segment in segments if "text" in segment]

@@ -1,6 +1,6 @@
 """What the tools for data share: how progress is told where nobody sits at a terminal."""
 
-from megamug.data.demo_documents import DemoDocuments, make_demo_documents
+from megamug.data.demo.documents import DemoDocuments, make_demo_documents
 from megamug.data.tooling import Progress
 from tests.test_bad_input import program
 

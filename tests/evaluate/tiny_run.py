@@ -9,7 +9,7 @@ import torch
 from megamug.checkpoint.saver import Saver
 from megamug.checkpoint.store import CheckpointStore
 from megamug.configuration.reading import Config, save_config
-from megamug.data.demo import DemoParameters, make_demo_data
+from megamug.data.demo.scenes import DemoParameters, make_demo_data
 from megamug.data.pairs.text import iterate_captions, train_tokenizer
 from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.sources import resolve_sources

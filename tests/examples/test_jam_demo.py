@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megamug.data.demo import render
-from megamug.data.demo_documents import instruction_document
+from megamug.data.demo.documents import instruction_document
+from megamug.data.demo.scenes import render
 from megamug.data.random import uniform
 from tests.distributed.launch import environment
 

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megamug.data.demo import DemoParameters, make_demo_data
+from megamug.data.demo.scenes import DemoParameters, make_demo_data
 from megamug.data.shards.indexing import index_paths
 from megamug.models.image_tokenizer.model import ImageTokenizer
 from megamug.models.image_tokenizer.training import ImageTokenizerTrainer

@@ -7,8 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from megamug.data.demo import COLOURS
-from megamug.data.demo_documents import (
+from megamug.data.demo.documents import (
     MIXTURES,
     NUMBERS,
     PARTS,
@@ -17,6 +16,7 @@ from megamug.data.demo_documents import (
     make_demo_documents,
     text_document,
 )
+from megamug.data.demo.scenes import COLOURS
 from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.random import uniform
 from megamug.errors import UserError

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from megamug.data.demo import (
+from megamug.data.demo.scenes import (
     COLOURS,
     RADII,
     TIDY_GREYS,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megamug.data.demo import COLOURS, RADII, SHAPES, Scene, claim_folder, compose, render
+from megamug.data.demo.scenes import COLOURS, RADII, SHAPES, Scene, claim_folder, compose, render
 from megamug.data.random import uniform
 from megamug.data.shards.tar_writer import write_members
 from megamug.data.tooling import Progress, default_processes, parallel_map
