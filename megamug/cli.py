@@ -266,15 +266,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.absolute().parent.is_dir()):
         raise UserError(f"--json: {arguments.json} is not a file in a folder that exists")
     from megamug.durable import replace_text
-    from megamug.planner import report as planner_report
+    from megamug.planner import report
     from megamug.planner import search as planner
 
     config = load_config(arguments.config, arguments.overrides)
     fixed = [override.partition("=")[0].strip() for override in arguments.overrides]
     found = planner.plan(config, arguments.gpus, arguments.gpu, arguments.memory, arguments.vocabulary_size, fixed)
-    print(planner_report.text(found, arguments.top))
+    print(report.text(found, arguments.top))
     if arguments.json is not None:
-        replace_text(arguments.json, planner_report.as_json(found))
+        replace_text(arguments.json, report.as_json(found))
     return 0
 
 

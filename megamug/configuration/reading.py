@@ -1,10 +1,10 @@
 """How a configuration is read, completed by its preset and written.
 
-`megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `megamug.configuration.sections`, overrides win
-over it (the last one of a key wins), and what comes out is written to `RUN/config.yaml`.
+`megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `sections`, overrides win over it
+(the last one of a key wins), and what comes out is written to `RUN/config.yaml`.
 
 Reading is strict: a key that is unknown or given twice and a value of another type are a `UserError`.
-Whether the values make sense together is the business of `megamug.configuration.validate`.
+Whether the values make sense together is the business of `validate`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of the language models' part of a configuration (`decoder_lm`, `jam_cross`), run by `megamug.configuration.validate`.
+"""Checks of the language models' part of a configuration (`decoder_lm`, `jam_cross`), run by `validate`.
 
 As there: one function per concern, a `UserError` with both numbers and the fix, nothing of torch.
 """

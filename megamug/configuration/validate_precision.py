@@ -1,5 +1,5 @@
 """Checks of arithmetic and of what only GPUs do: FP8, Transformer Engine's layers, overlapped tensor parallelism, CUDA
-graphs, the optimizer's kernel. Run by `megamug.configuration.validate`, and by the planner for each layout.
+graphs, the optimizer's kernel. Run by `validate`, and by the planner for each layout.
 
 As there: one function per concern, a `UserError` with both numbers and the fix. Torch is imported only where this
 machine's GPUs are looked at.

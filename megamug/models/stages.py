@@ -140,7 +140,7 @@ class Stage(MegatronModule):
         self.received: Tensor | None = None
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = stage == 0
-        self.share_embeddings_and_output_weights = False  # `megamug.training.pipeline` sums the gradients of both copies
+        self.share_embeddings_and_output_weights = False  # `training.pipeline` sums the gradients of both copies
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """Megatron's schedules hand over here what the previous stage sent."""

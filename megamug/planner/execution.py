@@ -1,4 +1,4 @@
-"""What GPUs and our kinds of layers were measured to do: the constants of `planner_time`, each with its source.
+"""What GPUs and our kinds of layers were measured to do: the constants of `time`, each with its source.
 
 "Measured" is the table of docs/benchmarks/gpu.md; docs/layouts.md holds the error of every row. `python -m
 tests.planner.measured --fit` fits those that a comment calls fitted to its rows.

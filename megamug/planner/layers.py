@@ -18,7 +18,7 @@ SEQUENCE = "sequence"  # along the tokens, under sequence parallelism
 WHOLE = "whole"  # never
 
 # Kinds of elementwise work: norms, residual sums, biases, embeddings and losses; activations; rotary positions and
-# norms of heads. How many passes over memory each takes is the execution's (`planner_execution`).
+# norms of heads. How many passes over memory each takes is the execution's (`execution`).
 STREAM, GELU, SWIGLU, ROTARY = "stream", "gelu", "swiglu", "rotary"
 
 

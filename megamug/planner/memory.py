@@ -1,8 +1,8 @@
 """Memory of a layout, by parts, on the rank that needs most.
 
-Weights, gradients, main parameters and moments are exact (`megamug.planner.parameters.state_memory`). Activations are summed
-from what each layer keeps for backward (`planner_layers`), times the micro-batches in flight under Megatron's 1F1B or
-interleaved schedule (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Not modelled: fragmentation of the
+Weights, gradients, main parameters and moments are exact (`parameters.state_memory`). Activations are summed from what
+each layer keeps for backward (`layers`), times the micro-batches in flight under Megatron's 1F1B or interleaved
+schedule (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Not modelled: fragmentation of the
 allocator beyond `RESERVED`, Transformer Engine's and NCCL's buffers beyond it, the batch itself, the padding of
 Megatron's buffers, and the memory of CUDA graphs.
 """
@@ -38,7 +38,7 @@ class Layout:
     distributed_optimizer: bool = False
     fp8: str = "none"
     dtype: str = "bf16"
-    layers: str = "local"  # one of `planner_execution.EXECUTIONS`
+    layers: str = "local"  # one of `execution.EXECUTIONS`
     graphs: bool = False  # `parallel.cuda_graphs`
 
     @property

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: blocks of units (`planner_layers`), what crosses a boundary.
+"""A model as the planner sees it: blocks of units (`layers`), what crosses a boundary.
 
 Nothing here imports torch or Megatron, whose import takes longer than planning. The sizes are those of
 `megamug.models.{mug,lm,jam}_plan`; tests compare parameters, FLOPs, stages and boundaries with theirs.

@@ -1,6 +1,6 @@
 """`megamug plan`: the layouts of a configuration that fit so many GPUs, fastest first, and why the others do not.
 
-Memory is `planner_memory`'s, time `planner_time`'s; what they leave out is said there. Nothing is built or allocated,
+Memory is `memory`'s, time `time`'s; what they leave out is said there. Nothing is built or allocated,
 no data is read, and torch is not imported unless a tokenizer has to be read.
 """
 
@@ -94,7 +94,7 @@ def plan(
     config: Config, gpus: int, gpu: str, memory_gib: float | None = None, vocabulary: int | None = None,
     fixed: Collection[str] = (),
 ) -> Plan:
-    """All layouts of `config` (read, not necessarily resolved) on `gpus` GPUs of a kind of `planner_execution.GPUS`.
+    """All layouts of `config` (read, not necessarily resolved) on `gpus` GPUs of a kind of `execution.GPUS`.
 
     Args:
         memory_gib: of one GPU, in place of that kind's.

@@ -7,7 +7,7 @@ long as the host launches, whichever is longer:
     device = products + casts for FP8 + attention + elementwise work + sums of gradients
     host   = launches x seconds a launch
 
-with the constants of `planner_execution`. A product [M, K] x [K, N] has the rate that was measured for 8192^3, less at
+with the constants of `execution`. A product [M, K] x [K, N] has the rate that was measured for 8192^3, less at
 small sizes: divided by (1 + h/M) (1 + h/N) (1 + h/K), h = HALF_SIZE.
 
 Not modelled: the data loader, checkpoints, stragglers, a network that others use as well, overlapped tensor-parallel

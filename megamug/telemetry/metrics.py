@@ -215,8 +215,8 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
     """Send this process's log to `RUN/log/rank-N.log` (appended), and to the console what a reader there wants.
 
     The console shows megamug's own lines from rank 0, and errors of anybody from every rank; what else other packages
-    log or warn of goes to the file only, see `megamug.command_line.console`. May be called again: the handlers of the earlier call
-    are replaced. Returns the path of the log file.
+    log or warn of goes to the file only, see `megamug.command_line.console`. May be called again: the handlers of the
+    earlier call are replaced. Returns the path of the log file.
     """
     path = Path(run_dir) / "log" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,9 @@ own.addHandler(logging.StreamHandler(sys.stderr))
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name in (
-            "megamug.planner.search", "megamug.planner.dry_run", "megamug.doctor", "megamug.training.trainer", "megamug.generation.loading",
-            "megamug.benchmarks.losses", "megamug.benchmarks.mug", "megatron.core.tensor_parallel",
+            "megamug.planner.search", "megamug.planner.dry_run", "megamug.doctor", "megamug.training.trainer",
+            "megamug.generation.loading", "megamug.benchmarks.losses", "megamug.benchmarks.mug",
+            "megatron.core.tensor_parallel",
         ):
             warnings.warn("noisy warns")
             logging.getLogger("noisy").warning("noisy logs")

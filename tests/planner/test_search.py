@@ -1,5 +1,5 @@
 """The planner against what it speaks of: the models' own plans, what autograd keeps, torch's FLOP counter; and the
-command. Its times: test_planner_time.py."""
+command. Its times: test_time.py."""
 
 from __future__ import annotations
 

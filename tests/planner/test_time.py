@@ -1,4 +1,4 @@
-"""Predicted times and memory against what was measured and published (`planner_measured`), and what the model of time
+"""Predicted times and memory against what was measured and published (`measured`), and what the model of time
 does when something changes."""
 
 from __future__ import annotations

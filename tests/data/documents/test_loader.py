@@ -1,8 +1,6 @@
 """Batches of tokens."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +9,7 @@ import torch
 from megamug.data.documents.indexed import DocumentSet, open_documents
 from megamug.data.documents.loader import IGNORE, TokenLoader
 from megamug.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from language import image, some_documents, tiny_vocabulary, write_set  # noqa: E402
+from tests.data.language import image, some_documents, tiny_vocabulary, write_set
 
 
 @pytest.fixture(scope="module")

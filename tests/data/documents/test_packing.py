@@ -1,7 +1,5 @@
 """Documents in rows."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,7 @@ from megamug.data.documents.cm3 import restore
 from megamug.data.documents.indexed import DocumentSet
 from megamug.data.documents.packing import RowMaker, best_fit, pack, reserve
 from megamug.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from language import image, some_documents, tiny_vocabulary, write_set  # noqa: E402
+from tests.data.language import image, some_documents, tiny_vocabulary, write_set
 
 
 @pytest.fixture(scope="module")

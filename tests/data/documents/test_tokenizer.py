@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +21,8 @@ from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import from_bytes
+from tests.data.language import tiny_image_tokenizer, tiny_vocabulary
 from tests.distributed.launch import python_path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from language import tiny_image_tokenizer, tiny_vocabulary  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +9,7 @@ import pytest
 from megamug.data.documents.vocabulary import Vocabulary, make_vocabulary
 from megamug.data.pairs.text import train_tokenizer
 from megamug.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from language import TEXTS, tiny_image_tokenizer  # noqa: E402
+from tests.data.language import TEXTS, tiny_image_tokenizer
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_threads_and_chunks_change_nothing(make, monkeypatch):
     want = flat([loader.next() for _ in range(3)])
     threads = make(threads=3)
     assert same(flat([threads.next() for _ in range(3)]), want)
-    monkeypatch.setattr("megamug.data.pairs.loader.MAX_DECODE_BATCH", 3)  # a batch of 8 is read and decoded in three parts
+    monkeypatch.setattr("megamug.data.pairs.loader.MAX_DECODE_BATCH", 3)  # a batch of 8 is decoded in three parts
     parts = make()
     assert same(flat([parts.next() for _ in range(3)]), want)
 
