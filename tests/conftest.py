@@ -41,7 +41,7 @@ def no_gpu(config) -> str | None:
 @pytest.fixture(scope="module")
 def world():
     """This process alone as the whole world: Megatron's groups of one rank each, without a launcher."""
-    from megamug.configuration.reading import ParallelConfig
+    from megamug.configuration.sections import ParallelConfig
     from megamug.distributed import setup
 
     yield setup.start(ParallelConfig(), seed=0)

@@ -15,7 +15,8 @@ import megamug
 from megamug import cli
 from megamug.command_line.arguments import world_size
 from megamug.configuration import validate
-from megamug.configuration.reading import Config, save_config
+from megamug.configuration.reading import save_config
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 from tests.distributed.launch import python_path
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megamug.distributed.cpu_backend import import_megatron  # noqa: E402
+from megamug.command_line.console import import_megatron  # noqa: E402
 
 import_megatron()  # without its advice
 
 from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
 from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
+from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.convert.conversion import (  # noqa: E402
     config_of,
     from_megamug,
@@ -29,7 +30,6 @@ from megamug.convert.conversion import (  # noqa: E402
     to_megamug,
 )
 from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named  # noqa: E402
-from megamug.data.tooling import run_tool  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from megamug.configuration.presets import BY_KIND, DEFAULT, PRESETS, TOWERS  # noqa: E402
-from megamug.configuration.reading import Config  # noqa: E402
+from megamug.configuration.sections import Config  # noqa: E402
 
 HEAD = """# Configuration
 

@@ -15,9 +15,10 @@ import argparse
 from pathlib import Path
 
 from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, output_folder
+from megamug.command_line.console import import_megatron
+from megamug.command_line.tool import run_tool
 from megamug.configuration.sections import FusionConfig
-from megamug.data.tooling import Progress, run_tool
-from megamug.distributed.cpu_backend import import_megatron
+from megamug.data.tooling import Progress
 from megamug.errors import UserError
 
 import_megatron()  # without its advice

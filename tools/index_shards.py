@@ -8,9 +8,9 @@ beside its shard; where that folder is read-only, under $MEGAMUG_INDEX_DIRECTORY
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser, new_file
+from megamug.command_line.tool import run_tool
 from megamug.data.shards.indexing import index_paths, summary, write_quarantine
 from megamug.data.shards.verify import Limits
-from megamug.data.tooling import run_tool
 
 
 def main() -> None:

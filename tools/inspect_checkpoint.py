@@ -17,9 +17,9 @@ import torch  # noqa: E402
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore  # noqa: E402
 from megamug.checkpoint.tensors import TensorReader  # noqa: E402
 from megamug.command_line.arguments import Parser  # noqa: E402
+from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.configuration.reading import load_config  # noqa: E402
 from megamug.convert.source import ForeignTensors  # noqa: E402
-from megamug.data.tooling import run_tool  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 

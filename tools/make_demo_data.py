@@ -7,9 +7,9 @@ captions. The same arguments give the same bytes; an interrupted call is continu
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, output_folder
+from megamug.command_line.tool import run_tool
 from megamug.data.demo.scenes import DemoParameters, make_demo_data
 from megamug.data.shards.indexing import index_paths, summary
-from megamug.data.tooling import run_tool
 
 
 def main() -> None:

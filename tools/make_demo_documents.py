@@ -8,8 +8,8 @@ same arguments give the same bytes; an interrupted call is continued by repeatin
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, output_folder
+from megamug.command_line.tool import run_tool
 from megamug.data.demo.documents import DemoDocuments, make_demo_documents
-from megamug.data.tooling import run_tool
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser, output_folder
+from megamug.command_line.tool import run_tool
 from megamug.data.shards.indexing import index_paths, summary
 from megamug.data.shards.packing import make_shards
-from megamug.data.tooling import run_tool
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamug.command_line.arguments import COUNT, Parser, output_folder
+from megamug.command_line.tool import run_tool
 from megamug.data.documents.vocabulary import make_vocabulary
-from megamug.data.tooling import run_tool
 
 
 def main() -> None:

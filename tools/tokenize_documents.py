@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, device, output_folder
+from megamug.command_line.tool import run_tool
 from megamug.data.documents.reading import PAIR_ORDERS
 from megamug.data.documents.tokenizer import tokenize_documents
-from megamug.data.tooling import run_tool
 
 
 def main() -> None:

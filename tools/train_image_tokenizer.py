@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, number, output_folder
-from megamug.configuration.ranges import Range
-from megamug.data.tooling import run_tool
+from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, Range, number, output_folder
+from megamug.command_line.tool import run_tool
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import ImageTokenizerConfig
 from megamug.models.image_tokenizer.run import RunOptions, train

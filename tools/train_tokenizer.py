@@ -11,11 +11,12 @@ from __future__ import annotations
 import itertools
 
 from megamug.command_line.arguments import COUNT, Parser, output_file
+from megamug.command_line.tool import run_tool
 from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.pairs.text import MAX_TRAINING_CAPTIONS, iterate_captions, train_tokenizer
 from megamug.data.shards.reading import find_index, index_command
 from megamug.data.shards.sources import find_shards, resolve_sources
-from megamug.data.tooling import Progress, run_tool
+from megamug.data.tooling import Progress
 from megamug.errors import UserError
 
 

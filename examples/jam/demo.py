@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, look, precision, run  # noqa: E402
 
 from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
-from megamug.data.tooling import run_tool  # noqa: E402
+from megamug.command_line.tool import run_tool  # noqa: E402
 
 TOOLS, CONFIG = ROOT / "tools", ROOT / "examples" / "jam" / "demo.yaml"
 PERPLEXITIES = ("text", "caption_given_image", "image_given_caption")

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demonstration import ROOT, precision, run  # noqa: E402
 
 from megamug.command_line.arguments import COUNT, Parser, output_folder  # noqa: E402
+from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.configuration.reading import load_config  # noqa: E402
-from megamug.data.tooling import run_tool  # noqa: E402
 
 
 def figures(folder: Path, task: str) -> dict:

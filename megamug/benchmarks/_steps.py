@@ -11,7 +11,8 @@ from torch.profiler import record_function
 
 from megamug.command_line.arguments import world_size
 from megamug.configuration import validate, validate_precision
-from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
 

@@ -13,7 +13,8 @@ from megamug.checkpoint.state import entries_of, load_tensors
 from megamug.checkpoint.store import STEP_FOLDER
 from megamug.checkpoint.tensors import TensorReader
 from megamug.configuration import validate
-from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megamug.checkpoint.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.checkpoint.guarded import guarded_loading
-from megamug.models.fp8_parameters import is_fp8, set_value, unrounded
-from megamug.training.optim import MOMENTS, MainState, Optimizer
+from megamug.checkpoint.optimizer_state import MOMENTS, MainState, SavedOptimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
 
@@ -64,7 +64,7 @@ def _of_optimizer(kind: str, entry: Entry, data: Tensor) -> Entry:
     return dataclasses.replace(entry, key=f"optimizer.{kind}.{entry.key}", data=data, **dtype)
 
 
-def _whole(state: MainState | None, kind: str, entry: Entry, optimizer: Optimizer, world) -> Tensor:
+def _whole(state: MainState | None, kind: str, entry: Entry, optimizer: SavedOptimizer, world) -> Tensor:
     """One state tensor over this rank's whole part of the parameter; a collective under the distributed optimizer."""
     part = None if state is None else state.main if kind == "main" else state.moment(kind)
     if part is not None and state.span is None:
@@ -78,7 +78,9 @@ def _whole(state: MainState | None, kind: str, entry: Entry, optimizer: Optimize
     return full.view(entry.data.shape)
 
 
-def sharded_state(chunks: list[torch.nn.Module], optimizer: Optimizer | None, world) -> dict[str, dict[str, Entry]]:
+def sharded_state(
+    chunks: list[torch.nn.Module], optimizer: SavedOptimizer | None, world
+) -> dict[str, dict[str, Entry]]:
     """{"model": ..., "optimizer": ...}: what is saved, by key. `chunks` are the bare ones of this rank."""
     if optimizer is None:
         return {"model": _by_key(entries_of(chunks))}
@@ -144,7 +146,9 @@ def save_tensors(state: dict, folder: Path) -> None:
     writing.finish()
 
 
-def load_tensors(chunks: list[torch.nn.Module], optimizer: Optimizer | None, world, folder: Path, step: int) -> None:
+def load_tensors(
+    chunks: list[torch.nn.Module], optimizer: SavedOptimizer | None, world, folder: Path, step: int
+) -> None:
     """Loads `folder` into the chunks and, unless None, the optimizer. Any layout reads what any layout wrote."""
     entries = entries_of(chunks)
     state = {"model": _by_key(unrounded(entry) for entry in entries)}

@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore
-from megamug.configuration.reading import Config, save_config, to_yaml
+from megamug.configuration.reading import save_config, to_yaml
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
 OPTIMIZER = "optimizer."  # what precedes the names of Adam's moments and of fp32 main parameters

@@ -12,14 +12,34 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megamug.configuration.ranges import Range
 from megamug.durable import folder_problem
 from megamug.errors import UserError
 
 DEFAULTS = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed numbers: [low, high], or without its ends where they are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        above = x > self.low if self.open_low else x >= self.low
+        return above and (x < self.high if self.open_high else x <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {f'below {self.high:g}' if self.open_high else f'at most {self.high:.16g}'}"
 
 
 class Parser(argparse.ArgumentParser):

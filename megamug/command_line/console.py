@@ -11,6 +11,7 @@ TORCH_CPP_LOG_LEVEL, where nobody set it).
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -93,3 +94,9 @@ def own() -> Iterator[None]:
 def take() -> None:
     """`own` until this process ends."""
     _begin()
+
+
+def import_megatron() -> None:
+    """Imports Megatron-core without its advice about packages that are optional here (`megamug doctor` names them)."""
+    with own():
+        importlib.import_module("megatron.core")

@@ -5,7 +5,8 @@ The formulas are those of `megamug.models.mug.plan`, which needs torch; a test c
 
 from __future__ import annotations
 
-from megamug.configuration.reading import Config, towers
+from megamug.configuration.reading import towers
+from megamug.configuration.sections import Config
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-from megamug.configuration.reading import Config, keys, nearest
+from megamug.command_line.arguments import Range
+from megamug.configuration.reading import keys, nearest
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
-
-
-@dataclass(frozen=True)
-class Range:
-    """Allowed numbers: [low, high], or without its ends where they are open."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, x: float) -> bool:
-        above = x > self.low if self.open_low else x >= self.low
-        return above and (x < self.high if self.open_high else x <= self.high)
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and {f'below {self.high:g}' if self.open_high else f'at most {self.high:.16g}'}"
-
 
 _COUNT, _FROM_ZERO, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
 _DECAY = Range(0, 1, open_high=True)

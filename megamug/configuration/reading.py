@@ -21,27 +21,10 @@ from pathlib import Path
 import yaml
 
 from megamug.configuration import presets
-from megamug.configuration.sections import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    FusionConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    TowerConfig,
-    TrainConfig,
-)
+from megamug.configuration.sections import Config, TowerConfig
 from megamug.durable import replace_text
 from megamug.errors import UserError
 
-__all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "FusionConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
-    "ParallelConfig", "PrecisionConfig", "TowerConfig", "TrainConfig", "keys", "load_config", "nearest", "resolve",
-    "save_config", "to_yaml", "towers",
-]  # fmt: skip
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of YAML file `path` (None: the defaults) with `section.key=value` overrides; not yet resolved.

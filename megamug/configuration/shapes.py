@@ -6,17 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from megamug.configuration.reading import Config, TowerConfig
+from megamug.configuration.sections import Config, TowerConfig
 
 Shapes = dict[str, tuple[int, ...]]
 TOWERS = ("text", "image")
 GRID_PREFIX = 1  # tokens before a `rotary_grid`: the condition
-VOCABULARY_MULTIPLE = 128  # tables have rows for a multiple of it in every layout, so a checkpoint fits every layout
-
-
-def padded_vocabulary(vocabulary: int) -> int:
-    """Rows of the tables for a vocabulary of this many ids."""
-    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def positions_of(tower: TowerConfig) -> int | None:

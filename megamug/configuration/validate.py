@@ -21,8 +21,9 @@ from megamug.configuration.counts import (
     visible_tokens,
 )
 from megamug.configuration.ranges import check_keys, check_values
-from megamug.configuration.reading import Config, load_config, resolve
-from megamug.configuration.shapes import VOCABULARY_MULTIPLE, padded_vocabulary
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config
+from megamug.data.padding import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.durable import folder_problem
 from megamug.errors import UserError
 

@@ -9,7 +9,8 @@ import math
 from pathlib import Path
 
 from megamug.configuration.counts import round_up
-from megamug.configuration.reading import Config, towers
+from megamug.configuration.reading import towers
+from megamug.configuration.sections import Config
 from megamug.configuration.shapes import positions_of
 from megamug.errors import UserError
 

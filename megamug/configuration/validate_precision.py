@@ -11,7 +11,8 @@ import importlib.util
 import math
 
 from megamug.configuration.counts import decoder_tokens, round_up, stack_layers, visible_tokens
-from megamug.configuration.reading import Config, towers
+from megamug.configuration.reading import towers
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
 # Transformer Engine's FP8 products (cuBLAS) want every inner dimension in multiples of 16 numbers. Forward that is

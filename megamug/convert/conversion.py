@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View, VocabularyRows
 from megamug.convert.safetensors_out import write_folder
 from megamug.convert.source import ForeignTensors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
 

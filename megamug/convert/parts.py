@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamug.configuration.reading import TowerConfig
-from megamug.configuration.shapes import padded_vocabulary
+from megamug.configuration.sections import TowerConfig
+from megamug.data.padding import padded_vocabulary
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamug.configuration.reading import TowerConfig
+from megamug.configuration.sections import TowerConfig
 from megamug.convert.parts import Piece, fused_qkv
 
 

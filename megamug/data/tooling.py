@@ -1,8 +1,7 @@
-"""What the command-line tools for data share: progress, spawned workers, errors as one sentence with exit code 2."""
+"""What the tools for data share: progress, and spawned workers."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -12,31 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 from megamug.command_line import console
-from megamug.errors import UserError
-
-_REMEDIES = {
-    errno.ENOSPC: "make room", errno.EDQUOT: "make room in your quota", errno.EROFS: "name another folder",
-    errno.EACCES: "change its permissions", errno.EPERM: "change its permissions",
-}  # fmt: skip
-
-
-def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool: a `UserError`, or a file that cannot be read or written, becomes one line on stderr, exit code 2."""
-    console.take()
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}; {_REMEDIES.get(error.errno, 'look at it')}, then repeat the"
-              " command", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept, run the same command to continue", file=sys.stderr)
-        sys.exit(130)
 
 
 class Progress:

@@ -225,12 +225,6 @@ def _attribute(module: str, path: str) -> tuple[object, str]:
     return owner, name
 
 
-def import_megatron() -> None:
-    """Imports Megatron-core without its advice about packages that are optional here (`megamug doctor` names them)."""
-    with console.own():
-        importlib.import_module("megatron.core")
-
-
 def keep_freed_memory() -> bool:
     """Lets this process keep the memory of freed tensors for the next ones. Returns whether the C library could.
 
@@ -250,7 +244,7 @@ def apply() -> bool:
     if torch.cuda.is_available():
         return False
     if not _applied:
-        import_megatron()
+        console.import_megatron()
         for module, path, replace, _ in PATCHES:
             with console.own():
                 owner, name = _attribute(module, path)

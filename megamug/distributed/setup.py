@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megamug.configuration.reading import ParallelConfig
+from megamug.configuration.sections import ParallelConfig
 from megamug.distributed import cpu_backend
 
 

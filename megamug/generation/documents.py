@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megamug.configuration import validate_lm
-from megamug.configuration.reading import Config, load_config, resolve, towers
+from megamug.configuration.reading import load_config, resolve, towers
+from megamug.configuration.sections import Config
 from megamug.configuration.shapes import positions_of
 from megamug.data.documents.reading import Picture
 from megamug.data.documents.vocabulary import Vocabulary

@@ -19,7 +19,8 @@ import torch
 from megamug.checkpoint.store import CheckpointStore
 from megamug.command_line.arguments import world_size
 from megamug.configuration import validate_lm
-from megamug.configuration.reading import Config, ParallelConfig, load_config, resolve
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config, ParallelConfig
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
 

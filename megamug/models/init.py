@@ -15,7 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megamug.models.fp8_parameters import filling
+from megamug.checkpoint.fp8_parameters import filling
 from megamug.models.random_numbers import Distribution, fill, key_of
 
 # The first rule whose pattern the global name contains decides. Linear weights: Xavier uniform, the fused qkv matrix

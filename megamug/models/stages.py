@@ -16,8 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megamug.configuration.reading import Config
-from megamug.configuration.shapes import padded_vocabulary
+from megamug.configuration.sections import Config
+from megamug.data.padding import padded_vocabulary
 from megamug.models.partition import cut
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.errors import UserError
 from megamug.models.blocks import compiled, specs

@@ -17,7 +17,7 @@ A chunk has `config` (what Megatron's schedules read), `plan`, `incoming` and `o
 
 from __future__ import annotations
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 
 
 def make_task(config: Config):

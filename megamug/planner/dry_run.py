@@ -6,7 +6,7 @@ No device and no process group is needed: a laptop tells what 512 GPUs would hol
 from __future__ import annotations
 
 from megamug.configuration import validate
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.planner import parameters
 
 GIB = 1024**3

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamug.configuration.reading import Config
-from megamug.configuration.sections import LONG
+from megamug.configuration.sections import LONG, Config
 from megamug.planner.layers import GELU, ROTARY, STREAM, SWIGLU
 
 NODE = 8  # GPUs that NVLink joins

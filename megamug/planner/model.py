@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from megamug.configuration import validate
-from megamug.configuration.reading import Config, TowerConfig
+from megamug.configuration.sections import Config, TowerConfig
 from megamug.models.partition import depth_slots
 from megamug.planner.layers import (
     SEQUENCE,

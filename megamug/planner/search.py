@@ -12,8 +12,9 @@ from pathlib import Path
 
 from megamug.configuration import validate, validate_lm, validate_precision
 from megamug.configuration.ranges import check_keys, check_values
-from megamug.configuration.reading import Config, resolve
-from megamug.configuration.shapes import padded_vocabulary
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
+from megamug.data.padding import padded_vocabulary
 from megamug.errors import UserError
 from megamug.planner.execution import GPUS, NODE, Gpu, graphs_of, layers_of
 from megamug.planner.memory import GIB, Layout, Memory, memory

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -22,13 +21,12 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megamug.configuration.reading import Config, OptimizerConfig, TrainConfig
+from megamug.checkpoint.optimizer_state import MainState, counts_per_parameter
+from megamug.configuration.sections import Config, OptimizerConfig, TrainConfig
 from megamug.models.blocks.specs import FP8_RECIPES
 from megamug.training import adam, gradients
 from megamug.training.gradients import GradientBuffers
 from megamug.training.pipeline import finalise_gradients
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
@@ -194,7 +192,7 @@ class Optimizer:
         """Sets the number of updates done, from which Adam corrects its bias."""
         for part in self.parts:
             for group in part.optimizer.param_groups:
-                if "step" in group or not _is_torch(part.optimizer):
+                if "step" in group or not counts_per_parameter(part.optimizer):
                     group["step"] = step
             for state in part.optimizer.state.values():
                 if "step" in state:
@@ -210,35 +208,6 @@ class Optimizer:
                 if "step" in state:
                     return int(state["step"])
         return 0
-
-
-@dataclass
-class MainState:
-    """One parameter's fp32 main value and Adam moments, or this rank's part of them.
-
-    `span` (None: all of it) is the part [start, end) of the flattened parameter that this rank holds.
-    """
-
-    name: str  # as in `torch.nn.ModuleList(chunks)`
-    parameter: Tensor  # the model's
-    main: Tensor  # fp32; the parameter itself in the plain optimizer
-    span: tuple[int, int] | None
-    optimizer: torch.optim.Optimizer
-
-    def moment(self, which: str) -> Tensor:
-        """`exp_avg` or `exp_avg_sq`, shaped as `main`; made (zero) where no step was done yet."""
-        state = self.optimizer.state[self.main]
-        if which not in state:
-            if _is_torch(self.optimizer) and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=self.main.device)
-            for name in MOMENTS:
-                state.setdefault(name, torch.zeros_like(self.main, dtype=torch.float32))
-        return state[which]
-
-
-def _is_torch(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's AdamW counts steps per parameter; Transformer Engine's and apex's count per group."""
-    return isinstance(optimizer, torch.optim.Adam)
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamug.configuration.reading import Config
-from megamug.configuration.sections import LONG
+from megamug.configuration.sections import LONG, Config
 from megamug.training import pipeline
 from megamug.training.pipeline import Sums
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 
 logger = logging.getLogger(__name__)
 

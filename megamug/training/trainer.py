@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from megamug.checkpoint.store import CheckpointStore
-from megamug.configuration.reading import Config, save_config
+from megamug.configuration.reading import save_config
+from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
 from megamug.telemetry.metrics import MetricsLogger, setup_logging

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megamug.checkpoint.state import load_tensors, save_tensors, sharded_state
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.models.init import draw, initialise
 from megamug.training.optim import Optimizer, wrap_chunks
 from tests.distributed import mug_case

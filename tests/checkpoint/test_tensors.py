@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.configuration.reading import Config, load_config
+from megamug.configuration.reading import load_config
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 from tests.distributed.launch import python_path
 from tests.distributed.layout_worker import tiny
@@ -126,7 +127,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
 PEAK = """
 import resource, sys, torch
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 count, folder = int(sys.argv[1]), sys.argv[2]
 def tensors():
     for i in range(count):

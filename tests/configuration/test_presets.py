@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamug.configuration.presets import PRESETS
-from megamug.configuration.reading import Config, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
 from megamug.models.mug.plan import MugPlan
 from megamug.telemetry.flops import TRAINING, linear_flops
 from tests.distributed.layout_worker import micro_batches, tiny

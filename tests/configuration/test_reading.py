@@ -11,17 +11,8 @@ import pytest
 import yaml
 
 from megamug.configuration.presets import BY_KIND, DEFAULT, PRESETS, TOWERS
-from megamug.configuration.reading import (
-    Config,
-    ModelConfig,
-    TowerConfig,
-    keys,
-    load_config,
-    resolve,
-    save_config,
-    to_yaml,
-    towers,
-)
+from megamug.configuration.reading import keys, load_config, resolve, save_config, to_yaml, towers
+from megamug.configuration.sections import Config, ModelConfig, TowerConfig
 from megamug.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,8 @@ from typing import get_args
 import pytest
 
 from megamug.configuration import ranges, validate
-from megamug.configuration.reading import Config, keys, load_config, resolve, save_config
+from megamug.configuration.reading import keys, load_config, resolve, save_config
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
 

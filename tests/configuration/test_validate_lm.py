@@ -7,7 +7,8 @@ import re
 import pytest
 
 from megamug.configuration import validate
-from megamug.configuration.reading import Config, load_config, resolve, save_config
+from megamug.configuration.reading import load_config, resolve, save_config
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 from tests.data.language import tiny_vocabulary, write_set
 

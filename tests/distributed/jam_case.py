@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from megamug.configuration.reading import Config, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
 from megamug.data.documents.loader import IGNORE
 from tests.distributed import lm_case
 from tests.distributed.lm_case import TOKENS, VOCABULARY

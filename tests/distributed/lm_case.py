@@ -9,7 +9,8 @@ from unittest import mock
 
 import torch
 
-from megamug.configuration.reading import Config, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
 from megamug.data.documents.loader import IGNORE, TokenBatch
 
 VOCABULARY, TOKENS = 200, 16

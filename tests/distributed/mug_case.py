@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 
 VOCABULARY = 70
 

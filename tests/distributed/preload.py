@@ -1,8 +1,8 @@
 """What the server of `launch_forked` imports before it forks a rank: no thread, no process group starts with it."""
 
-from megamug.distributed import cpu_backend
+from megamug.command_line import console
 
-cpu_backend.import_megatron()
+console.import_megatron()
 
 import megamug.checkpoint.saver  # noqa: E402
 import megamug.checkpoint.state  # noqa: E402

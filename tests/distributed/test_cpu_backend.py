@@ -32,8 +32,9 @@ def run(script: str) -> dict:
 
 NOTE = """
 import json, torch
+from megamug.command_line import console
 from megamug.distributed import cpu_backend
-cpu_backend.import_megatron()
+console.import_megatron()
 def current():
     return [getattr(*cpu_backend._attribute(module, path)) for module, path, _, _ in cpu_backend.PATCHES]
 names = [f"{module}.{path}" for module, path, _, _ in cpu_backend.PATCHES]
@@ -98,7 +99,8 @@ def test_megatron_is_a_version_that_was_checked():
     found = run("""
 import json
 from megamug.distributed import cpu_backend
-cpu_backend.import_megatron()
+from megamug.command_line import console
+console.import_megatron()
 import megatron.core
 sources = cpu_backend.MEGATRON_SOURCES
 print(json.dumps({
@@ -168,7 +170,7 @@ def test_megatrons_random_states_and_recomputation():
     one that was computed."""
     found = run("""
 import json, torch
-from megamug.configuration.reading import ParallelConfig
+from megamug.configuration.sections import ParallelConfig
 from megamug.distributed import setup
 setup.start(ParallelConfig(), seed=3)
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker

@@ -8,7 +8,8 @@ import torch
 
 from megamug.checkpoint.saver import Saver
 from megamug.checkpoint.store import CheckpointStore
-from megamug.configuration.reading import Config, save_config
+from megamug.configuration.reading import save_config
+from megamug.configuration.sections import Config
 from megamug.data.demo.scenes import DemoParameters, make_demo_data
 from megamug.data.pairs.text import iterate_captions, train_tokenizer
 from megamug.data.shards.indexing import index_paths

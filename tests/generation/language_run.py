@@ -9,7 +9,8 @@ import torch
 
 from megamug.checkpoint.saver import Saver
 from megamug.checkpoint.store import CheckpointStore
-from megamug.configuration.reading import Config, resolve, save_config
+from megamug.configuration.reading import resolve, save_config
+from megamug.configuration.sections import Config
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.distributed import setup
 from tests.data.language import some_documents, tiny_vocabulary, write_set

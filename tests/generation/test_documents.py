@@ -148,7 +148,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
 
 
 def test_a_vocabulary_of_text_alone_and_a_run_of_mug(folder, tmp_path, capsys):
-    from megamug.configuration.reading import Config
+    from megamug.configuration.sections import Config
     from megamug.data.documents.vocabulary import make_vocabulary
 
     make_vocabulary(folder / "t.model", None, 2, tmp_path / "vocabulary")

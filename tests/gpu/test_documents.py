@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megamug.configuration.reading import Config, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
 from megamug.data.documents.loader import TokenBatch, no_fewer
 from megamug.models.attention import documents
 from megamug.models.blocks.layers import document_mask

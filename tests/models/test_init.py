@@ -10,7 +10,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megamug.configuration.presets import PRESETS
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.models.init import RULES, draw, initialise
 from megamug.models.mug.plan import MugPlan
 from tests.distributed.layout_worker import tiny

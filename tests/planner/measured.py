@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config
 from megamug.planner import execution as constants
 from megamug.planner import memory as planner_memory
 from megamug.planner.execution import GPUS, layers_of

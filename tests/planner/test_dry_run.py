@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megamug import cli
-from megamug.configuration.reading import Config, resolve, save_config
+from megamug.configuration.reading import resolve, save_config
+from megamug.configuration.sections import Config
 from megamug.models.mug.model import Mug
 from megamug.models.mug.plan import MugPlan
 from megamug.planner import dry_run, parameters

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamug import cli
 from megamug.configuration import validate, validate_precision
-from megamug.configuration.reading import Config, load_config, resolve
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config
 from megamug.models.blocks import cpu_linear
 from megamug.models.mug.model import Mug, MugBatch
 from megamug.models.mug.plan import MugPlan

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from megamug.configuration.reading import OptimizerConfig, TrainConfig
-from megamug.training.optim import MOMENTS, Optimizer, learning_rate, wrap_chunks
+from megamug.checkpoint.optimizer_state import MOMENTS
+from megamug.configuration.sections import OptimizerConfig, TrainConfig
+from megamug.training.optim import Optimizer, learning_rate, wrap_chunks
 from tests.distributed.layout_worker import micro_batches, tiny
 
 # ---------------------------------------------------------------------------------------------- schedule

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megamug.configuration.reading import TowerConfig
+from megamug.configuration.sections import TowerConfig
 from megamug.convert import parts
 from megamug.convert.language import llama
 from megamug.errors import UserError

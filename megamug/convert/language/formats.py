@@ -7,12 +7,12 @@ from dataclasses import asdict
 from functools import partial
 from types import ModuleType
 
-from megamug.configuration.reading import Config, TowerConfig
-from megamug.configuration.sections import DataConfig
-from megamug.configuration.shapes import padded_vocabulary, tower_shapes
+from megamug.configuration.sections import Config, DataConfig, TowerConfig
+from megamug.configuration.shapes import tower_shapes
 from megamug.convert.formats import Format, View, VocabularyRows, is_count
 from megamug.convert.language import chameleon, llama, llamagen, opt
 from megamug.convert.table import Row
+from megamug.data.padding import padded_vocabulary
 from megamug.errors import UserError
 
 COUNTS = (

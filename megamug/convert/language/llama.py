@@ -5,7 +5,7 @@ Both turn the halves of a head (numbers i and i + d/2 together), so query and ke
 
 from __future__ import annotations
 
-from megamug.configuration.reading import TowerConfig
+from megamug.configuration.sections import TowerConfig
 from megamug.convert import parts
 from megamug.errors import UserError
 

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megamug.configuration.reading import Config, TowerConfig
-from megamug.configuration.shapes import padded_vocabulary
+from megamug.configuration.sections import Config, TowerConfig
 from megamug.convert import parts
 from megamug.convert.formats import View
+from megamug.data.padding import padded_vocabulary
 from megamug.errors import UserError
 
 NAME = "llamagen_gpt"

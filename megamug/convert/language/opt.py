@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megamug.configuration.reading import TowerConfig
+from megamug.configuration.sections import TowerConfig
 from megamug.convert import parts
 from megamug.errors import UserError
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View, as_it_is, is_count
 from megamug.convert.table import Row
 from megamug.convert.vision.vit import LayerNames, blocks, encoder, no_registers, positions

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row
 from megamug.convert.vision.vit import (

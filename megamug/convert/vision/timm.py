@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row, batched
 from megamug.convert.vision.mae import encoder_rows, encoder_settings

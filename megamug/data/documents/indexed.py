@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import import_megatron
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.shards.sources import parse_sets
-from megamug.distributed.cpu_backend import import_megatron
 from megamug.durable import fsync_folder, write_atomically
 from megamug.errors import UserError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamug.configuration.shapes import padded_vocabulary
+from megamug.data.padding import padded_vocabulary
 from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
 from megamug.durable import fsync_folder, write_atomically
 from megamug.errors import UserError

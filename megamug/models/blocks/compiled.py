@@ -17,8 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megamug.configuration.reading import Config
-from megamug.configuration.sections import LONG
+from megamug.configuration.sections import LONG, Config
 from megamug.models.attention import gpu as gpu_attention
 from megamug.models.blocks.layers import kernel_order
 

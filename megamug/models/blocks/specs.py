@@ -23,7 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.errors import UserError
 from megamug.models.blocks import layers
 from megamug.models.blocks.elementwise import SwiGLU

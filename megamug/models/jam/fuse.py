@@ -25,8 +25,8 @@ from torch import Tensor
 from megamug.checkpoint.saver import read_state
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration import validate_lm
-from megamug.configuration.reading import Config, load_config, resolve
-from megamug.configuration.sections import FusionConfig, TowerConfig
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config, FusionConfig, TowerConfig
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.models.jam.fuse_cross import WORDS, cross_tensors

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.configuration.shapes import cross_shapes, init_std, output_width
 from megamug.models.init import draw
 from megamug.models.language.tower import DTYPES

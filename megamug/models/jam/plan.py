@@ -11,7 +11,7 @@ from functools import cached_property
 
 from megatron.core.transformer import TransformerConfig
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.configuration.shapes import count, init_std, output_width, parameter_shapes
 from megamug.models.language.tower import TowerPlan
 from megamug.models.partition import Slot, depth_slots

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from megatron.core.transformer import TransformerConfig
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.models.language.tower import TowerPlan
 from megamug.models.stages import Block, Boundary, Part, Plan
 

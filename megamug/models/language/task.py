@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.data.documents.indexed import DocumentSet, open_documents
 from megamug.data.documents.loader import IGNORE, TokenBatch, TokenLoader, order_of_rows, row_makers
 from megamug.data.documents.vocabulary import Vocabulary

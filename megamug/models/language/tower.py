@@ -19,7 +19,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megamug.configuration.reading import Config, TowerConfig
+from megamug.configuration.sections import Config, TowerConfig
 from megamug.configuration.shapes import GRID_PREFIX
 from megamug.models.blocks import specs
 from megamug.models.blocks.elementwise import rotation_table

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.models.blocks import specs
 from megamug.models.stages import Block, Boundary, Part, Plan
 from megamug.telemetry.flops import layer_flops, linear_flops

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.data.dali import load_dali
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamug.configuration.reading import Config, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
 from megamug.data.documents.loader import TokenBatch
 from megamug.models.attention import documents
 from megamug.models.blocks.elementwise import rotate, rotation_table

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.models.attention import gpu as gpu_attention
 from megamug.models.blocks import compiled, functional
 from megamug.training.pipeline import run_batch

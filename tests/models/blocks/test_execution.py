@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 
-from megamug.configuration.reading import Config
+from megamug.configuration.sections import Config
 from megamug.models.blocks import layers, specs
 from tests.distributed import jam_case, lm_case, mug_case
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from megamug.configuration.reading import Config, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config
 from megamug.configuration.shapes import count, tower_shapes
 from megamug.models.jam.plan import JamPlan
 from megamug.models.partition import depth_slots

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.configuration.reading import Config, load_config, resolve
-from megamug.configuration.sections import FusionConfig
+from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.sections import Config, FusionConfig
 from megamug.configuration.shapes import count, parameter_shapes, tower_shapes
 from megamug.errors import UserError
 from megamug.models.jam import fuse

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megamug.configuration.presets import TOWERS
-from megamug.configuration.reading import Config, TowerConfig, resolve
+from megamug.configuration.reading import resolve
+from megamug.configuration.sections import Config, TowerConfig
 from megamug.convert.language import llama, opt
 
 VOCABULARY, CONTEXT = 100, 24
