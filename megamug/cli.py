@@ -233,9 +233,9 @@ def _generate_from_images(arguments: argparse.Namespace) -> dict:
     for path in arguments.images:
         if not path.exists():
             raise UserError(f"--images: {path} does not exist")
-    from megamug.generation import captions as generate
+    from megamug.generation import images
 
-    return generate.generate_from_images(
+    return images.generate_from_images(
         arguments.run_dir, arguments.images, mask_ratio=arguments.mask_ratio, top_p=arguments.top_p,
         temperature=arguments.temperature, output=arguments.output, step=arguments.checkpoint,
     )
@@ -246,9 +246,9 @@ def _generate_documents(arguments: argparse.Namespace) -> dict:
         raise UserError("a document is written from its beginning: give it with --prompt, --image or both")
     if arguments.image is not None and not arguments.image.is_file():
         raise UserError(f"--image: {arguments.image} is no file")
-    from megamug.generation import documents as command
+    from megamug.generation import documents
 
-    return command.generate_documents(
+    return documents.generate_documents(
         arguments.run_dir, arguments.prompt or [""], image=arguments.image, max_images=arguments.max_images,
         max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p,
         guidance=arguments.guidance, contrastive=arguments.contrastive, contrastive_top_k=arguments.contrastive_top_k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -45,7 +46,8 @@ def stand_in(monkeypatch):
 
         module = types.SimpleNamespace(**{function: record})
         monkeypatch.setitem(sys.modules, f"megamug.{name}", module)
-        monkeypatch.setattr(megamug, name, module, raising=False)
+        room, _, file = f"megamug.{name}".rpartition(".")
+        monkeypatch.setattr(importlib.import_module(room), file, module, raising=False)
         return calls
 
     return put
@@ -127,21 +129,21 @@ def test_train_hands_the_resolved_configuration_to_the_trainer(tmp_path, monkeyp
     (tmp_path / "c.yaml").write_text("model: {preset: vit_s16}")
     monkeypatch.setattr(validate, "validate", lambda config, size, here: None)
     for code in (0, 1, 3):
-        calls = stand_in("trainer", "train", code)
+        calls = stand_in("training.trainer", "train", code)
         assert cli.main(["train", str(tmp_path / "c.yaml"), "train.steps=7", "seed=3"]) == code
         ((config,), _), = calls  # fmt: skip
         assert (config.train.steps, config.seed, config.model.width) == (7, 3, 384)
 
 
 def test_nothing_is_trained_that_is_not_valid(tmp_path, capsys, stand_in):
-    calls = stand_in("trainer", "train", 0)
+    calls = stand_in("training.trainer", "train", 0)
     (tmp_path / "c.yaml").write_text("parallel: {tensor: 2}")
     assert "tensor(2) x pipeline(1) = 2 but WORLD_SIZE is 1" in told(capsys, "train", tmp_path / "c.yaml")
     assert calls == []
 
 
 def test_a_dry_run_prints_the_layout_and_changes_nothing(tmp_path, capsys, monkeypatch, stand_in):
-    calls = stand_in("trainer", "train", 1)
+    calls = stand_in("training.trainer", "train", 1)
     monkeypatch.setattr(validate, "files", lambda config: None)
     monkeypatch.setattr(validate, "vocabulary", lambda config: None)
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -209,14 +211,14 @@ def test_under_torchrun_one_sentence_and_no_process_group(tmp_path):
 
 
 def test_a_mistake_that_only_the_trainer_finds(tmp_path, capsys, monkeypatch, stand_in):
-    stand_in("trainer", "train", UserError("the checkpoint is of another seed; set seed=5"))
+    stand_in("training.trainer", "train", UserError("the checkpoint is of another seed; set seed=5"))
     monkeypatch.setattr(validate, "validate", lambda config, size, here: None)
     (tmp_path / "c.yaml").write_text("")
     assert "set seed=5" in told(capsys, "train", tmp_path / "c.yaml")
 
 
 def test_a_real_bug_keeps_its_traceback(tmp_path, monkeypatch, stand_in):
-    stand_in("trainer", "train", ZeroDivisionError("a bug"))
+    stand_in("training.trainer", "train", ZeroDivisionError("a bug"))
     monkeypatch.setattr(validate, "validate", lambda config, size, here: None)
     (tmp_path / "c.yaml").write_text("")
     with pytest.raises(ZeroDivisionError):
@@ -232,7 +234,7 @@ def test_evaluate_calls_the_task_and_prints_its_figures(finished_run, capsys, st
 
 
 def test_generate_calls_the_generator(finished_run, capsys, stand_in):
-    calls = stand_in("generate", "generate_from_images", {"captions": ["a red square"]})
+    calls = stand_in("generation.images", "generate_from_images", {"captions": ["a red square"]})
     picture = finished_run.parent / "picture.png"
     assert cli.main(["generate", str(finished_run), "--images", str(picture), "--mask-ratio", "0.5"]) == 0
     named = {"mask_ratio": 0.5, "top_p": None, "temperature": 1.0, "output": None, "step": None}

@@ -9,7 +9,7 @@ import torch
 
 from megamug.benchmarks import mug
 from megamug.configuration import validate_precision
-from megamug.models.language.task import model_of
+from megamug.models.tasks import model_of
 from megamug.planner import parameters
 from megamug.planner.memory import Layout, memory
 from tests.gpu import cpu, parity, planned, writing

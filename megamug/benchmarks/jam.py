@@ -103,7 +103,7 @@ def _model(config, options: argparse.Namespace):
     cpu_backend.apply()
     from megamug.models.blocks import specs
     from megamug.models.init import initialise
-    from megamug.models.language.task import model_of
+    from megamug.models.tasks import model_of
 
     plan_type, model_type = model_of(config.model.kind)
     world = setup.start(config.parallel, config.seed)
@@ -118,8 +118,8 @@ def _build(options: argparse.Namespace, dtype: str, kind: str):
 
     cpu_backend.apply()
     from megamug.data.documents.loader import TokenBatch, no_fewer
-    from megamug.models.language.task import LmTask, model_of
     from megamug.models.task import Task
+    from megamug.models.tasks import make_task, model_of
 
     class TaskWithoutFiles(Task):
         """Of a vocabulary that has only a size."""
@@ -131,7 +131,7 @@ def _build(options: argparse.Namespace, dtype: str, kind: str):
             self.loss_names = list(self.plan.loss_weights)
 
     config = settings(options, dtype, kind)
-    task = LmTask(config) if config.data.train is not None else TaskWithoutFiles()
+    task = make_task(config) if config.data.train is not None else TaskWithoutFiles()
 
     def made(world):
         torch.manual_seed(world.dp_rank)  # the same batches on all ranks of a replica

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megamug.data.pairs.text import PAD
 from megamug.errors import UserError
-from megamug.evaluate.held_out import held_out, select
-from megamug.generation.captions import all_visible, columns, encode, generate_tokens, sample_rows
+from megamug.generation.captions import all_visible, encode, generate_tokens
+from megamug.generation.pictures import columns, held_out, sample_rows, select
 from megamug.models.mug.model import MugBatch
 from megamug.telemetry.pictures import save_grid
 

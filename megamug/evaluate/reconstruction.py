@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from megamug.errors import UserError
-from megamug.evaluate.held_out import held_out, select
-from megamug.generation.captions import (
-    TRUE_STATISTICS,
-    columns,
-    encode,
-    reconstruct,
-    sample_rows,
-    true_and_written,
-    true_patches,
-)
+from megamug.generation.captions import TRUE_STATISTICS, encode, reconstruct, true_patches
+from megamug.generation.pictures import columns, held_out, sample_rows, select, true_and_written
 from megamug.models.mug.model import MugBatch, patchify, take
 from megamug.telemetry.pictures import save_grid
 

@@ -69,8 +69,8 @@ def generate_documents(
     import torch
     import torch.distributed as dist
 
-    from megamug.generation.captions import new_folder
     from megamug.generation.decoding import Sampling, write_documents
+    from megamug.generation.images import new_folder
     from megamug.generation.loading import load_run
 
     sampling = Sampling(

@@ -18,6 +18,7 @@ class Task:
     A model's task sets `plan` and `model`, and says how its batches are made and counted.
     """
 
+    plan_type: type[Plan]
     plan: Plan
     model: type[torch.nn.Module]  # model(plan, stage): a chunk
     loss_names: list[str]

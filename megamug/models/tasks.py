@@ -18,14 +18,31 @@ A chunk has `config` (what Megatron's schedules read), `plan`, `incoming` and `o
 from __future__ import annotations
 
 from megamug.configuration.sections import Config
+from megamug.models.task import Task
 
 
-def make_task(config: Config):
-    """The task of `config` (resolved, validated). Raises UserError where its tokenizer or vocabulary cannot be read."""
-    if config.model.kind == "mug":
+def task_type(kind: str) -> type[Task]:
+    """The task of a `model.kind`; its `plan_type` and `model` are the classes of plan and chunk."""
+    assert kind in ("mug", "decoder_lm", "jam_cross"), kind
+    if kind == "mug":
         from megamug.models.mug.task import MugTask
 
-        return MugTask(config)
-    from megamug.models.language.task import LmTask
+        return MugTask
+    if kind == "decoder_lm":
+        from megamug.models.language.task import LmTask
 
-    return LmTask(config)
+        return LmTask
+    from megamug.models.jam.task import JamTask
+
+    return JamTask
+
+
+def model_of(kind: str) -> tuple[type, type]:
+    """Classes of plan and chunk of a `model.kind`: `model(plan(config, vocabulary), stage)`."""
+    task = task_type(kind)
+    return task.plan_type, task.model
+
+
+def make_task(config: Config) -> Task:
+    """The task of `config` (resolved, validated). Raises UserError where its tokenizer or vocabulary cannot be read."""
+    return task_type(config.model.kind)(config)

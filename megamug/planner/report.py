@@ -6,37 +6,14 @@ import json
 from dataclasses import replace
 
 from megamug.planner.execution import NODE
-from megamug.planner.memory import GIB, Layout, Memory, memory
+from megamug.planner.memory import GIB, Layout, memory
 from megamug.planner.parameters import Count
-from megamug.planner.search import Choice, Plan, Rejected, times_of
+from megamug.planner.plan import Choice, Plan, Rejected, described, memory_parts
+from megamug.planner.time import times_of
 from megamug.telemetry.flops import TRAINING
 
 COLUMNS = ("tp", "sp", "pp", "vp", "dp", "micro", "recompute", "optimizer", "fp8", "layers")
 WORTH = 0.05  # of a step: what waits for launches for less, or wins less, is not spoken of
-
-
-def memory_parts(memory: Memory) -> dict[str, float]:
-    """GiB by part; the optimizer's are main parameters and moments."""
-    return {
-        "weights": memory.weights / GIB, "gradients": memory.gradients / GIB,
-        "optimizer": (memory.main_parameters + memory.moments) / GIB, "activations": memory.activations / GIB,
-        "logits": memory.logits / GIB, "other": (memory.fp8_copies + memory.workspace) / GIB,
-    }  # fmt: skip
-
-
-def described(layout: dict[str, object]) -> str:
-    """A layout, or what of it was decided, in words."""
-    words = [f"{name} {layout[name]}" for name in ("tensor", "pipeline", "data") if name in layout]
-    if layout.get("virtual", 1) != 1:
-        words.append(f"virtual {layout['virtual']}")
-    if "micro_batch" in layout:
-        words.append(f"micro-batch {layout['micro_batch']}")
-        words.append(f"recompute {'full' if layout['recompute'] else 'none'}")
-    if layout.get("distributed_optimizer"):
-        words.append("distributed optimizer")
-    if layout.get("fp8", "none") != "none":
-        words.append(f"fp8 {layout['fp8']}")
-    return ", ".join(words)
 
 
 def text(plan: Plan, top: int) -> str:

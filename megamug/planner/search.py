@@ -7,7 +7,7 @@ no data is read, and torch is not imported unless a tokenizer has to be read.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from megamug.configuration import validate, validate_lm, validate_precision
@@ -19,76 +19,13 @@ from megamug.errors import UserError
 from megamug.planner.execution import GPUS, NODE, Gpu, graphs_of, layers_of
 from megamug.planner.memory import GIB, Layout, Memory, memory
 from megamug.planner.model import Model, model_of
-from megamug.planner.time import Times, peak, step_time
+from megamug.planner.plan import Choice, Plan, Rejected, described, given_up, memory_parts
+from megamug.planner.time import peak, times_of
 from megamug.telemetry.flops import TRAINING
 
 # Where neither data.tokenizer nor the command says: CM3leon's (arXiv 2309.02591), and LLaMA's for captions.
 DEFAULT_VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320}
 LARGEST_MICRO_BATCH = 4096
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A layout that fits. `mfu`: model FLOPs, recomputation apart, over the dense peak of bf16 (fp32 in an fp32 run),
-    FP8 or not."""
-
-    layout: Layout
-    memory: Memory
-    times: Times
-    samples_per_second: float
-    mfu: float
-
-    def overrides(self, config: Config) -> list[str]:
-        """What makes a run of `config` use it, as `section.key=value`."""
-        layout = self.layout
-        gather = layout.distributed_optimizer and config.parallel.overlap_param_gather
-        values = {
-            "parallel.tensor": layout.tensor, "parallel.pipeline": layout.pipeline, "parallel.virtual": layout.virtual,
-            "parallel.data": layout.data, "parallel.sequence": layout.sequence,
-            "parallel.recompute": "full" if layout.recompute else "none",
-            "parallel.distributed_optimizer": layout.distributed_optimizer, "parallel.overlap_param_gather": gather,
-            "data.micro_batch_size": layout.micro_batch, "precision.fp8": layout.fp8, **_given_up(config, layout),
-        }  # fmt: skip
-        return [f"{key}={str(value).lower()}" for key, value in values.items()]
-
-
-def _given_up(config: Config, layout: Layout) -> dict[str, object]:
-    """Keys of `config` that `layout` cannot have, as they are without."""
-    precision, parallel, off = config.precision, config.parallel, {}
-    if layout.fp8 in ("none", "delayed"):
-        kept = ("first_layers_bf16", "last_layers_bf16")
-        off |= {f"precision.{key}": 0 for key in kept if getattr(precision, key)}
-    if precision.fp8_parameters and (layout.fp8 == "none" or not layout.distributed_optimizer):
-        off["precision.fp8_parameters"] = False
-    if parallel.overlap_tensor and not layout.sequence:
-        off["parallel.overlap_tensor"] = False
-    if parallel.cuda_graphs and layout.tensor * layout.pipeline > 1:
-        off["parallel.cuda_graphs"] = False
-    return off
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """`layout` as far as it was decided when the reason was found; `memory` where that is the reason: larger
-    micro-batches were not looked at."""
-
-    layout: dict[str, object]
-    reason: str
-    memory: Memory | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`choices` from the fastest on."""
-
-    config: Config
-    gpus: int
-    gpu: Gpu
-    vocabulary: int  # padded
-    vocabulary_source: str
-    model: Model
-    choices: list[Choice]
-    rejected: list[Rejected]
 
 
 def plan(
@@ -201,7 +138,7 @@ class _Space:
             self.config, parallel=parallel, data=replace(self.config.data, micro_batch_size=layout.micro_batch),
             precision=replace(self.config.precision, fp8=layout.fp8),
         )  # fmt: skip
-        for key, value in _given_up(config, layout).items():
+        for key, value in given_up(config, layout).items():
             section, _, name = key.partition(".")
             if key not in self.fixed:
                 setattr(getattr(config, section), name, value)
@@ -293,13 +230,6 @@ def _micro_batches(space: _Space, gpus: int, model: Model, layout: Layout) -> It
         yield _choice(config, model, layout, need, space.gpu)
 
 
-def times_of(config: Config, model: Model, layout: Layout, gpu: Gpu) -> Times:
-    """A step of `config` under `layout`."""
-    parallel = config.parallel
-    return step_time(model, layout, gpu, parallel.overlap_grad_reduce,
-                     layout.distributed_optimizer and parallel.overlap_param_gather)  # fmt: skip
-
-
 def _choice(config: Config, model: Model, layout: Layout, need: Memory, gpu: Gpu) -> Choice:
     times = times_of(config, model, layout, gpu)
     rate = config.data.global_batch_size / times.total
@@ -312,8 +242,6 @@ def _nothing(gpus: int, gpu: Gpu, rejected: list[Rejected]) -> str:
     nearest = min((r for r in rejected if r.memory), key=lambda r: r.memory.total, default=None)
     if nearest is None:
         return f"no layout on {gpus} GPUs is possible: {rejected[0].reason}"
-    from megamug.planner.report import described, memory_parts
-
     parts = ", ".join(f"{name} {number:.1f}" for name, number in memory_parts(nearest.memory).items())
     return (f"no layout fits {gpus} x {gpu.name} of {gpu.memory:g} GiB; the nearest ({described(nearest.layout)})"
             f" {nearest.reason} ({parts}); take more GPUs, or a smaller model or context")  # fmt: skip

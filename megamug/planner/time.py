@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from megamug.configuration.sections import Config
 from megamug.planner import execution as constants
 from megamug.planner.execution import EXECUTIONS, FP8, NODE, Execution, Gpu
 from megamug.planner.layers import SEQUENCE, Attention, Product, Unit, shared
@@ -271,3 +272,10 @@ def _exposed_data(layout: Layout, gpu: Gpu, trained: int, backward: float, forwa
     if not layout.distributed_optimizer:
         return max(0.0, 2 * 4 * once - backward)
     return max(0.0, 4 * once - backward) + max(0.0, BYTES[layout.dtype] * once - forward)
+
+
+def times_of(config: Config, model: Model, layout: Layout, gpu: Gpu) -> Times:
+    """A step of `config` under `layout`."""
+    parallel = config.parallel
+    return step_time(model, layout, gpu, parallel.overlap_grad_reduce,
+                     layout.distributed_optimizer and parallel.overlap_param_gather)  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import torch
 
@@ -16,11 +15,12 @@ from megamug.checkpoint.store import CheckpointStore
 from megamug.configuration.reading import save_config
 from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
+from megamug.distributed.stopping import StopRequest
 from megamug.errors import UserError
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
 from megamug.training import adam
-from megamug.training.resilience import BadStepGuard, StopRequest, Watchdog
+from megamug.training.resilience import BadStepGuard, Watchdog
 from megamug.training.tensor_overlap import tensor_overlap
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Trainer:
 
     def __init__(self, config: Config, task, store: CheckpointStore, world, stop: StopRequest, watchdog: Watchdog):
         from megamug.checkpoint import initial, saver, state
+        from megamug.generation.pictures import TrainingPictures
         from megamug.training.optim import Optimizer, wrap_chunks
         from megamug.training.step_graph import step_runner
 
@@ -75,6 +76,7 @@ class Trainer:
         self.optimizer = Optimizer(config, self.models)
         self.saver = saver.Saver(store, world, config.checkpoint.asynchronous)
         self.guard, self.runner = BadStepGuard(), step_runner(config, self.models, world)
+        self.pictures = TrainingPictures(task, config.run_dir)
         self._say_hello()
         self.step, cursor = 0, None
         self.untold: tuple | None = None  # of the last step, whose figures are still on the device
@@ -200,7 +202,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.metrics.validation(self.step, {**losses, "samples": loader.total_samples, "seconds": seconds})
         if pictures:
-            picture = self.task.picture(self.chunks[0], self.world, Path(self.config.run_dir), self.step)
+            picture = self.pictures.draw(self.chunks[0], self.world, self.step)
             if picture is not None:
                 self.metrics.picture(self.step, picture)
 

@@ -41,9 +41,9 @@ def tiny(options: dict) -> Config:
 
 def make_task(config: Config):
     """The task of `config`, without a vocabulary's files; gates are open, so that every parameter has a gradient."""
-    from megamug.models.language import task as lm_task
+    from megamug.models.jam.task import JamTask
 
-    class OpenGates(lm_task.LmTask):
+    class OpenGates(JamTask):
         def build(self, world, initialised: bool = True) -> list[torch.nn.Module]:
             chunks = super().build(world, initialised)
             with torch.no_grad():

@@ -16,9 +16,9 @@ from megamug.data.random import random_masks
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 from megamug.evaluate import captioning
-from megamug.evaluate.held_out import held_out
 from megamug.generation.captions import reconstruct
 from megamug.generation.loading import load_run
+from megamug.generation.pictures import TrainingPictures, held_out
 from megamug.models.mug.model import MugBatch, unpatchify
 from tests.evaluate.tiny_run import HELD_OUT, MICRO_BATCH, STEP, make_data, make_run, tiny_config
 
@@ -180,35 +180,35 @@ def test_what_cannot_be_measured_is_told(run_dir, tmp_path):
 
 def test_picture_while_training(run_dir, tmp_path, caplog):
     with load_run(run_dir) as run:
+        pictures = TrainingPictures(run.task, tmp_path)
         run.config.data.global_batch_size = 512  # of which the picture needs a few
         run.model.train()
         second_of_two = dataclasses.replace(run.world, rank=1, dp_rank=1, dp_size=2)
-        assert run.task.picture(run.model, second_of_two, tmp_path, 3) is None
+        assert pictures.draw(run.model, second_of_two, 3) is None
         first_of_two = dataclasses.replace(run.world, dp_size=2)
-        path = run.task.picture(run.model, first_of_two, tmp_path, 3)
-        again = run.task.picture(run.model, run.world, tmp_path, 4)
+        path = pictures.draw(run.model, first_of_two, 3)
+        again = pictures.draw(run.model, run.world, 4)
         assert run.model.training
         assert path == tmp_path / "pictures" / "step-00000003.png"
         assert path.read_bytes() == again.read_bytes()
         split = dataclasses.replace(run.world, tp_size=2)
         with caplog.at_level(logging.INFO):
-            assert run.task.picture(run.model, split, tmp_path, 5) is None
-            assert run.task.picture(run.model, split, tmp_path, 6) is None
-    told = [record.message for record in caplog.records if record.name == "megamug.models.mug.task"]
+            assert pictures.draw(run.model, split, 5) is None
+            assert pictures.draw(run.model, split, 6) is None
+    told = [record.message for record in caplog.records if record.name == "megamug.generation.pictures"]
     assert len(told) == 1 and "parallel.tensor=2" in told[0]
 
 
 def test_a_picture_of_fewer_pairs_is_made_of_eight_rows(run_dir, tmp_path, monkeypatch):
     """Under FP8 the products forward want rows in multiples of eight, however few pairs are held out."""
-    from megamug.evaluate import held_out
-    from megamug.generation import captions as generate
+    from megamug.generation import pictures
 
-    whole, sizes, drawn = held_out.held_out, [], []
-    monkeypatch.setattr(held_out, "held_out", lambda task, world, most: whole(task, world, 3))
-    encode = generate.encode
-    monkeypatch.setattr(generate, "encode", lambda m, batch: sizes.append(len(batch.images)) or encode(m, batch))
-    monkeypatch.setattr("megamug.telemetry.pictures.save_grid", lambda rows, *_: drawn.extend(rows))
+    whole, sizes, drawn = pictures.held_out, [], []
+    monkeypatch.setattr(pictures, "held_out", lambda task, world, most: whole(task, world, 3))
+    encode = pictures.encode
+    monkeypatch.setattr(pictures, "encode", lambda m, batch: sizes.append(len(batch.images)) or encode(m, batch))
+    monkeypatch.setattr(pictures, "save_grid", lambda rows, *_: drawn.extend(rows))
     with load_run(run_dir) as run:
-        run.task.picture(run.model, run.world, tmp_path, 3)
+        pictures.TrainingPictures(run.task, tmp_path).draw(run.model, run.world, 3)
     assert set(sizes) == {8}
     assert len(drawn) == 3 and len({row.lines[0] for row in drawn}) == 3

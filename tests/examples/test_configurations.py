@@ -11,8 +11,8 @@ import pytest
 from megamug import cli
 from megamug.configuration import validate
 from megamug.configuration.reading import load_config, resolve
-from megamug.models.language.task import model_of
 from megamug.models.mug.plan import MugPlan
+from megamug.models.tasks import model_of
 from megamug.planner import parameters
 from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT

@@ -44,7 +44,7 @@ def test_parameters_are_those_of_the_built_stages(world, pipeline, model):
 
 def language_plan(kind: str, pipeline: int, virtual: int = 1, **sections):
     """Small towers; `sections` as {section: {key: value}}."""
-    from megamug.models.language.task import model_of
+    from megamug.models.tasks import model_of
 
     config = Config()
     config.model.__dict__.update(kind=kind, preset="lm_tiny" if kind == "decoder_lm" else "jam_demo")

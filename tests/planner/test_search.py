@@ -68,7 +68,7 @@ def built(config: Config, stage: int = 0):
     if config.model.kind == "mug":
         plan = MugPlan(config, VOCABULARY if config.model.caption_loss_weight > 0 else 0)
         return plan, Mug(plan, stage)
-    from megamug.models.language.task import model_of as classes_of
+    from megamug.models.tasks import model_of as classes_of
 
     plan_class, model_class = classes_of(config.model.kind)
     plan = plan_class(config, VOCABULARY)
@@ -108,7 +108,7 @@ def test_sizes_are_those_of_the_models_plans(kind, sections):
         if kind == "mug":
             plan = MugPlan(config, VOCABULARY if config.model.caption_loss_weight > 0 else 0)
         else:
-            from megamug.models.language.task import model_of as classes_of
+            from megamug.models.tasks import model_of as classes_of
 
             plan = classes_of(kind)[0](config, VOCABULARY)
         assert [block.flops for block in model.blocks] == [block.flops for block in plan.blocks]

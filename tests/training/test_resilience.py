@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from megamug.training.resilience import BadStepGuard, StopRequest, TooManyBadSteps, Watchdog
+from megamug.distributed.stopping import StopRequest
+from megamug.training.resilience import BadStepGuard, TooManyBadSteps, Watchdog
 
 
 def run(script: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:

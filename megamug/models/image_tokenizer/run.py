@@ -22,12 +22,12 @@ from megamug.command_line.arguments import world_size
 from megamug.data.order import Cursor
 from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources
+from megamug.distributed.stopping import StopRequest
 from megamug.durable import replace_text, replacing
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import CONFIG_FILE, ImageTokenizerConfig, from_bytes, read_config, to_bytes
 from megamug.models.image_tokenizer.training import ImageTokenizerTrainer, TrainingOptions, round_trip_error
 from megamug.telemetry.pictures import PictureRow, save_grid
-from megamug.training.resilience import StopRequest
 
 STATE = Path("training", "state.pt")  # below OUTPUT
 STOPPED = 3  # exit code of a run that was asked to stop, and can be continued

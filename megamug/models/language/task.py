@@ -1,9 +1,8 @@
-"""What the trainer knows of the language models (`decoder_lm`, `jam_cross`): chunks, token batches, counts, FLOPs."""
+"""What the trainer knows of a language model: its chunks, its token batches, what its losses are divided by."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,25 +18,15 @@ from megamug.models.language.plan import LmPlan
 from megamug.models.task import Task
 
 
-def model_of(kind: str) -> tuple[type, type]:
-    """Plan and model classes of a kind: LmPlan and DecoderLM, or what has their interface."""
-    if kind == "decoder_lm":
-        return LmPlan, DecoderLM
-    assert kind == "jam_cross", kind
-    from megamug.models.jam.cross import JamCross
-    from megamug.models.jam.plan import JamPlan
-
-    return JamPlan, JamCross
-
-
 class LmTask(Task):
-    """Of both language models."""
+    """Of a language model; JAM-Cross has the same with another plan and model."""
+
+    plan_type, model = LmPlan, DecoderLM
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.vocabulary = Vocabulary.load(config.data.tokenizer)
-        plan, self.model = model_of(config.model.kind)
-        self.plan = plan(config, self.vocabulary.size, self.spec)
+        self.plan = self.plan_type(config, self.vocabulary.size, self.spec)
         self.loss_names = list(self.plan.loss_weights)
 
     # ------------------------------------------------------------------------------------------ data
@@ -112,7 +101,3 @@ class LmTask(Task):
     def unit(self) -> tuple[str, int]:
         """What throughput counts, and how many a sample has."""
         return "tokens", self.config.data.context_length
-
-    def picture(self, stage, world, run_dir: Path, step: int) -> None:
-        """No pictures while training: writing a document takes longer than a validation (`megamug generate` does)."""
-        return None

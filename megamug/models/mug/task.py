@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from contextlib import closing
-from copy import copy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,22 +19,17 @@ from megamug.models.mug.model import PAD, Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
 from megamug.models.task import Task
 
-logger = logging.getLogger(__name__)
-
-PICTURE_PAIRS = 8  # held-out pairs shown while training
-
 
 class MugTask(Task):
     """Of image-caption pairs."""
 
-    model = Mug
+    plan_type, model = MugPlan, Mug
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.tokenizer = Tokenizer(config.data.tokenizer) if config.model.caption_loss_weight > 0 else None
         self.vocabulary = self.tokenizer.vocab_size if self.tokenizer else 0
         self.plan = MugPlan(config, self.vocabulary, self.spec)
-        self.told_of_pictures = False
         self.loss_names = [n for n, used in (("image", self.plan.paints), ("caption", self.plan.writes)) if used]
 
     # ------------------------------------------------------------------------------------------ data
@@ -104,42 +95,3 @@ class MugTask(Task):
         return dict(zip(("image", "caption"), counts.tolist(), strict=True))
 
     unit = ("images", 1)  # what throughput counts, and how many a sample has
-
-    # ------------------------------------------------------------------------------------------ pictures
-
-    def picture(self, stage: Mug, world, run_dir: Path, step: int) -> Path | None:
-        """Draws the first held-out pairs (original | visible | reconstruction, true and written caption) into
-        RUN/pictures/step-XXXXXXXX.png and returns its path.
-
-        All ranks call it and the first draws, alone. None on the others, and where the layout leaves no rank with the
-        whole model: the log says so once, and `megamug evaluate` draws from a checkpoint.
-        """
-        if world.tp_size * world.pp_size > 1:
-            if world.is_first and not self.told_of_pictures:
-                logger.info(
-                    "no pictures while training: under parallel.tensor=%d, parallel.pipeline=%d no process holds the "
-                    "whole model; draw them by: megamug evaluate %s --task reconstruction",
-                    world.tp_size, world.pp_size, run_dir,
-                )  # fmt: skip
-            self.told_of_pictures = True
-            return None
-        if not world.is_first:
-            return None
-        from megamug.evaluate.held_out import held_out, select
-        from megamug.generation.captions import columns, sample_rows, true_and_written
-        from megamug.telemetry.pictures import save_grid
-
-        data = replace(self.config.data, global_batch_size=PICTURE_PAIRS, micro_batch_size=PICTURE_PAIRS)
-        small = copy(self)
-        small.config = replace(self.config, data=data)
-        was_training = stage.training
-        stage.eval()
-        try:
-            with closing(held_out(small, replace(world, dp_rank=0, dp_size=1), PICTURE_PAIRS)) as pairs:
-                batch, captions = next(pairs)
-            fill = torch.arange(PICTURE_PAIRS) % len(captions)  # forward, FP8 products want rows in multiples of 8
-            full, texts = select(batch, fill), [captions[i] for i in fill.tolist()]
-            rows = sample_rows(stage, full, true_and_written(stage, self.tokenizer, full, texts))[: len(captions)]
-        finally:
-            stage.train(was_training)
-        return save_grid(rows, columns(stage), Path(run_dir) / "pictures" / f"step-{step:08d}.png")

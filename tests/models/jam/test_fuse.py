@@ -79,7 +79,7 @@ def parents(world, vocabulary, tmp_path_factory):
 def load(run: Path, vocabulary, world):
     """The model that a fused run holds."""
     from megamug.checkpoint.state import load_tensors
-    from megamug.models.language.task import model_of
+    from megamug.models.tasks import model_of
 
     config = resolve(load_config(run / "config.yaml"))
     plan, model = model_of(config.model.kind)

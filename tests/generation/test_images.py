@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megamug.errors import UserError
-from megamug.generation.captions import generate_from_images
+from megamug.generation.images import generate_from_images
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
 
 

@@ -1,0 +1,144 @@
+"""The command that repaints and captions pictures by a trained MUG.
+
+    megamug generate RUN --images PATH... [--mask-ratio r] [--top-p p]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megamug.data.dali import DECODE_ERRORS, CropDecoder, FullDecoder
+from megamug.data.pairs.images import centre_squares
+from megamug.data.random import random_masks
+from megamug.durable import write_atomically
+from megamug.errors import UserError
+from megamug.generation.captions import TRUE_STATISTICS, encode, generate_captions
+from megamug.generation.pictures import columns, sample_rows
+from megamug.models.mug.model import MugBatch
+from megamug.telemetry.pictures import save_grid
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+ROWS_PER_PICTURE = 16
+
+
+def generate_from_images(
+    run_dir: str | Path,
+    images: Sequence[str | Path],
+    *,
+    mask_ratio: float | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    output: str | Path | None = None,
+    step: int | None = None,
+) -> dict:
+    """Repaints and captions pictures (files, or folders of them) by the newest checkpoint of a run, or that of `step`.
+
+    `mask_ratio`: share of hidden patches, 0 for none (default: the run's). Writes `pictures-NNN.png` and
+    `captions.json` into `output` (default: a new folder in RUN/generate), prints their paths, returns the figures.
+    Raises `UserError`: no picture, one that does not decode, a ratio that hides everything, a run that cannot be read.
+    """
+    from megamug.generation.loading import load_run
+
+    if top_p is None and temperature != 1.0:
+        raise UserError(f"--temperature is {temperature:g} but nothing is drawn at random; give --top-p as well")
+    paths = find_images(images)
+    regions = centre_squares(*image_sizes(paths))
+    with load_run(run_dir, step) as run:
+        plan, model, data = run.task.plan, run.model, run.config.data
+        ratio = run.config.model.mask_ratio if mask_ratio is None else mask_ratio
+        visible = int(plan.patches * (1 - ratio))
+        if visible == 0 or not 0 <= ratio < 1:
+            raise UserError(
+                f"--mask-ratio is {ratio:g}: of {plan.patches} patches {visible} stay visible; give a ratio from 0 to "
+                f"{1 - 1 / plan.patches:.4g}"
+            )
+        folder = Path(output) if output is not None else new_folder(Path(run_dir) / "generate", f"step-{run.step:08d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        entries, rows, pictures = [], [], []
+
+        def save_rows(count: int) -> None:
+            path = folder / f"pictures-{len(pictures) + 1:03d}.png"
+            pictures.append(str(save_grid(rows[:count], columns(model), path)))
+            del rows[:count]
+
+        decoder = CropDecoder(data.image_size, 1, data.threads, run.world.device)
+        for start in range(0, len(paths), data.micro_batch_size):
+            part = range(start, min(start + data.micro_batch_size, len(paths)))
+            pixels = torch.cat([decoder([paths[i].read_bytes()], regions[i : i + 1], np.zeros(1, bool)) for i in part])
+            numbers = np.array(part)
+            masks = random_masks(run.config.seed, np.zeros_like(numbers), numbers, plan.patches, visible)
+            batch = MugBatch(*(torch.from_numpy(ids).to(pixels.device) for ids in masks), pixels)
+            captions = [None] * len(pixels)
+            if plan.writes:
+                with torch.inference_mode():
+                    latent = encode(model, batch)
+                captions = generate_captions(
+                    model, run.task.tokenizer, latent, top_p=top_p, temperature=temperature, seed=run.config.seed,
+                    samples=numbers,
+                )
+            new = [{"image": str(paths[n]), "caption": text} for n, text in zip(numbers, captions, strict=True)]
+            entries += new
+            rows += sample_rows(model, batch, [[e["image"], e["caption"] or ""] for e in new])
+            while len(rows) >= ROWS_PER_PICTURE:
+                save_rows(ROWS_PER_PICTURE)
+        if rows:
+            save_rows(len(rows))
+        figures = {
+            "checkpoint": str(run.checkpoint), "step": run.step, "mask_ratio": ratio, "visible_patches": visible,
+            "patches": plan.patches, "top_p": top_p, "temperature": temperature if top_p else None,
+            "seed": run.config.seed, "pictures": pictures, "captions": entries,
+        }  # fmt: skip
+        if plan.paints and plan.norm_pix:
+            figures["note"] = TRUE_STATISTICS
+        write_atomically(folder / "captions.json", (json.dumps(figures, indent=1) + "\n").encode())
+    for line in [*pictures, str(folder / "captions.json"), *([figures["note"]] if "note" in figures else [])]:
+        print(line, file=sys.stderr)
+    return figures
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The image files that `paths` (files, or folders of them) name. Raises `UserError` where one names none."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+            if not inside:
+                raise UserError(f"--images: no {', '.join(EXTENSIONS)} file in folder {path}")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"--images: {path} does not exist")
+    return found
+
+
+def image_sizes(paths: list[Path]) -> tuple[list[int], list[int]]:
+    """(widths, heights) of the images. Decodes each whole; raises `UserError` for the first that does not decode."""
+    decoder, widths, heights = FullDecoder(1), [], []
+    for path in paths:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"--images: {path} cannot be read: {error.strerror}") from error
+        try:
+            [(height, width)] = decoder([data])
+        except DECODE_ERRORS as error:  # which names the operator and a number, not what is wrong with the file
+            raise UserError(
+                f"--images: {path} ({len(data)} bytes) does not decode: broken, or no {', '.join(EXTENSIONS)} image; "
+                "leave it out"
+            ) from error
+        widths.append(width)
+        heights.append(height)
+    return widths, heights
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, or with -2, -3, ... behind where that is taken: earlier results stay."""
+    candidates = (parent / (name if n == 1 else f"{name}-{n}") for n in range(1, 1_000_000))
+    return next(folder for folder in candidates if not folder.exists())
