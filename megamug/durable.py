@@ -1,7 +1,8 @@
-"""Writes that survive a crash: beside the target, fsync, rename, fsync of the folder."""
+"""Writes that survive a crash: beside the target, fsync, rename, fsync of the folder. And the hash of a file."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,3 +61,9 @@ def write_atomically(path: Path, *parts: bytes) -> None:
     with replacing(path) as file:
         for part in parts:
             file.write(part)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import torch
 from megamug import cli
 from megamug.checkpoint.tensors import TensorReader, write_run
 from megamug.configuration.reading import load_config, to_yaml
-from megamug.data.documents.vocabulary import make_vocabulary
+from megamug.models.image_tokenizer.vocabulary import make_vocabulary
 from tests.data.language import some_documents, write_set
 from tests.evaluate import tiny_run
 from tests.generation import language_run

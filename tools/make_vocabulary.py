@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megamug.command_line.arguments import COUNT, Parser, output_folder
 from megamug.command_line.tool import run_tool
-from megamug.data.documents.vocabulary import make_vocabulary
+from megamug.models.image_tokenizer.vocabulary import make_vocabulary
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, device, out
 from megamug.command_line.tool import run_tool
 from megamug.data.documents.reading import PAIR_ORDERS
 from megamug.data.documents.tokenizer import tokenize_documents
+from megamug.models.image_tokenizer.encoder import ImageEncoder
 
 
 def main() -> None:
@@ -28,8 +29,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace other tokenised documents in FOLDER")
     args = parser.parse_args()
     report = tokenize_documents(
-        args.shards, args.vocabulary, args.output, pair_order=args.pair_order, seed=args.seed, workers=args.workers,
-        device=args.device, overwrite=args.overwrite,
+        args.shards, args.vocabulary, args.output, ImageEncoder, pair_order=args.pair_order, seed=args.seed,
+        workers=args.workers, device=args.device, overwrite=args.overwrite,
     )  # fmt: skip
     made = report.header
     print(

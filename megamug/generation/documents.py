@@ -181,7 +181,7 @@ def token_limit(config: Config, vocabulary: Vocabulary, start: list[int], max_to
 
 def encode_image(path: Path, vocabulary: Vocabulary) -> list[int]:
     """The ids of a picture file, as those of training data are made. Raises `UserError` where it cannot be read."""
-    from megamug.data.documents.tokenizer import ImageEncoder
+    from megamug.models.image_tokenizer.encoder import ImageEncoder
 
     try:
         data = path.read_bytes()
@@ -236,10 +236,11 @@ def decode_images(pictures: dict[str, np.ndarray], vocabulary: Vocabulary, devic
     from PIL import Image
 
     from megamug.models.image_tokenizer.model import to_bytes
+    from megamug.models.image_tokenizer.vocabulary import load_image_tokenizer
 
     if not pictures:
         return {}
-    tokenizer = vocabulary.load_image_tokenizer(str(device))
+    tokenizer = load_image_tokenizer(vocabulary, str(device))
     pngs = {}
     for name, codes in pictures.items():
         pixels = to_bytes(tokenizer.decode(torch.from_numpy(codes).unsqueeze(0).to(device)))[0]

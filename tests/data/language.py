@@ -4,8 +4,8 @@ import numpy as np
 
 from megamug.data.documents.indexed import NAME, DocumentsHeader, Part, content_sha256, join_parts, write_header
 from megamug.data.documents.tokenizer import assemble
-from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.pairs.text import train_tokenizer
+from megamug.models.image_tokenizer.vocabulary import make_vocabulary
 
 TEXTS = ["a red circle left of a blue square", "two triangles", "first draw, then look"] * 3
 

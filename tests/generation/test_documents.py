@@ -13,6 +13,7 @@ from megamug import cli
 from megamug.configuration.reading import load_config, save_config
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.generation.page import page
+from megamug.models.image_tokenizer.vocabulary import load_image_tokenizer, make_vocabulary
 from tests.data.language import image
 from tests.generation.language_run import STEP, make_data, make_run
 
@@ -74,7 +75,7 @@ def test_a_document_as_one_reads_it(folder, capsys):
     assert (figures["guidance"], figures["top_p"], figures["temperature"], figures["seed"]) == (2, 0.95, 1, 4)
     assert len(figures["documents"]) == 3
     shown = iter(Reader((place / "document.html").read_text(encoding="utf-8")).shown)
-    tokenizer = v.load_image_tokenizer()
+    tokenizer = load_image_tokenizer(v)
     for document in figures["documents"]:
         tokens = document["tokens"]
         first, second, third, *rest = document["segments"]
@@ -149,7 +150,6 @@ def test_what_is_refused(folder, tmp_path, capsys):
 
 def test_a_vocabulary_of_text_alone_and_a_run_of_mug(folder, tmp_path, capsys):
     from megamug.configuration.sections import Config
-    from megamug.data.documents.vocabulary import make_vocabulary
 
     make_vocabulary(folder / "t.model", None, 2, tmp_path / "vocabulary")
     config = load_config(folder / "learned" / "config.yaml")

@@ -21,7 +21,8 @@ import numpy as np
 from megamug.data.random import uniform
 from megamug.data.shards.reading import Shard, find_index
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS, Member, problem, split_name
-from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, Rejected, check_header, file_sha256
+from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, Rejected, check_header
+from megamug.durable import file_sha256
 from megamug.errors import UserError
 
 TEXT_LIMIT = 1 << 24  # bytes of a .txt or .json member

@@ -3,6 +3,8 @@
 A shard is taken in chunks of `CHUNK` samples, each chunk in a process. A finished chunk is one file, a part, with its
 tokens, counts and what was quarantined. When all parts are there they are joined in the order of the shards, so the
 result does not depend on how often it was interrupted, nor on how many processes worked.
+
+What turns images into ids belongs to the image tokenizer and is handed in: `megamug.models.image_tokenizer.encoder`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +50,22 @@ from megamug.durable import write_atomically
 from megamug.errors import UserError
 
 CHUNK = 1024  # samples; what an interruption loses at most, per process
-_IMAGES = 32  # through the image tokenizer at a time
+IMAGES = 32  # through the image tokenizer at a time
 _REQUEST, _PARTS, _QUARANTINE = "request.json", "parts", "quarantine.jsonl"
+
+
+# Pictures, at most IMAGES of them -> ids of each (int64), or the reason why it does not decode.
+Encoder = Callable[[list[Picture]], list[np.ndarray | str]]
+# (vocabulary, device, threads, most pictures at a time) -> an encoder. A function or class of a module: it is sent to
+# other processes by name.
+OpenEncoder = Callable[[Vocabulary, str, int, int], Encoder]
 
 
 @dataclass(frozen=True)
 class Settings:
     """The same for every chunk."""
+
+    open_encoder: OpenEncoder
 
     vocabulary: Path
     output: Path
@@ -90,6 +101,7 @@ def tokenize_documents(
     shards: list[str | Path],
     vocabulary: str | Path,
     output: str | Path,
+    open_encoder: OpenEncoder,
     *,
     pair_order: str = "random",
     seed: int = 1,
@@ -99,6 +111,7 @@ def tokenize_documents(
 ) -> Report:
     """Tokenise the documents of `shards` (folders, globs, tar files) into folder `output`.
 
+    `open_encoder`: what encodes images, opened once in each process, and only where the vocabulary knows images.
     `pair_order`: how a pair becomes a document, `caption_first`, `image_first`, or `random` for each by `seed`.
     Raises `UserError`: nothing there, another vocabulary's or other shards' documents in `output`, not one document.
     """
@@ -119,7 +132,8 @@ def tokenize_documents(
     chunks = _chunks(found)
     missing = [chunk for chunk in chunks if not (output / _PARTS / f"{chunk.name}.npz").is_file()]
     workers = min(workers or default_processes(), max(len(missing), 1))
-    settings = Settings(vocabulary, output, pair_order, seed, device, max(1, default_processes() // workers))
+    threads = max(1, default_processes() // workers)
+    settings = Settings(open_encoder, vocabulary, output, pair_order, seed, device, threads)
     _run(missing, settings, workers, sum(chunk.count for chunk in chunks))
     return _join(output, found, chunks, opened, request)
 
@@ -175,7 +189,7 @@ def _run(missing: list[Chunk], settings: Settings, workers: int, total: int) -> 
 
 def _tokenize_chunk(chunk: Chunk, settings: Settings) -> dict:
     """Write the part of one chunk; returns its counts."""
-    vocabulary, encoder = _tools(settings.vocabulary, settings.device, settings.threads)
+    vocabulary, encoder = _tools(settings)
     quarantine: list[dict] = []
     if chunk.samples is None:
         documents = read_pairs(
@@ -198,66 +212,18 @@ def _tokenize_chunk(chunk: Chunk, settings: Settings) -> dict:
 
 
 @functools.lru_cache(maxsize=1)  # once a process
-def _tools(folder: Path, device: str, threads: int) -> tuple[Vocabulary, ImageEncoder | None]:
+def _tools(settings: Settings) -> tuple[Vocabulary, Encoder | None]:
     import torch
 
-    torch.set_num_threads(threads)
-    vocabulary = Vocabulary.load(folder)
-    return vocabulary, ImageEncoder(vocabulary, device, threads) if vocabulary.codes else None
-
-
-class ImageEncoder:
-    """Encoded images -> ids, through DALI (largest centred square, resized) and the vocabulary's image tokenizer."""
-
-    def __init__(self, vocabulary: Vocabulary, device: str = "cpu", threads: int = 1) -> None:
-        import torch
-
-        from megamug.data.dali import CropDecoder
-
-        self.vocabulary, self.device = vocabulary, torch.device(device)
-        self._tokenizer = vocabulary.load_image_tokenizer(device)
-        self._decoder = CropDecoder(vocabulary.image_size, _IMAGES, threads, self.device)
-
-    def __call__(self, pictures: list[Picture]) -> list[np.ndarray | str]:
-        """Ids int64 [image_tokens] of each picture, or the reason why it does not decode; at most `_IMAGES` of them.
-
-        Raises `UserError` where the image tokenizer gives other codes than the vocabulary says.
-        """
-        from megamug.models.image_tokenizer.model import from_bytes
-
-        pixels, failed = self._decode(pictures)
-        codes = self._tokenizer.encode(from_bytes(pixels)).cpu().numpy()
-        if codes.shape[1:] != self.vocabulary.image_grid:
-            raise UserError(
-                f"{self.vocabulary.folder}: its image tokenizer makes {codes.shape[1]} x {codes.shape[2]} codes of an "
-                f"image, the vocabulary says {self.vocabulary.image_grid}; make the vocabulary again"
-            )
-        ids = self.vocabulary.image_ids(codes).reshape(len(pictures), -1)
-        return [failed.get(i, row) for i, row in enumerate(ids)]
-
-    def _decode(self, pictures: list[Picture]):
-        """Pixels uint8 [b, 3, S, S] and the reason for each picture that does not decode."""
-        import torch
-
-        from megamug.data.dali import DECODE_ERRORS
-        from megamug.data.pairs.images import centre_squares, decode_or_none
-
-        regions = centre_squares([p.width for p in pictures], [p.height for p in pictures])
-        flips = np.zeros(len(pictures), bool)
-        try:
-            return self._decoder([p.data for p in pictures], regions, flips), {}
-        except DECODE_ERRORS:
-            pass  # the culprits are found below; pixels of theirs are zeros
-        alone = [
-            decode_or_none(self._decoder, [p.data], regions[i : i + 1], flips[i : i + 1])
-            for i, p in enumerate(pictures)
-        ]
-        failed = {i: f"does not decode: {reasons[0][:300]}" for i, (_, reasons) in enumerate(alone) if reasons}
-        return torch.cat([pixels for pixels, _ in alone]), failed
+    torch.set_num_threads(settings.threads)
+    vocabulary = Vocabulary.load(settings.vocabulary)
+    if not vocabulary.codes:
+        return vocabulary, None
+    return vocabulary, settings.open_encoder(vocabulary, settings.device, settings.threads, IMAGES)
 
 
 def _encode(
-    documents: Iterable[Document], vocabulary: Vocabulary, encoder: ImageEncoder | None, quarantine: list[dict]
+    documents: Iterable[Document], vocabulary: Vocabulary, encoder: Encoder | None, quarantine: list[dict]
 ) -> Iterator[tuple[list[np.ndarray], list[int]]]:
     """(segments with their marks, modes) of the documents, in order; images of neighbours go through in one batch."""
     waiting: list[Document] = []
@@ -270,19 +236,19 @@ def _encode(
             continue
         waiting.append(document)
         images += count
-        if images >= _IMAGES or len(waiting) >= CHUNK:
+        if images >= IMAGES or len(waiting) >= CHUNK:
             yield from _encode_batch(waiting, vocabulary, encoder, quarantine)
             waiting, images = [], 0
     yield from _encode_batch(waiting, vocabulary, encoder, quarantine)
 
 
 def _encode_batch(
-    documents: list[Document], vocabulary: Vocabulary, encoder: ImageEncoder | None, quarantine: list[dict]
+    documents: list[Document], vocabulary: Vocabulary, encoder: Encoder | None, quarantine: list[dict]
 ) -> Iterator[tuple[list[np.ndarray], list[int]]]:
     pictures = [segment.image for document in documents for segment in document.segments if segment.image]
     codes: list[np.ndarray | str] = []
-    for i in range(0, len(pictures), _IMAGES):
-        codes += encoder(pictures[i : i + _IMAGES])
+    for i in range(0, len(pictures), IMAGES):
+        codes += encoder(pictures[i : i + IMAGES])
     images = iter(codes)
     for document in documents:
         ids, reason = [], None

@@ -3,15 +3,14 @@
 Ids: text pieces [0, T) as SentencePiece numbers them (padding 0, begin of a document 1, end of a document 2), image
 codes [T, T + K), then `<break>` (between text and image), `<eoss>` (end of a masked span), `<mask>` (stands for text in
 unconditional guidance), and the sentinels of masked spans. A vocabulary is a folder: `vocabulary.json`, `text.model`
-and, where it knows images, `image_tokenizer/`. Made by tools/make_vocabulary.py.
+and, where it knows images, `image_tokenizer/`. Made by
+tools/make_vocabulary.py (`megamug.models.image_tokenizer.vocabulary`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from megamug.data.padding import padded_vocabulary
 from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
-from megamug.durable import fsync_folder, write_atomically
+from megamug.durable import file_sha256
 from megamug.errors import UserError
 
 VOCABULARY_VERSION = 1
@@ -79,7 +78,7 @@ class Vocabulary:
         if spec.version != VOCABULARY_VERSION:
             raise UserError(f"{folder / FILE}: version {spec.version}, this program reads {VOCABULARY_VERSION}")
         text = Tokenizer(folder / TEXT_MODEL)
-        found = _sha256(folder / TEXT_MODEL)
+        found = file_sha256(folder / TEXT_MODEL)
         if (text.vocab_size, found) != (spec.text_pieces, spec.text_sha256):
             raise UserError(
                 f"{folder / TEXT_MODEL}: another model (SHA-256 {found[:12]}) than the vocabulary was made of "
@@ -149,87 +148,3 @@ class Vocabulary:
             return f"<unused {token}>"
         marks = {self.break_id: "<break>", self.eoss_id: "<eoss>", self.mask_id: "<mask>"}
         return marks.get(token) or f"<sentinel {token - self.sentinels.start}>"
-
-    def load_image_tokenizer(self, device: str = "cpu"):
-        """The `ImageTokenizer` in the folder. Raises `UserError` where there is none, or another's."""
-        from megamug.models.image_tokenizer.model import ImageTokenizer
-
-        if not self.codes:
-            raise UserError(f"{self.folder}: a vocabulary of text alone; make one with --image-tokenizer FOLDER")
-        tokenizer = ImageTokenizer.load(self.folder / IMAGE_TOKENIZER, device)
-        if tokenizer.fingerprint() != self.spec.image_tokenizer:
-            raise UserError(
-                f"{self.folder / IMAGE_TOKENIZER}: its fingerprint is {tokenizer.fingerprint()[:12]}, the vocabulary "
-                f"was made of {self.spec.image_tokenizer[:12]}; restore it, or make the vocabulary again"
-            )
-        return tokenizer
-
-
-def make_vocabulary(
-    text: str | Path, image_tokenizer: str | Path | None, sentinels: int, output: str | Path, *, overwrite: bool = False
-) -> Vocabulary:
-    """Write a vocabulary folder and open it: `text` a SentencePiece model, `image_tokenizer` a folder or None.
-
-    The JSON comes last, so a folder that holds one is complete. Raises `UserError`: files missing, fewer than one
-    sentinel, an image tokenizer with a codebook that its codes leave, another vocabulary in `output`.
-    """
-    if sentinels < 1:
-        raise UserError(f"--sentinels is {sentinels}; masked spans need at least 1")
-    text, output = Path(text), Path(output)
-    pieces = Tokenizer(text).vocab_size
-    codes, grid, size, fingerprint = 0, (0, 0), 0, ""
-    if image_tokenizer is not None:
-        codes, grid, size, fingerprint = _examine(Path(image_tokenizer))
-    spec = VocabularySpec(pieces, _sha256(text), codes, grid, size, fingerprint, sentinels)
-    if (output / FILE).is_file() and not overwrite:
-        old = Vocabulary.load(output)
-        if old.spec != spec:
-            raise UserError(
-                f"{output} holds another vocabulary (fingerprint {old.fingerprint()[:12]}); tokenised documents and "
-                "checkpoints depend on it: give another --output, or --overwrite"
-            )
-        return old
-    if output.is_file():
-        raise UserError(f"{output} is a file; give a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / FILE).unlink(missing_ok=True)
-    write_atomically(output / TEXT_MODEL, text.read_bytes())
-    target = output / IMAGE_TOKENIZER
-    if target.exists() and (image_tokenizer is None or target.resolve() != Path(image_tokenizer).resolve()):
-        shutil.rmtree(target)
-    if image_tokenizer is not None and not target.exists():
-        _copy_folder(Path(image_tokenizer), target)
-    write_atomically(output / FILE, (json.dumps(asdict(spec), indent=1) + "\n").encode())
-    return Vocabulary.load(output)
-
-
-def _examine(folder: Path) -> tuple[int, tuple[int, int], int, str]:
-    """(codes, grid, image size, fingerprint) of an image tokenizer, the grid as one grey image gives it."""
-    import torch
-
-    from megamug.models.image_tokenizer.model import ImageTokenizer
-
-    tokenizer = ImageTokenizer.load(folder, "cpu")
-    size = int(tokenizer.config.image_size)
-    with torch.no_grad():
-        codes = tokenizer.encode(torch.zeros(1, 3, size, size))
-    if int(codes.min()) < 0 or int(codes.max()) >= tokenizer.config.codes:
-        raise UserError(f"{folder}: its codes leave the codebook of {tokenizer.config.codes}; the folder is damaged")
-    return int(tokenizer.config.codes), (int(codes.shape[1]), int(codes.shape[2])), size, tokenizer.fingerprint()
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder beside the target, make them durable, rename."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.is_file():
-            write_atomically(aside / path.name, path.read_bytes())
-    os.replace(aside, target)
-    fsync_folder(target.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

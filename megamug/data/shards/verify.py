@@ -32,6 +32,7 @@ from megamug.data.shards.reading import (
     write_index,
 )
 from megamug.data.shards.tar_members import Pair, problem, scan
+from megamug.durable import file_sha256
 from megamug.errors import UserError
 
 _BATCH = 32  # images decoded at a time
@@ -64,11 +65,6 @@ class ShardReport:
 
 class Rejected(Exception):
     """Why a sample is quarantined."""
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:

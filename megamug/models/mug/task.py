@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks
 from megamug.data.shards.sources import resolve_sources
+from megamug.durable import file_sha256
 from megamug.models.mug.model import PAD, Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
 from megamug.models.task import Task
@@ -69,7 +69,7 @@ class MugTask(Task):
     def identity(self) -> dict:
         tokenizer = None
         if self.tokenizer is not None:
-            tokenizer = hashlib.sha256(Path(self.config.data.tokenizer).read_bytes()).hexdigest()[:16]
+            tokenizer = file_sha256(Path(self.config.data.tokenizer))[:16]
         return {"data.tokenizer": tokenizer, "precision.dtype": self.config.precision.dtype}
 
     def batch(self, pairs: PairBatch) -> MugBatch:

@@ -1,5 +1,6 @@
 """Documents in shards -> tokenised documents."""
 
+import functools
 import io
 import json
 import os
@@ -16,13 +17,15 @@ from PIL import Image
 
 import megamug.data.documents.tokenizer as document_tokenizer
 from megamug.data.documents.indexed import IMAGE, RESPONSE, DocumentSet
-from megamug.data.documents.tokenizer import tokenize_documents
-from megamug.data.documents.vocabulary import make_vocabulary
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
+from megamug.models.image_tokenizer.encoder import ImageEncoder
 from megamug.models.image_tokenizer.model import from_bytes
+from megamug.models.image_tokenizer.vocabulary import load_image_tokenizer, make_vocabulary
 from tests.data.language import tiny_image_tokenizer, tiny_vocabulary
 from tests.distributed.launch import python_path
+
+tokenize_documents = functools.partial(document_tokenizer.tokenize_documents, open_encoder=ImageEncoder)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_images_are_the_tokenizers_codes(vocabulary, shard_folder, tmp_path):
     left, top = (image.width - 30) // 2, (image.height - 30) // 2
     square = image.crop((left, top, left + 30, top + 30)).resize((32, 32), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None]
-    expected = vocabulary.image_ids(vocabulary.load_image_tokenizer().encode(from_bytes(pixels)).numpy()).ravel()
+    expected = vocabulary.image_ids(load_image_tokenizer(vocabulary).encode(from_bytes(pixels)).numpy()).ravel()
     tokens, _ = documents.document(3)
     assert (tokens[1:17] == expected).mean() > 0.8  # another resampling than DALI's; untrained codes are close together
 
@@ -175,8 +178,9 @@ def assert_the_same(found, wanted):
 
 def test_killed_and_continued_with_other_workers_the_result_is_the_same(vocabulary, texts, tmp_path, monkeypatch):
     code = (
-        "import sys, megamug.data.documents.tokenizer as t; t.CHUNK = 1\n"
-        f"t.tokenize_documents({list(map(str, texts))!r}, {str(vocabulary.folder)!r}, sys.argv[1], workers=1)"
+        "import sys, megamug.data.documents.tokenizer as t\n"
+        "import megamug.models.image_tokenizer.encoder as e\nt.CHUNK = 1\n"
+        f"t.tokenize_documents({list(map(str, texts))!r}, {str(vocabulary.folder)!r}, sys.argv[1], e.ImageEncoder, workers=1)"
     )
     killed = tmp_path / "killed"
     process = subprocess.Popen(

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from megamug.data.documents.vocabulary import Vocabulary, make_vocabulary
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.pairs.text import train_tokenizer
 from megamug.errors import UserError
+from megamug.models.image_tokenizer.vocabulary import load_image_tokenizer, make_vocabulary
 from tests.data.language import TEXTS, tiny_image_tokenizer
 
 
@@ -38,7 +39,7 @@ def test_text_and_images_go_there_and_back(parts, tmp_path):
     ids = v.image_ids(codes).ravel()
     assert v.is_image(ids).all() and not v.is_image(np.array([*text, v.break_id, *v.sentinels])).any()
     assert (v.image_codes(ids) == codes).all()
-    assert v.load_image_tokenizer().config.codes == 16
+    assert load_image_tokenizer(v).config.codes == 16
 
 
 def test_a_vocabulary_is_made_once_and_loads_as_it_was(parts, tmp_path):
@@ -52,7 +53,7 @@ def test_a_vocabulary_is_made_once_and_loads_as_it_was(parts, tmp_path):
     text_alone = make_vocabulary(parts[0], None, 6, tmp_path / "v", overwrite=True)
     assert text_alone.codes == text_alone.image_tokens == 0 and not (tmp_path / "v" / "image_tokenizer").exists()
     with pytest.raises(UserError, match="text alone"):
-        text_alone.load_image_tokenizer()
+        load_image_tokenizer(text_alone)
 
 
 def test_mistakes_are_told(parts, tmp_path):
@@ -73,7 +74,7 @@ def test_mistakes_are_told(parts, tmp_path):
     shutil.rmtree(tmp_path / "v" / "image_tokenizer")
     tiny_image_tokenizer(tmp_path / "v" / "image_tokenizer", seed=1)
     with pytest.raises(UserError, match="its fingerprint is"):
-        v.load_image_tokenizer()
+        load_image_tokenizer(v)
     train_tokenizer(["quite another text"], tmp_path / "v" / "text.model", 290, overwrite=True)
     with pytest.raises(UserError, match="another model"):
         Vocabulary.load(tmp_path / "v")
