@@ -45,7 +45,8 @@ MANNERS = ("noisy warns", "noisy logs", "noisy has a handler", "noisy at the roo
 SCRIPT = """
 import contextlib, json, sys
 words, routed = json.loads(sys.argv[1])
-from megamug import cli, console
+from megamug import cli
+from megamug.command_line import console
 if not routed:
     console.own = contextlib.nullcontext
 for command in words:

@@ -43,7 +43,7 @@ def recipe(data) -> Path:
 
 
 def train(recipe: Path, run: Path, processes: int, *overrides: str, **hooks) -> list[tuple[int, str]]:
-    worker = str(ROOT / "tests" / "training.py")
+    worker = str(ROOT / "tests" / "training" / "runs.py")
     return launch([worker, json.dumps(hooks), "train", str(recipe), f"run_dir={run}", *overrides], processes)
 
 

@@ -126,7 +126,7 @@ def test_mistakes_end_in_one_sentence(shards, trained, tmp_path):
 
 
 def test_two_processes_are_one_to_rounding():
-    worker = str(ROOT / "tests" / "models" / "image_tokenizer_worker.py")
+    worker = str(ROOT / "tests" / "models" / "image_tokenizer" / "worker.py")
     (alone,) = launch([worker, "3", "8"], 1)
     pair = launch([worker, "3", "8"], 2)
     assert all(code == 0 for code, _ in [alone, *pair]), (alone, pair)

@@ -1,5 +1,5 @@
 """One rank of a training run of an image tokenizer: prints what it came to.
-python image_tokenizer_worker.py STEPS BATCH"""
+python worker.py STEPS BATCH"""
 
 import json
 import os
