@@ -13,7 +13,7 @@ TORCH := torch>=2.10,<2.14
 venv: $(VENV)/.installed
 
 # torch comes first: the compiled losses are built against it, without build isolation.
-$(VENV)/.installed: pyproject.toml $(wildcard setup.py csrc/* csrc/*/*)
+$(VENV)/.installed: pyproject.toml $(wildcard setup.py csrc/* csrc/*/* csrc/*/*/*)
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Python %d.%d is too old: make PYTHON=python3.11 (or later)" % v)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"

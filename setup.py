@@ -74,7 +74,7 @@ def build_cpu(compiler: str, include: list[str], libtorch: Path, objects: Path, 
         for name in ("operators", "attention", "draw")
     ]
     for name, flags in KERNELS.items():
-        source, result = SOURCES / f"cpu/kernels_{name}.cpp", objects / f"kernels_{name}.o"
+        source, result = SOURCES / f"cpu/kernels/{name}.cpp", objects / f"kernels_{name}.o"
         jobs.append([*common, *arithmetic, *flags, "-c", str(source), "-o", str(result)])
         # Numbers that are the same everywhere: no multiplication may be fused with an addition.
         exact = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", f"-DFUNCTION=draw_run_{name}"]

@@ -28,7 +28,7 @@ def test_tests_of_gpus_are_in_their_folder():
     """Elsewhere the run that sees GPUs would not find them."""
     marked = [path for path in (ROOT / "tests").rglob("*.py") if re.search(r"mark\.gpu\b", path.read_text())]
     assert len(marked) > 5
-    assert [path for path in marked if path.parent.name != "gpu" and path != Path(__file__)] == []
+    assert [path for path in marked if "gpu" not in path.parts and path != Path(__file__)] == []
 
 
 # ---------------------------------------------------------------------------------------------- tests/conftest.py
@@ -87,7 +87,7 @@ def test_only_the_run_of_marked_tests_sees_gpus(option, gpus, workers, tmp_path)
     (False, "tests/data tests/gpu", None, [["-n", "2", "--dist", "loadfile", "tests/data", "tests/gpu"]]),
     (True, None, None, [["-n", "2", "--dist", "loadfile", "--ignore=tests/gpu", "tests"], ["-m", "gpu", "tests/gpu"]]),
     (True, "tests/data", None, [["-n", "2", "--dist", "loadfile", "--ignore=tests/gpu", "tests/data"]]),
-    (True, "tests/gpu/test_losses.py", None, [["-m", "gpu", "tests/gpu/test_losses.py"]]),
+    (True, "tests/gpu/kernels/test_losses.py", None, [["-m", "gpu", "tests/gpu/kernels/test_losses.py"]]),
     (True, None, "loadfile", [["-n", "2", "--dist", "loadfile", "--ignore=tests/gpu", "tests"],
                               ["-m", "gpu", "tests/gpu"]]),
     (True, None, "gpu", [["-n", "2", "--dist", "loadfile", "--ignore=tests/gpu", "tests"], ["-m", "gpu", "tests/gpu"]]),
@@ -139,4 +139,4 @@ def test_the_tests_of_gpus_can_be_collected_and_their_fixtures_exist():
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     found = json.loads(re.search(r"^FOUND (.*)$", result.stdout, re.MULTILINE)[1])
     assert found["missing"] == []
-    assert found["files"] == sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert found["files"] == sorted(path.name for path in (ROOT / "tests" / "gpu").rglob("test_*.py"))

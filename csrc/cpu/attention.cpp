@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "../operators.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace megamug {
 namespace {

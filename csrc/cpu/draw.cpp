@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "draw_run.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace megamug {
 namespace {

@@ -7,7 +7,7 @@
 #include <limits>
 #include <memory>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace megamug {
 

@@ -16,7 +16,7 @@ from megamug.checkpoint.state import load_tensors, save_tensors, sharded_state
 from megamug.configuration.sections import Config
 from megamug.models.init import draw, initialise
 from megamug.training.optim import Optimizer, wrap_chunks
-from tests.distributed import mug_case
+from tests.distributed.cases import mug_case
 
 if importlib.util.find_spec("transformer_engine") is not None:
     pytest.skip("with Transformer Engine the layers' FP8 contexts want a GPU", allow_module_level=True)

@@ -18,8 +18,8 @@ from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration.reading import load_config
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
+from tests.distributed.cases.layout_worker import tiny
 from tests.distributed.launch import python_path
-from tests.distributed.layout_worker import tiny
 
 
 def lazy(name: str, tensor: torch.Tensor) -> LazyTensor:

@@ -11,7 +11,7 @@ from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
 from megamug.models.mug.plan import MugPlan
 from megamug.telemetry.flops import TRAINING, linear_flops
-from tests.distributed.layout_worker import micro_batches, tiny
+from tests.distributed.cases.layout_worker import micro_batches, tiny
 
 # He et al. 2022: (encoder with class token and position table, decoder with mask token, position table and prediction).
 VIT_B16_PARAMETERS = (85_798_656, 26_109_184)

@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed.launch import launch_forked
 
-WORKER = str(Path(__file__).with_name("layout_worker.py"))
+WORKER = str(Path(__file__).with_name("cases") / "layout_worker.py")
 TOLERANCE = 1e-5
 
 

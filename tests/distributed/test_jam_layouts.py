@@ -31,7 +31,7 @@ RESUMED = {2: {"pipeline": 2, "virtual": 2}, 4: {"tensor": 2, "sequence": True, 
 
 
 def job(pair: str, **more) -> dict:
-    return {"case": "tests.distributed.jam_case", "pair": pair, "steps": STEPS, **more}
+    return {"case": "tests.distributed.cases.jam_case", "pair": pair, "steps": STEPS, **more}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def reference(tmp_path_factory) -> dict[str, dict]:
 
 def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
     from megamug.models.jam.plan import JamPlan
-    from tests.distributed import jam_case
+    from tests.distributed.cases import jam_case
 
     for pair in PAIRS:
         plan = JamPlan(jam_case.tiny({"pair": pair}), jam_case.VOCABULARY)

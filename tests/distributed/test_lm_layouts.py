@@ -37,7 +37,7 @@ RESUMED = {1: {}, 2: {"tensor": 2, "sequence": True}, 4: {"tensor": 2, "pipeline
 
 
 def job(family: str, **more) -> dict:
-    return {"case": "tests.distributed.lm_case", "family": family, "steps": STEPS, **more}
+    return {"case": "tests.distributed.cases.lm_case", "family": family, "steps": STEPS, **more}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 from tests.distributed.launch import launch_forked
 
-WORKER = str(Path(__file__).with_name("layout_worker.py"))
+WORKER = str(Path(__file__).with_name("cases") / "layout_worker.py")
 DISTRIBUTED = {"distributed_optimizer": True}
 OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 BF16 = {"precision": {"dtype": "bf16"}}

@@ -32,7 +32,7 @@ def test_the_saved_weights_come_back_to_the_bit(saved):
 
 
 def test_a_run_of_two_tensor_parallel_stages_is_read_by_one_process(saved, tmp_path):
-    from tests.distributed.layout_worker import tiny
+    from tests.distributed.cases.layout_worker import tiny
 
     options = {"parallel": {"tensor": 2, "sequence": True}, "model": {"caption_loss_weight": 0.0}}
     config = tiny(options)
@@ -41,7 +41,7 @@ def test_a_run_of_two_tensor_parallel_stages_is_read_by_one_process(saved, tmp_p
     save_config(config)
     store = CheckpointStore(config.run_dir, keep=0)
     folder = store.begin(0)
-    worker = str(ROOT / "tests" / "distributed" / "layout_worker.py")
+    worker = str(ROOT / "tests" / "distributed" / "cases" / "layout_worker.py")
     results = launch([worker, json.dumps({**options, "steps": 0, "save": str(folder / "model")})], processes=2)
     assert [code for code, _ in results] == [0, 0], results
     (folder / "state.json").write_text(json.dumps({"step": 0, "identity": {"data.tokenizer": None}}))

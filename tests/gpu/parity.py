@@ -1,7 +1,7 @@
 """Tiny models of every family, trained for some steps on whatever device this process has: what the tests compare
 between a GPU and a CPU, between kinds of layers, and between precisions.
 
-Models, weights and batches are those of `tests/distributed/*_case.py`, so a curve is a pure function of the case. Rows
+Models, weights and batches are those of `tests/distributed/cases`, so a curve is a pure function of the case. Rows
 (tokens x micro-batch) of every stack are multiples of 16, widths too: FP8 products want both.
 """
 
@@ -12,7 +12,7 @@ import importlib
 import sys
 import warnings
 
-from tests.distributed import layout_worker
+from tests.distributed.cases import layout_worker, lm_case
 
 STEPS, CUT = 6, 3
 WIDE = dict(width=64, ffn_width=128)
@@ -56,8 +56,8 @@ def options(case: str, variant: str, **more) -> dict:
     """Of `layout_worker`: a case in a variant; `more`: first, steps, load, save."""
     found = {"steps": STEPS, **CASES[case], **VARIANTS[variant], **more}
     if found.get("family") in ("llama", "chameleon"):  # the tests of layouts have them narrower
-        found["lm"] = {**importlib.import_module("tests.distributed.lm_case").FAMILIES[found["family"]]["lm"], **WIDE}
-    return {**found, "case": f"tests.distributed.{found['case']}_case"}
+        found["lm"] = {**lm_case.FAMILIES[found["family"]]["lm"], **WIDE}
+    return {**found, "case": f"tests.distributed.cases.{found['case']}_case"}
 
 
 def train(case: str, variant: str, **more) -> list[list[float]]:

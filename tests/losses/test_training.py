@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamug.losses import ops
-from tests.distributed.layout_worker import micro_batches, tiny
+from tests.distributed.cases.layout_worker import micro_batches, tiny
 from tests.losses.common import need
 
 

@@ -13,7 +13,7 @@ from megamug.configuration.presets import PRESETS
 from megamug.configuration.sections import Config
 from megamug.models.init import RULES, draw, initialise
 from megamug.models.mug.plan import MugPlan
-from tests.distributed.layout_worker import tiny
+from tests.distributed.cases.layout_worker import tiny
 
 NAME = "encoder.stack.layers.0.mlp.linear_fc1.weight"
 

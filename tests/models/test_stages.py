@@ -11,7 +11,7 @@ import torch
 from megamug.models.mug.plan import MugPlan
 from megamug.models.partition import cut
 from megamug.models.stages import Boundary, attach_loss
-from tests.distributed.layout_worker import micro_batches, tiny
+from tests.distributed.cases.layout_worker import micro_batches, tiny
 
 LOSSES = {
     "both": {},

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from megamug.training import gradients
 from megamug.training.gradients import GradientBuffers
-from tests.distributed.mug_case import tiny
+from tests.distributed.cases.mug_case import tiny
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def dispatched(layers: int) -> int:
     from megamug.models.mug.plan import MugPlan
     from megamug.training.optim import Optimizer, wrap_chunks
     from megamug.training.pipeline import run_batch
-    from tests.distributed.mug_case import micro_batches
+    from tests.distributed.cases.mug_case import micro_batches
 
     class Count(TorchDispatchMode):
         found = 0

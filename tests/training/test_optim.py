@@ -10,7 +10,7 @@ import torch
 from megamug.checkpoint.optimizer_state import MOMENTS
 from megamug.configuration.sections import OptimizerConfig, TrainConfig
 from megamug.training.optim import Optimizer, learning_rate, wrap_chunks
-from tests.distributed.layout_worker import micro_batches, tiny
+from tests.distributed.cases.layout_worker import micro_batches, tiny
 
 # ---------------------------------------------------------------------------------------------- schedule
 

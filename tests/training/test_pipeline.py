@@ -9,7 +9,7 @@ import torch
 
 from megamug.training.optim import wrap_chunks
 from megamug.training.pipeline import reduce_losses, run_batch
-from tests.distributed.layout_worker import micro_batches, tiny
+from tests.distributed.cases.layout_worker import micro_batches, tiny
 
 NAMES = ["image", "caption"]
 

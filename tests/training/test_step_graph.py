@@ -11,7 +11,7 @@ import torch
 from megamug.training import step_graph
 from megamug.training.optim import Optimizer, wrap_chunks
 from megamug.training.pipeline import reduce_losses
-from tests.distributed.mug_case import make_task, micro_batches, tiny
+from tests.distributed.cases.mug_case import make_task, micro_batches, tiny
 
 STEPS = 7
 

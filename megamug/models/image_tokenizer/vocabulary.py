@@ -1,4 +1,4 @@
-"""The image tokenizer of a vocabulary: copied into its folder when that is made, opened by who reads or writes images."""
+"""The image tokenizer of a vocabulary: copied into its folder when that is made, opened by what reads images."""
 
 from __future__ import annotations
 

@@ -180,7 +180,8 @@ def test_killed_and_continued_with_other_workers_the_result_is_the_same(vocabula
     code = (
         "import sys, megamug.data.documents.tokenizer as t\n"
         "import megamug.models.image_tokenizer.encoder as e\nt.CHUNK = 1\n"
-        f"t.tokenize_documents({list(map(str, texts))!r}, {str(vocabulary.folder)!r}, sys.argv[1], e.ImageEncoder, workers=1)"
+        f"t.tokenize_documents({list(map(str, texts))!r}, {str(vocabulary.folder)!r}, sys.argv[1], e.ImageEncoder,"
+        " workers=1)"
     )
     killed = tmp_path / "killed"
     process = subprocess.Popen(

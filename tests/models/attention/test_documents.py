@@ -1,7 +1,7 @@
 """Documents of a row that do not read each other, by where they begin: against a mask of all pairs of tokens.
 
-The kernels need a GPU (tests/gpu/test_documents.py); here each document is attended by itself in their place, and all
-around them is the models' own.
+The kernels need a GPU (tests/gpu/models/test_documents.py); here each document is attended by itself in their
+place, and all around them is the models' own.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from megamug.configuration.sections import Config
 from megamug.models.attention import gpu as gpu_attention
 from megamug.models.blocks import compiled, functional
 from megamug.training.pipeline import run_batch
-from tests.distributed import jam_case, lm_case, mug_case
+from tests.distributed.cases import jam_case, lm_case, mug_case
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 

@@ -11,7 +11,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from megamug.configuration.sections import Config
 from megamug.models.blocks import layers, specs
-from tests.distributed import jam_case, lm_case, mug_case
+from tests.distributed.cases import jam_case, lm_case, mug_case
 
 LAYERS = 7
 

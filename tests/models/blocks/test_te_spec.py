@@ -22,7 +22,7 @@ warnings.simplefilter("ignore")
 import torch
 from megamug.distributed import cpu_backend, setup
 options, folder = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
-case = importlib.import_module(f"tests.distributed.{options.pop('case')}_case")
+case = importlib.import_module(f"tests.distributed.cases.{options.pop('case')}_case")
 config = case.tiny(options)
 stages, config.parallel.pipeline = config.parallel.pipeline, 1  # all stages in turn, without a process for each
 world = setup.start(config.parallel, seed=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megamug.models.blocks.positions import sincos_positions
-from tests.distributed.layout_worker import micro_batches, tiny
+from tests.distributed.cases.layout_worker import micro_batches, tiny
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `dev`)")
 

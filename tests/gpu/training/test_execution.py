@@ -11,7 +11,7 @@ import pytest
 
 from megamug.training import step_graph
 from tests.gpu import parity
-from tests.gpu.test_parity import BF16, SAME_PRODUCTS, close
+from tests.gpu.models.test_parity import BF16, SAME_PRODUCTS, close
 
 pytestmark = pytest.mark.gpu
 PLAIN = [case for case in parity.CASES if "documents" not in case]  # those count their documents on the device

@@ -5,7 +5,7 @@
 Options beside the sections of the configuration:
 
     case         module with `tiny(options) -> Config`, `make_task(config)` and
-                 `micro_batches(step, plan, config, world) -> (batches, totals)`; default tests.distributed.mug_case
+                 `micro_batches(step, plan, config, world) -> (batches, totals)`; default: mug_case
     steps, first steps first + 1 .. steps are done (10, 0)
     load, save   checkpoint folders (tensors alone)
     gradients    FILE: the first step's gradient of every parameter by global name, before clipping
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from megamug.distributed import setup
-from tests.distributed.mug_case import micro_batches, sample, tiny
+from tests.distributed.cases.mug_case import micro_batches, sample, tiny
 
 __all__ = ["micro_batches", "sample", "tiny"]  # other tests take these from here
 
@@ -123,7 +123,7 @@ def leave_groups() -> None:
 
 def run(options: dict) -> dict:
     """The result of one layout's training, which it prints as well."""
-    case = importlib.import_module(options.get("case", "tests.distributed.mug_case"))
+    case = importlib.import_module(options.get("case", "tests.distributed.cases.mug_case"))
     config = case.tiny(options)
     from megamug.distributed import cpu_backend
 

@@ -9,8 +9,8 @@ import torch
 from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
 from megamug.data.documents.loader import IGNORE
-from tests.distributed import lm_case
-from tests.distributed.lm_case import TOKENS, VOCABULARY
+from tests.distributed.cases import lm_case
+from tests.distributed.cases.lm_case import TOKENS, VOCABULARY
 from tests.models.jam.test_cross import CM3LEON, GPT, LLAMA
 
 PAIRS = {"equal": (CM3LEON, CM3LEON), "unlike": (LLAMA, GPT)}
