@@ -45,3 +45,4 @@ endif
 
 lint: venv
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache

@@ -6,8 +6,9 @@ captions. The same arguments give the same bytes; an interrupted call is continu
 
 from __future__ import annotations
 
-from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, output_folder
+from megamug.command_line.arguments import COUNT, Parser
 from megamug.command_line.tool import run_tool
+from megamug.data.demo.arguments import add_output, add_scenes
 from megamug.data.demo.scenes import DemoParameters, make_demo_data
 from megamug.data.shards.indexing import index_paths, summary
 
@@ -15,13 +16,9 @@ from megamug.data.shards.indexing import index_paths, summary
 def main() -> None:
     parser = Parser(description=__doc__)
     default = DemoParameters()
-    parser.add_argument("output", type=output_folder, metavar="OUTPUT", help="a new folder")
+    add_output(parser)
     parser.add_argument("--train", type=COUNT, default=default.train, help="scenes to train on (default %(default)s)")
-    parser.add_argument("--heldout", type=COUNT, default=default.heldout, help="held-out scenes (default %(default)s)")
-    parser.add_argument("--seed", type=FROM_ZERO, default=default.seed, help="of the scenes (default %(default)s)")
-    parser.add_argument("--size", type=COUNT, default=default.size, help="pixels a side (default %(default)s)")
-    parser.add_argument("--tidy", action="store_true", help="upright on a grid, before plain greys: easily drawn")
-    parser.add_argument("--processes", type=COUNT, help="processes at work (default: one per core)")
+    add_scenes(parser, default)
     parser.add_argument("--no-index", action="store_true", help="do not index the shards")
     args = parser.parse_args()
     parameters = DemoParameters(args.train, args.heldout, args.seed, args.size, args.tidy)

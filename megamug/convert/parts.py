@@ -57,6 +57,20 @@ def stacked(name: str, others: list[str]) -> Piece:
     return Piece(name, others, lambda *parts: torch.cat(parts), lambda whole: list(whole.chunk(len(others))))
 
 
+def linears(ours: str, tower: TowerConfig, qkv: list[str], proj: str, fc1: list[str], fc2: str) -> list[Piece]:
+    """The four linears of our layer `ours`, of others' linears: three projections, the output, one or both input
+    projections of the feed-forward ([gate, up]), its output. With biases where the tower has them."""
+    found = []
+    for kind in ("weight", "bias") if tower.bias else ("weight",):
+        found += [
+            fused_qkv(f"{ours}.self_attention.linear_qkv.{kind}", [f"{name}.{kind}" for name in qkv], tower),
+            Piece(f"{ours}.self_attention.linear_proj.{kind}", [f"{proj}.{kind}"]),
+            stacked(f"{ours}.mlp.linear_fc1.{kind}", [f"{name}.{kind}" for name in fc1]),
+            Piece(f"{ours}.mlp.linear_fc2.{kind}", [f"{fc2}.{kind}"]),
+        ]
+    return found
+
+
 def vocabulary_rows(name: str, other: str, vocabulary: int) -> Piece:
     """A table [vocabulary, h]; ours has zero rows behind, see `padded_vocabulary`."""
 

@@ -160,6 +160,14 @@ def tensors_alone(state: dict) -> dict:
     return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
 
 
+def second_copy(state: dict, output: str, table: str) -> None:
+    """In a sharded state dict, calls a tied output matrix (where this stage has one) as the table it copies. It counts
+    as the second copy: the stage of the table writes it."""
+    if output in state:
+        entry = state[output]
+        entry.key, entry.replica_id = table, (1, *entry.replica_id[1:])
+
+
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:

@@ -47,6 +47,15 @@ class Task:
             compiled.compile_layers(chunks)
         return chunks
 
+    def reading(self, world, train: bool) -> dict[str, object]:
+        """What loaders of every kind are told of the configuration and of this process's place."""
+        data = self.config.data
+        return {
+            "global_batch_size": data.global_batch_size, "micro_batch_size": data.micro_batch_size,
+            "seed": self.config.seed, "dp_rank": world.dp_rank, "dp_size": world.dp_size, "device": world.device,
+            "train": train,
+        }  # fmt: skip
+
     def identity(self) -> dict:
         """What a checkpoint cannot be continued without, beside the model's sizes: by configuration key."""
         raise NotImplementedError

@@ -60,7 +60,7 @@ def assert_torchrun_takes(words: list[str], nodes: int, processes: str) -> list[
 
 
 def test_torchrun_on_one_node(tmp_path):
-    script = str(ROOT / "examples/cluster/torchrun_node.sh")
+    script = str(ROOT / "examples/cluster/torchrun.sh")
     result = run(script, "c.yaml", "train.steps=2", PROCESSES="3", **fake_python(tmp_path))
     words = assert_torchrun_takes(result.stdout.splitlines(), 1, "3")
     assert words == ["megamug", "train", "c.yaml", "train.steps=2"]
@@ -68,7 +68,7 @@ def test_torchrun_on_one_node(tmp_path):
 
 
 def test_torchrun_on_several_nodes(tmp_path):
-    script = str(ROOT / "examples/cluster/torchrun_nodes.sh")
+    script = str(ROOT / "examples/cluster/torchrun.sh")
     env = {**fake_python(tmp_path), "HEAD": "first", "NODES": "4", "NODE_RANK": "2"}
     words = run(script, "c.yaml", "seed=3", **env).stdout.splitlines()
     assert assert_torchrun_takes(words, 4, "gpu") == ["megamug", "train", "c.yaml", "seed=3"]

@@ -61,14 +61,10 @@ def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:
             Piece(f"{ours}.{norms[0]}", [f"{theirs}.input_layernorm.weight"]),
             Piece(f"{ours}.{norms[1]}", [f"{theirs}.post_attention_layernorm.weight"]),
         ]
-        for kind in ("weight", "bias") if tower.bias else ("weight",):
-            projections = [f"{attention}.{x}_proj.{kind}" for x in "qkv"]
-            found += [
-                parts.fused_qkv(f"{ours}.self_attention.linear_qkv.{kind}", projections, tower),
-                Piece(f"{ours}.self_attention.linear_proj.{kind}", [f"{attention}.o_proj.{kind}"]),
-                parts.stacked(f"{ours}.mlp.linear_fc1.{kind}", [f"{mlp}.{x}_proj.{kind}" for x in ("gate", "up")]),
-                Piece(f"{ours}.mlp.linear_fc2.{kind}", [f"{mlp}.down_proj.{kind}"]),
-            ]
+        found += parts.linears(
+            ours, tower, [f"{attention}.{x}_proj" for x in "qkv"], f"{attention}.o_proj",
+            [f"{mlp}.gate_proj", f"{mlp}.up_proj"], f"{mlp}.down_proj",
+        )  # fmt: skip
     if not tower.tie_vocabulary:
         found.append(parts.vocabulary_rows("output_layer.weight", "lm_head.weight", vocabulary))
     return found

@@ -63,12 +63,8 @@ def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:
                 Piece(f"{ours}.self_attention.linear_qkv.layer_norm_{kind}", [f"{theirs}.self_attn_layer_norm.{kind}"]),
                 Piece(f"{ours}.mlp.linear_fc1.layer_norm_{kind}", [f"{theirs}.final_layer_norm.{kind}"]),
             ]
-        for kind in ("weight", "bias") if tower.bias else ("weight",):
-            projections = [f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv"]
-            found += [
-                parts.fused_qkv(f"{ours}.self_attention.linear_qkv.{kind}", projections, tower),
-                Piece(f"{ours}.self_attention.linear_proj.{kind}", [f"{theirs}.self_attn.out_proj.{kind}"]),
-                Piece(f"{ours}.mlp.linear_fc1.{kind}", [f"{theirs}.fc1.{kind}"]),
-                Piece(f"{ours}.mlp.linear_fc2.{kind}", [f"{theirs}.fc2.{kind}"]),
-            ]
+        found += parts.linears(
+            ours, tower, [f"{theirs}.self_attn.{x}_proj" for x in "qkv"], f"{theirs}.self_attn.out_proj",
+            [f"{theirs}.fc1"], f"{theirs}.fc2",
+        )  # fmt: skip
     return found

@@ -19,7 +19,7 @@ from megamug.convert.vision.hf_vit import (
     older,
     preprocessor,
 )
-from megamug.convert.vision.vit import blocks, decoder, no_registers, positions
+from megamug.convert.vision.vit import blocks, decoder, no_registers, position_tables
 from megamug.errors import UserError
 
 
@@ -56,10 +56,7 @@ def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
 
 
 def fixed(config: Config) -> dict[str, Callable[[], Tensor]]:
-    tables = {"vit.embeddings.position_embeddings": lambda: positions(config, config.model.width, 1)}
-    if config.model.image_loss_weight > 0:
-        tables["decoder.decoder_pos_embed"] = lambda: positions(config, config.model.decoder_width, 1)
-    return tables
+    return position_tables(config, "vit.embeddings.position_embeddings", "decoder.decoder_pos_embed")
 
 
 def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:

@@ -18,7 +18,7 @@ from megamug.convert.vision.vit import (
     heads_of,
     image_size_of,
     no_registers,
-    positions,
+    position_tables,
 )
 from megamug.errors import UserError
 
@@ -76,10 +76,7 @@ def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
 
 
 def fixed(config: Config) -> dict[str, Callable[[], Tensor]]:
-    tables = {"pos_embed": lambda: positions(config, config.model.width, 1)}
-    if config.model.image_loss_weight > 0:
-        tables["decoder_pos_embed"] = lambda: positions(config, config.model.decoder_width, 1)
-    return tables
+    return position_tables(config, "pos_embed", "decoder_pos_embed")
 
 
 FORMAT = Format(

@@ -76,6 +76,14 @@ def positions(config, width: int, prefix: int) -> Tensor:
     return sincos_positions(width, grid, grid, prefix)[None]
 
 
+def position_tables(config, encoder_name: str, decoder_name: str) -> dict[str, Callable[[], Tensor]]:
+    """By their foreign names, the fixed tables of the encoder and, where there is one, of the image decoder."""
+    tables = {encoder_name: lambda: positions(config, config.model.width, 1)}
+    if config.model.image_loss_weight > 0:
+        tables[decoder_name] = lambda: positions(config, config.model.decoder_width, 1)
+    return tables
+
+
 def no_registers(config, format_name: str) -> None:
     """Raises UserError where the model has register tokens and the format has no place for them."""
     model = config.model

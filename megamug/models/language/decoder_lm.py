@@ -15,7 +15,7 @@ from megamug.models.blocks.layers import LocalColumnParallelLinear
 from megamug.models.language.losses import language_losses
 from megamug.models.language.plan import LmPlan
 from megamug.models.language.tower import TowerEmbedding
-from megamug.models.stages import Stage, tensors_alone
+from megamug.models.stages import Stage, second_copy, tensors_alone
 
 
 class DecoderLM(Stage):
@@ -89,8 +89,6 @@ class DecoderLM(Stage):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        weight = state.get(f"{prefix}output_layer.weight")
-        if weight is not None and self.tied:  # the second copy: same name, written by the stage of the embedding
-            weight.key = f"{prefix}embedding.word_embeddings.weight"
-            weight.replica_id = (1, *weight.replica_id[1:])
+        if self.tied:
+            second_copy(state, f"{prefix}output_layer.weight", f"{prefix}embedding.word_embeddings.weight")
         return tensors_alone(state)

@@ -47,15 +47,9 @@ class LmTask(Task):
             separate_documents=data.separate_documents,
             same_shapes=self.config.parallel.cuda_graphs or self.compiled,
             loss_on=data.loss_on,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-            seed=self.config.seed,
-            dp_rank=world.dp_rank,
-            dp_size=world.dp_size,
-            train=train,
-            device=world.device,
             state=state,
             max_samples=max_samples,
+            **self.reading(world, train),
         )
 
     def check_data(self) -> None:

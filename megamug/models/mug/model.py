@@ -27,7 +27,7 @@ from megamug.models.blocks import specs
 from megamug.models.blocks.layers import LayerRun, replicated
 from megamug.models.blocks.positions import sincos_positions
 from megamug.models.mug.plan import MugPlan
-from megamug.models.stages import Part, Stage, tensors_alone
+from megamug.models.stages import Part, Stage, second_copy, tensors_alone
 
 PAD = 0  # token id that ends no caption and carries no loss
 
@@ -211,10 +211,8 @@ class TextDecoder(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        weight = state.get(f"{prefix}output_layer.weight")
-        if weight is not None and self.tied:  # the second copy: same name, written by the stage of the embedding
-            weight.key = f"{prefix}word_embeddings.weight"
-            weight.replica_id = (1, *weight.replica_id[1:])
+        if self.tied:
+            second_copy(state, f"{prefix}output_layer.weight", f"{prefix}word_embeddings.weight")
         return state
 
 

@@ -42,21 +42,15 @@ class MugTask(Task):
             tokenizer=self.tokenizer,
             image_size=data.image_size,
             caption_length=data.caption_length,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=data.micro_batch_size,
-            seed=self.config.seed,
-            dp_rank=world.dp_rank,
-            dp_size=world.dp_size,
-            train=train,
             need_captions=self.plan.writes,
             crop_scale=data.crop_scale,
             flip=data.flip,
-            device=world.device,
             threads=data.threads,
             prefetch=data.prefetch,
             max_failure_rate=data.max_failure_rate,
             state=state,
             max_samples=max_samples,
+            **self.reading(world, train),
         )
 
     def check_data(self) -> None:

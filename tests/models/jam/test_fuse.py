@@ -309,7 +309,7 @@ def tool(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
 
 def test_the_tool_writes_a_run_that_starts_a_training(parents, world, vocabulary, tmp_path, monkeypatch, capsys):
     from megamug.checkpoint import initial
-    from megamug.models.language.task import LmTask
+    from megamug.models.tasks import make_task
 
     one, other = parents.model("llama", 1)[1], parents.model("cm3leon", 2)[1]
     fused = tmp_path / "fused"
@@ -319,7 +319,7 @@ def test_the_tool_writes_a_run_that_starts_a_training(parents, world, vocabulary
     config = resolve(load_config(fused / "config.yaml"))
     assert (config.fusion.cross_every, config.fusion.cross_ffn, config.fusion.gate) == (1, False, True)
     config.model.initial = str(fused)
-    task = LmTask(config)
+    task = make_task(config)
     initial.check(config, task)
     chunks = task.build(world)
     initial.load(config, chunks, world)
