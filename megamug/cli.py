@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megamug
-from megamug.command_line import console
-from megamug.command_line.arguments import Parser, world_size
+from megamug.command_line import console, launcher
+from megamug.command_line.arguments import Parser
+from megamug.command_line.launcher import world_size
 from megamug.configuration import validate
 from megamug.configuration.reading import load_config, resolve
 from megamug.durable import folder_problem
@@ -148,6 +149,8 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError("--world-size goes with --dry-run; processes are started by torchrun or a scheduler")
     if elsewhere and arguments.world_size < 1:
         raise UserError(f"--world-size is {arguments.world_size}; it must be at least 1")
+    if not elsewhere:
+        launcher.adopt()
     size = arguments.world_size if elsewhere else world_size()
     config = resolve(load_config(arguments.config, arguments.overrides))
     validate.validate(config, size, here=not elsewhere)

@@ -14,7 +14,7 @@ import pytest
 
 import megamug
 from megamug import cli
-from megamug.command_line.arguments import world_size
+from megamug.command_line.launcher import world_size
 from megamug.configuration import validate
 from megamug.configuration.reading import save_config
 from megamug.configuration.sections import Config

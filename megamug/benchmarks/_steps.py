@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import record_function
 
-from megamug.command_line.arguments import world_size
+from megamug.command_line.launcher import world_size
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config

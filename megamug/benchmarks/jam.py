@@ -27,7 +27,8 @@ import types
 import torch
 
 from megamug.benchmarks import _contest, _report, _steps
-from megamug.command_line.arguments import COUNT, FROM_ZERO, world_size
+from megamug.command_line.arguments import COUNT, FROM_ZERO
+from megamug.command_line.launcher import world_size
 from megamug.generation import loading as inference
 
 KINDS = ("decoder_lm", "jam_cross")

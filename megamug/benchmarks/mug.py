@@ -26,7 +26,8 @@ import argparse
 import torch
 
 from megamug.benchmarks import _contest, _report, _steps
-from megamug.command_line.arguments import COUNT, world_size
+from megamug.command_line.arguments import COUNT
+from megamug.command_line.launcher import world_size
 from megamug.errors import UserError
 
 VOCABULARY = 32000

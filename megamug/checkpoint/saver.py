@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from megamug.checkpoint import state
-from megamug.checkpoint.store import CheckpointStore
+from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -125,13 +125,7 @@ def on_first(world, action):
     return outcome[0]
 
 
-def find(store: CheckpointStore, world) -> tuple[int, Path, str] | None:
-    """The newest complete checkpoint of a run about to train, verified by rank 0, the same answer on every rank."""
-
-    def newest():
-        store.recover()
-        complete = store.newest_complete()
-        return None if complete is None else (complete.step, str(complete.path), complete.reason)
-
-    found = on_first(world, newest)
-    return None if found is None else (found[0], Path(found[1]), found[2])
+def share(found: CompleteCheckpoint | None, world) -> tuple[int, Path, str] | None:
+    """What rank 0 found, on every rank. A collective."""
+    answer = on_first(world, lambda: None if found is None else (found.step, str(found.path), found.reason))
+    return None if answer is None else (answer[0], Path(answer[1]), answer[2])

@@ -12,6 +12,7 @@ import inspect
 import queue
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -119,14 +120,32 @@ class TensorWrite:
             self.request = dist_checkpointing.save(state, str(folder), ("torch_dist", 1), **options)
 
     def write(self) -> None:
-        """Writes this rank's part. An error in it is raised by `finish`, on all ranks."""
+        """Writes this rank's part. An error in it is raised by `finish`, on all ranks.
+
+        In threads of this process: one that Megatron forked would outlive a rank that is killed, and keep what it
+        inherited, the port that ranks meet at among it. The file system takes the time, and the interpreter's lock is
+        free meanwhile.
+        """
         request = self.request
         if request.async_fn is None:  # nothing to write on this rank
             return
-        rank, buckets, results = request.async_fn_args
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            request.async_fn(rank, request.preload_fn() if request.preload_fn else buckets, results)
+        _, buckets, results = request.async_fn_args
+        transforms = request.async_fn.args[0]
+        buckets = request.preload_fn() if request.preload_fn else buckets
+        written: queue.Queue = queue.Queue()
+
+        def write_bucket(index: int) -> None:
+            at_work: queue.Queue = queue.Queue()
+            at_work.put(index)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, buckets[index], written, at_work, use_fsync=False
+            )  # the commit makes files durable
+
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            list(pool.map(write_bucket, range(len(buckets))))
+        found = dict(written.get() for _ in buckets)
+        failed = next((outcome for outcome in found.values() if isinstance(outcome, Exception)), None)
+        results.put(found if failed is None else failed)
 
     def finish(self) -> None:
         """Writes what describes all parts. A collective. Raises RuntimeError on all ranks if one could not write."""

@@ -172,6 +172,28 @@ class CheckpointStore:
                     problems.append(f"{name}: SHA-256 differs from the manifest's")
         return problems
 
+    def read_verified(self, step: int, name: str) -> bytes | None:
+        """The content of one file of a checkpoint, as the manifest vouches for it; None where it does not."""
+        path = self.path(step)
+        try:
+            manifest = _read_manifest(path)
+            content = (path / name).read_bytes()
+        except (OSError, ValueError):
+            return None
+        entry = manifest["files"].get(name)
+        known = manifest["step"] == step and entry is not None
+        return content if known and hashlib.sha256(content).hexdigest() == entry["sha256"] else None
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a checkpoint so that it is neither resumed from, counted nor removed; returns where it lies now."""
+        target = self.root / f"aside-{self.path(step).name}"
+        number = 2
+        while target.exists():
+            target, number = self.root / f"aside-{self.path(step).name}-{number}", number + 1
+        os.rename(self.path(step), target)
+        fsync_folder(self.root)
+        return target
+
     def _aside(self, step: int, kind: str) -> Path:
         return self.root / f".step-{step:08d}.{kind}"
 

@@ -113,16 +113,3 @@ def device(text: str) -> str:
         seen = f"{gpus} GPUs" if gpus else "no GPU"
         raise argparse.ArgumentTypeError(f"{text}: torch sees {seen} on this machine; give cpu, or see megamug doctor")
     return text
-
-
-def world_size() -> int:
-    """Processes of this run, from WORLD_SIZE as torchrun sets it; one without. Raises UserError for nonsense."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"WORLD_SIZE is {text!r}, not a number of processes; start with torchrun, or unset WORLD_SIZE")
-    rank = os.environ.get("RANK")
-    if rank is None and int(text) > 1:
-        raise UserError(f"WORLD_SIZE is {text} but RANK is not set; start with torchrun, or unset WORLD_SIZE")
-    if rank is not None and not (rank.isdecimal() and int(rank) < int(text)):
-        raise UserError(f"RANK is {rank!r} but WORLD_SIZE is {text}; start with torchrun, or unset RANK and WORLD_SIZE")
-    return int(text)

@@ -31,7 +31,9 @@ RANGES = {
     "optimizer.beta2": _DECAY, "optimizer.eps": _POSITIVE, "optimizer.clip_grad": _FROM_ZERO,
     "precision.first_layers_bf16": _FROM_ZERO, "precision.last_layers_bf16": _FROM_ZERO,
     "train.steps": _COUNT, "train.validate_every": _FROM_ZERO, "train.pictures_every": _FROM_ZERO,
-    "checkpoint.every": _FROM_ZERO, "checkpoint.keep": _FROM_ZERO, "log.every": _COUNT,
+    "train.compare_replicas_every": _FROM_ZERO, "optimizer.skip_spikes": _FROM_ZERO,
+    "checkpoint.every": _FROM_ZERO, "checkpoint.keep": _FROM_ZERO, "checkpoint.go_back_to": _FROM_ZERO,
+    "log.every": _COUNT,
 }  # fmt: skip
 
 CHOICES = {

@@ -156,6 +156,7 @@ class OptimizerConfig:
     eps: float = 1e-8  # added to the root of the second moment
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
     fused: str = "auto"  # auto | te | apex | torch: whose AdamW kernel; auto: torch's
+    skip_spikes: float = 0.0  # no update where the gradient norm is so many deviations above its last 128; 0: always
 
 
 @dataclass
@@ -165,6 +166,7 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps
     validate_every: int = 0  # steps; 0: only after the last step
     pictures_every: int = 0  # steps; 0: only with the last validation
+    compare_replicas_every: int = 100  # steps between comparisons of the parameters that ranks share; 0: never
 
 
 @dataclass
@@ -174,6 +176,7 @@ class CheckpointConfig:
     every: int = 0  # steps; 0: only after the last step
     keep: int = 3  # newest complete checkpoints kept; 0 keeps all
     asynchronous: bool = False  # write in the background while training goes on
+    go_back_to: int | None = None  # step of the checkpoint to go on from, once; later ones are set aside, not removed
 
 
 @dataclass

@@ -211,7 +211,10 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async": {
         "FileSystemWriterAsync.prepare_write_data": "uses the module's _results_queue where there is one; files are "
         "written by threads or processes of the caller",
-        "FileSystemWriterAsync.get_save_function_and_args": "(function, preload, [rank, buckets, results queue])",
+        "FileSystemWriterAsync.get_save_function_and_args": "(function, preload, [rank, buckets, results queue]); the "
+        "function is partial, the transforms its first argument",
+        "FileSystemWriterAsync.write_preloaded_data": "writes one bucket and puts (its number, results or an "
+        "exception) into the first queue, whatever happens; takes one item from the second",
         "FileSystemWriterAsync.retrieve_write_results": "raises what a writer could not write",
     },
 }

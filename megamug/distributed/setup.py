@@ -70,16 +70,27 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
         device, backend = torch.device("cuda", local_rank), "nccl"
         reason = f"{torch.cuda.get_device_name(device)} over NCCL"
     if not dist.is_initialized():
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:  # no launcher: no address and no port needed
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout)
 
     try:
         return _join(parallel, seed, embedding_stages, rank, size, device, reason)
     except BaseException:
         stop()
         raise
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the processes meet. Without a launcher no address and no port is needed."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    # torchrun keeps one store for all of a job's starts: what a start that failed left in it must not meet the next.
+    # Elsewhere rank 0 keeps it, and each start has a new one.
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=rank == 0 and not torchruns,
+        timeout=timeout, multi_tenant=True,
+    )  # fmt: skip
+    return dist.PrefixStore(f"megamug/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _join(

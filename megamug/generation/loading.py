@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megamug.checkpoint.store import CheckpointStore
-from megamug.command_line.arguments import world_size
+from megamug.command_line.launcher import world_size
 from megamug.configuration import validate_lm
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config, ParallelConfig

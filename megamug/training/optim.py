@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -27,6 +28,7 @@ from megamug.models.blocks.specs import FP8_RECIPES
 from megamug.training import adam, gradients
 from megamug.training.gradients import GradientBuffers
 from megamug.training.pipeline import finalise_gradients
+from megamug.training.spikes import SpikeGuard
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
@@ -98,6 +100,7 @@ class Optimizer:
         self.models, self.distributed = models, config.parallel.distributed_optimizer
         self.fp8_parameters = config.precision.fp8_parameters
         self.kernel, kernel_class, self.kernel_reason = adam.choose(options.fused)
+        self.spikes = SpikeGuard(options.skip_spikes) if options.skip_spikes > 0 else None
         no_decay = ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay))
         with adam.used_by_megatron(kernel_class):
             self.megatron = get_megatron_optimizer(
@@ -136,12 +139,18 @@ class Optimizer:
 
     def apply(self, norm: Tensor, finite: Tensor | None = None) -> Tensor:
         """Clips to `clip_grad` by the given norm and updates the parameters; nothing changes where the norm is not
-        finite, or `finite` (a scalar: whether the losses are) is false. Returns a scalar: whether there was an update.
+        finite or a spike, or `finite` (a scalar: whether the losses are) is false, on any rank: a replica that skips
+        alone would go on with parameters of its own. Returns a scalar: whether there was an update.
 
         torch's AdamW decides and clips on the device, so that the host need not wait and the device never does; with
         the others the host looks first.
         """
         fine = norm.isfinite() if finite is None else norm.isfinite() & finite
+        if self.spikes is not None:
+            fine &= self.spikes.fine(norm)
+        fine = agreed(fine)
+        if self.spikes is not None:
+            self.spikes.remember(norm, fine)
         divisor = ((norm + 1e-6) / self.options.clip_grad).clamp(min=1.0) if self.options.clip_grad > 0 else None
         if self.kernel == "torch":
             bad = fine.logical_not().float()
@@ -208,6 +217,15 @@ class Optimizer:
                 if "step" in state:
                     return int(state["step"])
         return 0
+
+
+def agreed(fine: Tensor) -> Tensor:
+    """Whether the bool scalar `fine` is true on all ranks; on the device, waited for by nobody. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return fine
+    everywhere = fine.to(torch.int32)
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return everywhere.bool()
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 class TooManyBadSteps(RuntimeError):
-    """Loss or gradient norm was not finite for too many steps in a row."""
+    """Too many steps in a row were skipped."""
 
 
 class BadStepGuard:
-    """Skips a step whose loss or gradient norm is not finite, and ends the run after `limit` of them in a row.
+    """Counts steps that were skipped, and ends the run after `limit` of them in a row.
 
-    All ranks decide alike, without a collective, because they are given the same, already reduced values.
+    That a step is skipped all ranks have agreed on before (`Optimizer.apply`).
     """
 
     def __init__(self, limit: int = 10):
@@ -30,27 +30,31 @@ class BadStepGuard:
         self.in_a_row = 0
         self.skipped = 0  # since the start of this process
 
-    def is_bad(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether the optimizer must not apply this step. Raises TooManyBadSteps at the `limit`-th bad step in a row.
+    def is_bad(self, step: int, loss: float, grad_norm: float, updated: bool = True, advice: str = "") -> bool:
+        """Whether the step was skipped. Raises TooManyBadSteps, with `advice`, at the `limit`-th in a row.
 
         Args:
             loss: summed over micro-batches and data-parallel ranks and known to all ranks (all pipeline stages, too).
             grad_norm: of the whole model, before clipping.
+            updated: whether the optimizer applied it; it may have refused a step whose numbers are finite here, for
+                another rank's or for a spike of the norm.
         """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite and updated:
             self.in_a_row = 0
             return False
         self.in_a_row += 1
         self.skipped += 1
+        why = "" if not finite else ", a spike, or not finite on another rank"
         logger.warning(
-            "step %d skipped: loss %s, gradient norm %s (%d of at most %d in a row)",
-            step, loss, grad_norm, self.in_a_row, self.limit,
+            "step %d skipped: loss %s, gradient norm %s%s (%d of at most %d in a row)",
+            step, loss, grad_norm, why, self.in_a_row, self.limit,
         )  # fmt: skip
         if self.in_a_row >= self.limit:
             raise TooManyBadSteps(
-                f"loss or gradient norm was not finite in {self.limit} steps in a row, the last being step {step} "
-                f"(loss {loss}, gradient norm {grad_norm}). The parameters are those of step {step - self.limit}. "
-                "Lower optimizer.learning_rate or lengthen optimizer.warmup_steps and resume from the latest checkpoint"
+                f"loss or gradient norm was a spike or not finite in {self.limit} steps in a row, the last being step "
+                f"{step} (loss {loss}, gradient norm {grad_norm}). The parameters are those of step "
+                f"{step - self.limit}. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps. {advice}"
             )
         return True
 

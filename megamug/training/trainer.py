@@ -8,66 +8,79 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 
 import torch
 
-from megamug.checkpoint.store import CheckpointStore
-from megamug.configuration.reading import save_config
+from megamug.checkpoint.lock import RunLock
+from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
 from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
 from megamug.distributed.stopping import StopRequest
 from megamug.errors import UserError
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
-from megamug.training import adam
+from megamug.training import adam, replicas, resuming
 from megamug.training.resilience import BadStepGuard, Watchdog
 from megamug.training.tensor_overlap import tensor_overlap
 
 logger = logging.getLogger(__name__)
 
-FINISHED, STOPPED = 0, 3
+FINISHED, FAILED, STOPPED = 0, 1, 3
 
 
 def train(config: Config) -> int:
-    """Runs `config` (resolved, validated). Returns the exit code: 0 finished, 3 stopped on request and saved."""
+    """Runs `config` (resolved, validated). Returns the exit code: 0 finished, 1 failed, 3 stopped on request and saved.
+
+    Raises UserError only before any process group exists, so that exit code 2 always means: nothing was begun.
+    """
     cpu_backend.apply()
     from megamug.checkpoint import initial
     from megamug.models.tasks import make_task
 
     task = make_task(config)
-    task.check_data()  # this and the next, before any process group exists
+    task.check_data()
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
-    if not _check_resumable(task, store) and config.model.initial is not None:
-        initial.check(config, task)
-    world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
-    log_path = setup_logging(config.run_dir, world.rank)
-    try:
-        with StopRequest() as stop, Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
-            with tensor_overlap(config):
-                return Trainer(config, task, store, world, stop, watchdog).run()
-    except UserError:
-        raise
-    except Exception:
-        logger.exception("the run ends with an error")
-        raise
-    finally:
-        setup.stop()
+    rank = resuming.rank_of_this_process()
+    with RunLock(config.run_dir) if rank == 0 else nullcontext():
+        log_path = setup_logging(config.run_dir, rank)
+        found = resuming.choose(config, task, store, first=rank == 0)
+        if found is None and config.model.initial is not None:
+            initial.check(config, task)
+        with Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
+            try:
+                world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
+                with StopRequest() as stop, tensor_overlap(config):
+                    return Trainer(config, task, store, found, world, stop, watchdog).run()
+            except UserError as error:
+                logger.error("the run ends: %s", error)
+                return FAILED
+            except Exception:
+                logger.exception("the run ends with an error")
+                raise
+            finally:
+                setup.stop()
 
 
 class Trainer:
     """One rank of a run."""
 
-    def __init__(self, config: Config, task, store: CheckpointStore, world, stop: StopRequest, watchdog: Watchdog):
+    def __init__(
+        self, config: Config, task, store: CheckpointStore, found: CompleteCheckpoint | None, world, stop: StopRequest,
+        watchdog: Watchdog,
+    ):
+        """`found`: what process 0 goes on from."""
         from megamug.checkpoint import initial, saver, state
         from megamug.generation.pictures import TrainingPictures
         from megamug.training.optim import Optimizer, wrap_chunks
         from megamug.training.step_graph import step_runner
 
         self.config, self.task, self.world, self.stop, self.watchdog = config, task, world, stop, watchdog
-        if world.is_first:
-            save_config(config)
+        self.store = store
         task.join(world)
-        found = saver.find(store, world)
+        found = saver.share(found, world)
+        if world.is_first:
+            resuming.keep_history(config, 0 if found is None else found[0])
         fresh = found is None and config.model.initial is None
         self.chunks = task.build(world, initialised=fresh)
         if found is None and config.model.initial is not None:
@@ -87,6 +100,8 @@ class Trainer:
             contents = saver.read_state(path)
             cursor, updates = contents["cursor"], contents["updates"]
             state.load_tensors(self.chunks, self.optimizer, world, path / "model", updates)
+            if self.optimizer.spikes is not None:
+                self.optimizer.spikes.restore(contents.get("gradient_norms", []), world.device)
             logger.info("resuming after step %d from %s (%s)", self.step, path, reason)
         self.loader = task.loader(world, train=True, state=cursor)
         self.metrics = MetricsLogger(
@@ -105,7 +120,7 @@ class Trainer:
 
     def run(self) -> int:
         config, last = self.config, self.config.train.steps
-        saved = self.step
+        saved, owed = self.step, False
         stopped = False
         try:
             self.metrics.restart_clock()
@@ -116,21 +131,32 @@ class Trainer:
                 self.saver.poll()
                 done = self.step == last
                 validates = done or (not stopped and _due(self.step, config.train.validate_every))
-                saves = done or stopped or _due(self.step, config.checkpoint.every)
-                if validates or saves or self.world.device.type == "cpu":
+                saves = owed or done or stopped or _due(self.step, config.checkpoint.every)
+                compares = saves or _due(self.step, config.train.compare_replicas_every)
+                if validates or compares or self.world.device.type == "cpu":
                     self._tell()
-                # A scheduler that asks to stop kills soon after: the checkpoint comes first.
-                if validates:
-                    with self.metrics.paused():
-                        self._validate(pictures=done or _due(self.step, config.train.pictures_every))
-                if saves:
+                if compares:
+                    self._compare_replicas()
+                # The checkpoint comes first: whatever happens in a validation, what was trained is safe.
+                owed = saves and self.guard.in_a_row > 0
+                if owed:
+                    self._say_owed(saved)
+                elif saves:
                     with self.metrics.paused():
                         self._save()
                     saved = self.step
+                if validates:
+                    with self.metrics.paused():
+                        self._validate(pictures=done or _due(self.step, config.train.pictures_every))
             self.saver.wait()
         finally:
             self.loader.close()
             self.metrics.close()
+        if owed and not stopped:
+            raise RuntimeError(
+                f"the last {self.guard.in_a_row} steps were skipped, so there is no checkpoint of step {last}."
+                f" {self._way_back()}"
+            )
         if stopped and self.step < last:
             logger.info("stopped on request after step %d; start the same command again to go on", saved)
             return STOPPED
@@ -164,8 +190,7 @@ class Trainer:
             return
         (step, sums, norm, updated, known), self.untold = self.untold, None
         losses, norm, updated = self._read(sums, norm, updated)
-        skipped = self.guard.is_bad(step, losses["loss"], norm)
-        assert skipped != updated, (losses, norm, updated)
+        skipped = self.guard.is_bad(step, losses["loss"], norm, bool(updated), self._way_back())
         self.metrics.record(step, {**losses, "grad_norm": norm, "skipped": skipped, **known})
 
     def _read(self, sums: dict[str, torch.Tensor], *more: torch.Tensor) -> tuple:
@@ -180,27 +205,20 @@ class Trainer:
         return {"loss": weighted, **{f"{name}_loss": value for name, value in parts.items()}}
 
     def _validate(self, pictures: bool) -> None:
+        """Losses on held-out data, and a picture. Data that cannot be read are told, and training goes on."""
         if self.config.data.validation is None:
             return
-        from megamug.training.pipeline import reduce_losses, run_batch
+        from megamug.training import validation
 
-        started, gathered = time.perf_counter(), {}
-        loader = self.task.loader(self.world, train=False, max_samples=self.config.data.validation_samples)
-        torch.nn.ModuleList(self.chunks).eval()
+        started, most = time.perf_counter(), self.config.data.validation_samples
         try:
-            with torch.no_grad():
-                for pairs in loader:
-                    batches = [self.task.batch(micro) for micro in pairs.micro_batches]
-                    totals = dict.fromkeys(self.task.plan.loss_weights, 1.0)
-                    for name, values in run_batch(self.models, batches, totals, backward=False).items():
-                        gathered.setdefault(name, []).extend(values)
-                    self.watchdog.beat()
-        finally:
-            torch.nn.ModuleList(self.chunks).train()
-            loader.close()
-        (losses,) = self._read(reduce_losses(gathered, self.task.loss_names, self.world))
+            sums, samples = validation.held_out(self.models, self.task, self.world, most, self.watchdog.beat)
+        except validation.DataFailed as error:
+            logger.error("no validation after step %d: %s; training goes on", self.step, error)
+            return
+        (losses,) = self._read(sums)
         seconds = time.perf_counter() - started
-        self.metrics.validation(self.step, {**losses, "samples": loader.total_samples, "seconds": seconds})
+        self.metrics.validation(self.step, {**losses, "samples": samples, "seconds": seconds})
         if pictures:
             picture = self.pictures.draw(self.chunks[0], self.world, self.step)
             if picture is not None:
@@ -213,8 +231,33 @@ class Trainer:
             "cursor": self.loader.state(),
             "identity": self.task.identity(),
             "layout": self._layout(),
+            **({"gradient_norms": self.optimizer.spikes.state()} if self.optimizer.spikes is not None else {}),
         })  # fmt: skip
         self.watchdog.beat()
+
+    def _say_owed(self, saved: int) -> None:
+        """While steps are skipped nothing is saved: parameters that make every loss infinite must not take the place of
+        a good checkpoint, nor make the store retire one."""
+        logger.warning(
+            "no checkpoint of step %d: the last %d steps were skipped. It is written after the next good step; step %d "
+            "is the newest saved", self.step, self.guard.in_a_row, saved,
+        )  # fmt: skip
+
+    def _way_back(self) -> str:
+        """Which checkpoints there are, and how to go on from them."""
+        steps = self.store.steps()
+        if not steps:
+            return "There is no checkpoint to go back to"
+        earlier = f" ({', '.join(map(str, steps[1:]))})" if steps[1:] else ""
+        return (f"The newest checkpoint, step {steps[0]}, was saved before them: start again to go on from it. If it"
+                f" leads here again, go back further by checkpoint.go_back_to=STEP{earlier}")  # fmt: skip
+
+    def _compare_replicas(self) -> None:
+        """Ranks that share parameters share them still."""
+        if self.config.train.compare_replicas_every == 0:
+            return
+        self.optimizer.gather_parameters()
+        replicas.compare(self.chunks, self.world, self.step)
 
     def _layout(self) -> dict[str, int | bool]:
         """What writes this checkpoint, in the words of section `parallel`; for people, as any layout reads it."""
@@ -253,29 +296,3 @@ def _peak(config: Config, world) -> float | None:
     if world.device.type != "cuda":
         return None
     return peak_flops(torch.cuda.get_device_name(world.device), "bf16" if config.precision.fp8 == "none" else "fp8")
-
-
-def _check_resumable(task, store: CheckpointStore) -> bool:
-    """Whether there is a checkpoint to go on from, as far as the newest one's `state.json` says.
-
-    Raises UserError where that is of other data, another tokenizer or arithmetic, or holds weights alone.
-
-    (That the model is the same is checked with the configuration, see `validate.run_folder`.)
-    """
-    from megamug.checkpoint.saver import STATE, read_state
-
-    newest = next((step for step in store.steps() if (store.path(step) / STATE).is_file()), None)
-    if newest is None:
-        return False
-    try:
-        contents = read_state(store.path(newest))
-    except ValueError:
-        return True  # damaged: the verification that follows names it and passes it over
-    if contents.get("weights_only"):
-        run = store.root.parent
-        raise UserError(
-            f"run_dir: {run} holds weights alone (converted or fused), which no training can go on from; set run_dir to"
-            f" a new folder and model.initial={run}"
-        )
-    task.check_resumable(contents)
-    return True

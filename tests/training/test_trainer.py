@@ -21,7 +21,7 @@ from megamug import cli
 from megamug.configuration.reading import to_yaml
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import HELD_OUT, make_data, tiny_config
-from tests.training.runs import checkpoints, consumed, fingerprint, hooked, metrics, tensors
+from tests.training.runs import checkpoints, consumed, fingerprint, hooked, metrics
 
 STEPS = 12
 RECORD = {
@@ -179,9 +179,11 @@ def test_a_signal_to_all_processes_of_the_job(recipe, tmp_path):
 def test_a_step_with_an_infinite_gradient_changes_nothing(recipe, tmp_path, monkeypatch):
     from megamug.training import pipeline
 
-    whole, calls = pipeline.run_batch, []
+    whole, calls, seen = pipeline.run_batch, [], []
 
     def poisoned(models, batches, totals, backward):
+        if backward:
+            seen.append([p.detach().clone() for p in models[0].parameters()])
         sums = whole(models, batches, totals, backward)
         if backward:
             calls.append(None)
@@ -192,16 +194,16 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(recipe, tmp_path, monk
     monkeypatch.setattr(pipeline, "run_batch", poisoned)
     run, short = tmp_path / "run", ["train.steps=4", "optimizer.warmup_steps=1"]
     assert train(recipe, run, *short, "checkpoint.every=1", "checkpoint.keep=0") == 0
-    before, after, later = (tensors(run / "checkpoints" / f"step-{step:08d}") for step in (1, 2, 3))
-    names = [name for name in before if isinstance(before[name], torch.Tensor)]
-    assert all(torch.equal(before[name], after[name]) for name in names)
-    assert sum(not torch.equal(after[name], later[name]) for name in names) > 100
+    before, after, later = seen[1:]  # as step 2, 3 and 4 begin
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(after, later, strict=True) if a.dim() > 1)
+    assert checkpoints(run) == [1, 3, 4]  # while steps are skipped nothing is saved
     steps, _ = metrics(run)
     assert [step["skipped"] for step in steps] == [False, True, False, False]
     assert steps[1]["grad_norm"] is None and steps[3]["loss"] < float("inf")
-    states = [json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text()) for step in (1, 2, 3)]
-    assert [state["updates"] for state in states] == [1, 1, 2]
-    assert [state["cursor"]["samples"] for state in states] == [12, 24, 36]  # its samples are not tried again
+    states = [json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text()) for step in (1, 3, 4)]
+    assert [state["updates"] for state in states] == [1, 2, 3]
+    assert [state["cursor"]["samples"] for state in states] == [12, 36, 48]  # its samples are not tried again
     layout = {"tensor": 1, "pipeline": 1, "virtual": 1, "data": 1, "sequence": False, "distributed_optimizer": False}
     assert states[0]["layout"] == layout
     assert "step 2 skipped: loss" in log_of(run)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamug.command_line.arguments import world_size
+from megamug.command_line.launcher import world_size
 from megamug.data.order import Cursor
 from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources

@@ -1,0 +1,108 @@
+"""Which checkpoint a run goes on from, decided before any process group exists.
+
+Process 0 reads every byte of the newest checkpoint; the others believe its `state.json` only as far as the manifest
+does. What a checkpoint says is used for nothing before that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
+from megamug.configuration.reading import load_config, resolve, save_config
+from megamug.configuration.sections import Config
+from megamug.durable import replace_text
+from megamug.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+
+
+def choose(config: Config, task, store: CheckpointStore, first: bool) -> CompleteCheckpoint | None:
+    """What process 0 (`first`) loads, None for a new run; on the others only a hint that there is something.
+
+    Raises UserError where a checkpoint is of other data, another tokenizer or arithmetic, or holds weights alone, and
+    where `checkpoint.go_back_to` names none. (That the model is the same is checked with the configuration.)
+    """
+    if first:
+        store.recover()
+        if config.checkpoint.go_back_to is not None:
+            _go_back(store, config.checkpoint.go_back_to)
+        found = store.newest_complete()
+    else:
+        found = next((CompleteCheckpoint(step, store.path(step), "") for step in store.steps()
+                      if store.read_verified(step, STATE) is not None), None)  # fmt: skip
+    if found is None:
+        return None
+    written = store.read_verified(found.step, STATE)
+    if written is None:  # process 0 is just removing it
+        return found
+    contents = read_contents(written, found.path)
+    if contents.get("weights_only"):
+        run = store.root.parent
+        raise UserError(
+            f"run_dir: {run} holds weights alone (converted or fused), which no training can go on from; set run_dir to"
+            f" a new folder and model.initial={run}"
+        )
+    task.check_resumable(contents)
+    return found
+
+
+def read_contents(written: bytes, path: Path) -> dict:
+    """`state.json` as a dictionary. Raises UserError where it is none: the manifest has its hash, so it was made so."""
+    try:
+        contents = json.loads(written)
+    except ValueError as error:
+        raise UserError(f"{path / STATE}: not JSON ({error}); this checkpoint was not made by megamug") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path / STATE}: a mapping wanted; this checkpoint was not made by megamug")
+    return contents
+
+
+def _go_back(store: CheckpointStore, step: int) -> None:
+    """Sets later checkpoints aside, once: started again with the same key, the run goes on from what it made since."""
+    marker = store.root / f"went-back-to-step-{step:08d}"
+    if marker.exists():
+        logger.info("checkpoint.go_back_to=%d: was done before, the run goes on from its newest checkpoint", step)
+        return
+    problems = store.verify(store.path(step))
+    if problems:
+        sound = [str(s) for s in store.steps() if not store.verify(store.path(s), hashes=False)]
+        raise UserError(f"checkpoint.go_back_to({step}): {store.path(step)} is no complete checkpoint ({problems[0]});"
+                        f" there are those of steps {', '.join(sound) or 'none'}")  # fmt: skip
+    for later in (s for s in store.steps() if s > step):
+        target = store.set_aside(later)
+        logger.warning("checkpoint.go_back_to=%d: %s is set aside as %s", step, store.path(later).name, target.name)
+    replace_text(marker, "")
+
+
+def keep_history(config: Config, step: int) -> None:
+    """Writes RUN/config.yaml. What it held before stays as `config-step-N.yaml`, and each key that changed is said."""
+    path = Path(config.run_dir, "config.yaml")
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        before, now = (_flat(c) for c in (resolve(load_config(path)), config))
+        changed = [f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
+        if changed:
+            replace_text(path.with_name(f"config-step-{step:08d}.yaml"), text)
+            logger.info("the configuration changed after step %d: %s", step, "; ".join(changed))
+    save_config(config)
+
+
+def _flat(config: Config) -> dict[str, object]:
+    tree = asdict(config)
+    return {
+        (f"{section}.{key}" if isinstance(values, dict) else section): value
+        for section, values in tree.items()
+        for key, value in (values.items() if isinstance(values, dict) else [(section, values)])
+    }
+
+
+def rank_of_this_process() -> int:
+    """As the launcher says, before any process group exists."""
+    return int(os.environ.get("RANK", 0))
