@@ -160,6 +160,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if _speaks():
             print(dry_run.layout_text(config, size))
         return 0
+    launcher.check_address()
     from megamug.training import trainer
 
     return trainer.train(config)

@@ -20,13 +20,13 @@ def world_size() -> int:
         raise UserError(f"WORLD_SIZE is {text} but RANK is not set; start with torchrun, or unset WORLD_SIZE")
     if rank is not None and not (rank.isdecimal() and int(rank) < int(text)):
         raise UserError(f"RANK is {rank!r} but WORLD_SIZE is {text}; start with torchrun, or unset RANK and WORLD_SIZE")
-    if rank is not None:
-        _check_address()
     return int(text)
 
 
-def _check_address() -> None:
-    """Where the processes meet is known. Raises UserError where it is not."""
+def check_address() -> None:
+    """Where the processes of a launcher meet is known. Raises UserError where it is not. Before they meet."""
+    if "RANK" not in os.environ:
+        return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(f"RANK is set but {name} is not; start with torchrun, set {name}, or unset RANK and"

@@ -75,3 +75,6 @@ BY_KIND: dict[str, dict[str, dict[str, dict]]] = {
     },
 }  # fmt: skip
 DEFAULT = {"mug": "vit_b16", "decoder_lm": "cm3leon_350m", "jam_cross": "jam_2x350m"}
+# Ids that the planner assumes where neither data.tokenizer nor its command says how many: LLaMA's for captions, and
+# CM3leon's (arXiv 2309.02591).
+VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320}

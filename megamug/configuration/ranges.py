@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megamug.command_line.arguments import Range
+from megamug.configuration.presets import BY_KIND
 from megamug.configuration.reading import keys, nearest
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
@@ -37,7 +38,7 @@ RANGES = {
 }  # fmt: skip
 
 CHOICES = {
-    "model.kind": ("mug", "decoder_lm", "jam_cross"),
+    "model.kind": tuple(BY_KIND),
     "fusion.freeze": ("none", "text", "image", "both"),
     "data.loss_on": ("all", "response", "text", "image"),
     "parallel.recompute": ("none", "full"),
@@ -80,7 +81,7 @@ def check_values(config: Config) -> None:
 
 # What only models of some kinds read; the rest of `model` belongs to mug.
 _KINDS = {"lm": ("decoder_lm",), "text_tower": ("jam_cross",), "image_tower": ("jam_cross",), "fusion": ("jam_cross",)}
-_LANGUAGE = ("decoder_lm", "jam_cross")
+_LANGUAGE = tuple(kind for kind in BY_KIND if kind != "mug")
 _KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug", *_LANGUAGE)) | {"model": ("mug",)}
 _KINDS |= {"model.z_loss_weight": _LANGUAGE}
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",

@@ -45,17 +45,22 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
 
 def sizes(config: Config, world_size: int) -> None:
     """Values, sizes and layout of a resolved configuration: all that can be told without files and devices."""
-    check_values(config)
-    check_keys(config)
-    is_mug = config.model.kind == "mug"
-    for check in (losses, image, widths) if is_mug else (validate_lm.widths, validate_lm.context, validate_lm.fusion):
-        check(config)
+    model(config)
     layout(config, world_size)
     batch(config, world_size)
     schedule(config)
     tensor_parallel(config)
     sequence_parallel(config)
     pipeline(config, world_size)
+
+
+def model(config: Config) -> None:
+    """Sizes of the model of a resolved configuration, whatever the layout."""
+    check_values(config)
+    check_keys(config)
+    mug, language = (losses, image, widths), (validate_lm.widths, validate_lm.context, validate_lm.fusion)
+    for check in mug if config.model.kind == "mug" else language:
+        check(config)
 
 
 def losses(config: Config) -> None:

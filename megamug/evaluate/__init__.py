@@ -15,6 +15,7 @@ from megamug.errors import UserError
 # the loss weight that the task's decoder is trained with
 DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
 TASKS = (*DECODERS, "perplexity")
+OF_KIND = {"mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",)}
 
 
 def run_task(
@@ -92,8 +93,10 @@ def _check_documents(run_dir: Path, data: object) -> None:
 
 def check_kind(task: str, kind: str, run_dir: str | Path) -> None:
     """Raises UserError where a model of this kind has no such task."""
-    own = tuple(DECODERS) if kind == "mug" else ("perplexity",)
+    own = OF_KIND.get(kind, ())
     if task not in own:
+        if not own:
+            raise UserError(f"{run_dir} is a run of {kind}, which no task measures")
         raise UserError(f"--task {task}: {run_dir} is a run of {kind}, whose tasks are: {', '.join(own)}; choose one")
 
 

@@ -23,6 +23,7 @@ from megamug.errors import UserError
 
 BREAK = "<break>"
 TOP_P = 0.9
+WRITERS = ("decoder_lm", "jam_cross")  # kinds of model
 ROWS = 16  # documents written at once
 
 
@@ -115,6 +116,8 @@ def _read_config(run_dir: Path) -> Config:
     config = resolve(load_config(path))
     if config.model.kind == "mug":
         raise UserError(f"{run_dir} is a run of MUG, which writes no documents; give it pictures with --images")
+    if config.model.kind not in WRITERS:
+        raise UserError(f"{run_dir} is a run of {config.model.kind}, which writes nothing")
     validate_lm.reading(config, run_dir)
     return config
 

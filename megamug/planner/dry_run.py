@@ -6,6 +6,7 @@ No device and no process group is needed: a laptop tells what 512 GPUs would hol
 from __future__ import annotations
 
 from megamug.configuration import validate
+from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 from megamug.planner import parameters
 
@@ -59,10 +60,8 @@ def _mug(config: Config) -> list[str]:
 
 
 def _language(config: Config) -> list[str]:
-    names = ("lm",) if config.model.kind == "decoder_lm" else ("text_tower", "image_tower")
     lines = [f"rows       of {config.data.context_length} tokens"]
-    for name in names:
-        tower = getattr(config, name)
+    for name, tower in towers(config).items():
         lines.append(f"{name:<11}{tower.layers} layers of {tower.width}, {tower.heads} heads; {tower.norm},"
                      f" {tower.activation}, {tower.positions} positions")
     if config.model.kind == "jam_cross":

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megamug.configuration import validate, validate_lm, validate_precision
-from megamug.configuration.ranges import check_keys, check_values
+from megamug.configuration import validate, validate_precision
+from megamug.configuration.presets import VOCABULARY
 from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
 from megamug.data.padding import padded_vocabulary
@@ -23,8 +23,6 @@ from megamug.planner.plan import Choice, Plan, Rejected, described, given_up, me
 from megamug.planner.time import peak, times_of
 from megamug.telemetry.flops import TRAINING
 
-# Where neither data.tokenizer nor the command says: CM3leon's (arXiv 2309.02591), and LLaMA's for captions.
-DEFAULT_VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320}
 LARGEST_MICRO_BATCH = 4096
 
 
@@ -49,7 +47,7 @@ def plan(
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise UserError(f"--memory is {memory_gib:g} GiB; it must be above 0")
     config = resolve(config)
-    _check(config)
+    validate.model(config)  # what no layout changes
     kind = GPUS[gpu] if memory_gib is None else replace(GPUS[gpu], memory=memory_gib)
     padded, source = _vocabulary(config, vocabulary)
     model = model_of(config, padded)
@@ -61,16 +59,6 @@ def plan(
     if not choices:
         raise UserError(_nothing(gpus, kind, rejected))
     return Plan(config, gpus, kind, padded, source, model, choices, rejected)
-
-
-def _check(config: Config) -> None:
-    """What no layout changes."""
-    check_values(config)
-    check_keys(config)
-    language = (validate_lm.widths, validate_lm.context, validate_lm.fusion)
-    mug = (validate.losses, validate.image, validate.widths)
-    for check in mug if config.model.kind == "mug" else language:
-        check(config)
 
 
 def _vocabulary(config: Config, given: int | None) -> tuple[int, str]:
@@ -85,7 +73,7 @@ def _vocabulary(config: Config, given: int | None) -> tuple[int, str]:
     elif path is not None and Path(path).exists():
         size, source = _read_vocabulary(kind, path), path
     else:
-        size, source = DEFAULT_VOCABULARY[kind], "assumed; give --vocabulary-size or data.tokenizer"
+        size, source = VOCABULARY[kind], "assumed; give --vocabulary-size or data.tokenizer"
     return padded_vocabulary(size), source
 
 

@@ -67,7 +67,7 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch, variables, sa
 def test_a_rank_without_an_address_is_a_sentence(monkeypatch, variables, said):
     put(monkeypatch, **variables)
     with pytest.raises(UserError, match=said):
-        launcher.world_size()
+        launcher.check_address()
 
 
 @pytest.mark.parametrize(("nodes", "first"), [

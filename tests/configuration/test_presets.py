@@ -95,3 +95,21 @@ def test_every_preset_sets_every_size():
         config = Config()
         config.model.preset = preset
         assert [name for name, value in vars(resolve(config).model).items() if value is None] == ["initial"]
+
+
+def test_whoever_has_a_table_of_kinds_knows_all_of_them():
+    """A kind of model that one of them forgot would end there in a traceback, or be taken for another."""
+    from megamug.configuration.presets import BY_KIND, DEFAULT, VOCABULARY
+    from megamug.configuration.ranges import CHOICES
+    from megamug.configuration.reading import towers
+    from megamug.models.tasks import task_type
+    from megamug.planner.model import model_of
+
+    assert set(BY_KIND) == set(DEFAULT) == set(VOCABULARY) == set(CHOICES["model.kind"])
+    for kind in BY_KIND:
+        config = Config()
+        config.model.kind = kind
+        config = resolve(config)
+        assert issubclass(task_type(kind).model, torch.nn.Module)
+        assert model_of(config, 128).forward_flops > 0
+        assert (kind == "mug") == (towers(config) == {})

@@ -37,20 +37,24 @@ class LmTask(Task):
 
     def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> TokenLoader:
         """Rows of tokens; every rank of a data-parallel replica reads the same ones."""
-        data = self.config.data
         return TokenLoader(
             self.documents(train),
             self.vocabulary,
-            context_length=data.context_length,
-            cm3_spans=data.cm3_spans,
-            hidden_text=data.hidden_text,
-            separate_documents=data.separate_documents,
+            separate_documents=self.config.data.separate_documents,
             same_shapes=self.config.parallel.cuda_graphs or self.compiled,
-            loss_on=data.loss_on,
             state=state,
             max_samples=max_samples,
+            **self._rows(),
             **self.reading(world, train),
         )
+
+    def _rows(self) -> dict[str, object]:
+        """How documents become rows."""
+        data = self.config.data
+        return {
+            "context_length": data.context_length, "cm3_spans": data.cm3_spans, "hidden_text": data.hidden_text,
+            "loss_on": data.loss_on,
+        }  # fmt: skip
 
     def check_data(self) -> None:
         self.order()
@@ -62,11 +66,8 @@ class LmTask(Task):
 
     @cached_property
     def _order(self) -> GlobalOrder:
-        data, seed = self.config.data, self.config.seed
-        makers = row_makers(
-            self.documents(train=True), self.vocabulary, context_length=data.context_length, cm3_spans=data.cm3_spans,
-            hidden_text=data.hidden_text, loss_on=data.loss_on, seed=seed,
-        )  # fmt: skip
+        seed = self.config.seed
+        makers = row_makers(self.documents(train=True), self.vocabulary, seed=seed, **self._rows())
         return order_of_rows(makers, seed)
 
     def identity(self) -> dict:
