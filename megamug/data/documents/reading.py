@@ -22,6 +22,7 @@ from megamug.data.random import uniform
 from megamug.data.shards.reading import Shard, find_index
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS, Member, problem, split_name
 from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, Rejected, check_header
+from megamug.data.shards.visible import is_visible
 from megamug.durable import file_sha256
 from megamug.errors import UserError
 
@@ -248,8 +249,8 @@ def _json(data: bytes) -> dict:
 
 
 def _text(text: str, where: str = "the document") -> str:
-    text = " ".join(text.split())
-    if not text:
+    """`text` as it is: newlines and indents are part of code and lists."""
+    if not is_visible(text):
         raise Rejected(f"{where}: the text is empty")
     try:
         text.encode()

@@ -1,7 +1,8 @@
 """Captions to tokens and back: SentencePiece (Kudo and Richardson 2018), with four fixed ids.
 
 pad 0, begin of sequence 1, end of sequence 2, unknown 3. Bytes stand in for what no piece covers, so nothing becomes
-unknown and decoding gives the caption back.
+unknown. A tokenizer that is trained here changes nothing of a text (no normalisation, white space as it is): decoding
+gives back to the byte what was encoded. (One that was made elsewhere may normalise.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megamug.errors import UserError
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 MAX_TRAINING_CAPTIONS = 2_000_000  # SentencePiece holds them in memory
+LONGEST = 1 << 16  # bytes of a text that SentencePiece trains on; it drops longer ones
+SPACE = "\u2581"  # what SentencePiece writes a space as; a text may hold the character itself
 
 
 def _sentencepiece():
@@ -46,6 +49,14 @@ class Tokenizer:
         ids = (self._model.pad_id(), self._model.bos_id(), self._model.eos_id(), self._model.unk_id())
         if ids != (PAD, BOS, EOS, UNKNOWN):
             raise UserError(f"{path}: pad, bos, eos, unk have the ids {ids}; train it with ids (0, 1, 2, 3)")
+        self._stand_in = self._find_stand_in()
+
+    def _find_stand_in(self) -> tuple[str, list[int], list[int]] | None:
+        """(a character that has no piece, the ids of its bytes, those of `SPACE`): text that holds `SPACE` itself is
+        encoded with the character in its place. None for a model without bytes, where it becomes a space."""
+        char = next(c for c in map(chr, range(0xE000, 0xF900)) if self._model.PieceToId(c) == UNKNOWN)
+        own, wanted = ([self._model.PieceToId(f"<0x{byte:02X}>") for byte in x.encode()] for x in (char, SPACE))
+        return None if UNKNOWN in own + wanted else (char, own, wanted)
 
     @property
     def vocab_size(self) -> int:
@@ -53,7 +64,14 @@ class Tokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """Token ids of the caption alone, without begin and end."""
-        return self._model.EncodeAsIds(caption)
+        if SPACE not in caption or self._stand_in is None or self._stand_in[0] in caption:
+            return self._model.EncodeAsIds(caption)
+        char, own, wanted = self._stand_in
+        ids = self._model.EncodeAsIds(caption.replace(SPACE, char))
+        for at in range(len(ids) - len(own) + 1):
+            if ids[at : at + len(own)] == own:
+                ids[at : at + len(own)] = wanted
+        return ids
 
     def encode_batch(self, captions: list[str], caption_length: int) -> torch.Tensor:
         """Captions -> int64 [b, caption_length + 1]: begin, tokens, end, padding.
@@ -62,7 +80,7 @@ class Tokenizer:
         caption_length tokens and has no end, so that the model does not learn to stop in the middle.
         """
         tokens = np.full((len(captions), caption_length + 1), PAD, np.int64)
-        for row, ids in zip(tokens, self._model.EncodeAsIds(captions) if captions else [], strict=True):
+        for row, ids in zip(tokens, map(self.encode, captions), strict=True):
             ids = [BOS, *ids, EOS][: caption_length + 1]
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
@@ -97,7 +115,8 @@ def train_tokenizer(
 ) -> int:
     """Train a byte-pair model on `captions`, write it to `output` atomically, return its size.
 
-    Deterministic: the same captions give the same bytes. Few different words make fewer pieces than asked for.
+    Deterministic: the same captions give the same bytes. Few different words make fewer pieces than asked for. Texts
+    may be of any length.
     Raises `UserError` where `vocab_size` does not hold the bytes and characters, and where `output` is another file
     that `overwrite` does not give up.
     """
@@ -107,8 +126,9 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, max_sentence_length=1 << 16,
+            sentence_iterator=_pieces(captions), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, max_sentence_length=LONGEST,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
             pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNKNOWN, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
@@ -121,3 +141,15 @@ def train_tokenizer(
         )
     write_atomically(output, model.getvalue())
     return Tokenizer(output).vocab_size
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, those that SentencePiece would drop cut into pieces: behind a space, across which no piece of the
+    vocabulary reaches, where there is one."""
+    for text in texts:
+        while len(text.encode()) > LONGEST:
+            head = text.encode()[:LONGEST].decode(errors="ignore")  # no half character
+            cut = head.rfind(" ") + 1 or len(head)
+            yield text[:cut]
+            text = text[cut:]
+        yield text

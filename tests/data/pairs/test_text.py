@@ -1,8 +1,17 @@
+import hypothesis
 import pytest
+from hypothesis import given, settings
 
-from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer, iterate_captions, train_tokenizer
+from megamug.data.pairs.text import BOS, EOS, LONGEST, PAD, Tokenizer, _pieces, iterate_captions, train_tokenizer
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def any_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "t.model"
+    train_tokenizer(["picture number 7 of a red circle", "two lines\nof text"] * 5, path, 300)
+    return Tokenizer(path)
 
 
 def test_batch_layout(tokenizer):
@@ -17,11 +26,29 @@ def test_batch_layout(tokenizer):
     assert tokenizer.encode_batch([], 6).shape == (0, 7)
 
 
-@pytest.mark.parametrize("text", ["picture number 7", "Grüße, 世界 🎈", "tab\tand {brackets}"])
-def test_decoding_gives_the_caption_back(tokenizer, text):
+@pytest.mark.parametrize("text", [
+    "picture number 7", "Grüße, 世界 🎈", "tab\tand {brackets}", "def f(x):\n    return x\n", "  two  spaces ", "ﬁne ½",
+    "\u2581 stands for itself \u2581\u2581", "\u200b", "\x00\r\u2028", "",
+])  # fmt: skip
+def test_decoding_gives_the_text_back_to_the_byte(tokenizer, text):
     ids = tokenizer.encode(text)
     assert 3 not in ids  # bytes stand in: nothing is unknown
-    assert tokenizer.decode([BOS, *ids, EOS, 200, 201]) == " ".join(text.split())
+    assert tokenizer.decode([BOS, *ids, EOS, 200, 201]) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=hypothesis.strategies.text(max_size=40).filter(lambda text: text.isprintable() or "\n" in text))
+def test_decoding_gives_any_text_back(any_tokenizer, text):
+    assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
+
+
+def test_a_text_of_any_length_is_trained_on(tmp_path):
+    """SentencePiece passes over what is longer than its limit: words that stand there alone would have no piece."""
+    long = "wordless " + "zyzzyva " * (LONGEST // 4) + "x" * (LONGEST + 5)
+    train_tokenizer([long], tmp_path / "t.model", 300)
+    assert len(Tokenizer(tmp_path / "t.model").encode("zyzzyva")) == 1
+    assert "".join(_pieces([long, "short", "é" * LONGEST])) == long + "short" + "é" * LONGEST
+    assert max(len(piece.encode()) for piece in _pieces([long, "é" * LONGEST])) <= LONGEST
 
 
 def test_training_is_deterministic_and_keeps_what_is_there(shard_folder, tmp_path):
