@@ -176,7 +176,8 @@ def test_a_shard_that_is_no_tar(recipe, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "x.tar").write_bytes(b"<html>404</html>" * 100)
     indexing = program("tools/index_shards.py", tmp_path / "new")
-    assert indexing.returncode == 0 and "0 samples" in indexing.stdout and "x.tar" in indexing.stdout
+    assert indexing.returncode == 2 and "0 samples" in indexing.stdout and "x.tar" in indexing.stdout
+    assert "not one usable sample in 1 shard: the reasons stand above" in indexing.stderr
     result = program("-m", "megamug", "train", recipe, f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'new'}")
     assert result.returncode == 2 and "no usable sample in 1 shards" in result.stderr
     missing = program("tools/index_shards.py", "/absent")

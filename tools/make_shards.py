@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser, output_folder
 from megamug.command_line.tool import run_tool
-from megamug.data.shards.indexing import index_paths, summary
+from megamug.data.shards.indexing import check_usable, index_paths, summary
 from megamug.data.shards.packing import make_shards
+from megamug.errors import printable
 
 
 def main() -> None:
@@ -25,10 +26,12 @@ def main() -> None:
         args.source, args.output, prefix=args.prefix, shard_size=args.shard_size, overwrite=args.overwrite
     )
     for path, reason in skipped[:20]:
-        print(f"  left out: {path}: {reason}")
-    print(f"{args.output}: {len(shards)} shards; {len(skipped):,} images left out")
+        print(printable(f"  left out: {path}: {reason}"))
+    print(printable(f"{args.output}: {len(shards)} shards; {len(skipped):,} images left out"))
     if not args.no_index:
-        print(summary(index_paths(shards)))
+        reports = index_paths(shards)
+        print(summary(reports))
+        check_usable(reports)
 
 
 if __name__ == "__main__":

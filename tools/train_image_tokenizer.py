@@ -31,7 +31,7 @@ def main() -> None:
         residual_blocks=args.residual_blocks, attention_resolutions=tuple(args.attention),
         middle_attention=not args.no_middle_attention, latent_channels=args.latent_channels,
         code_width=args.code_width, codes=args.codes, normalise_codes=args.normalise_codes,
-        norm_groups=args.norm_groups,
+        norm_groups=args.norm_groups, background=tuple(args.background),
     )  # fmt: skip
     options = TrainingOptions(
         steps=args.steps, learning_rate=args.learning_rate, warmup_steps=args.warmup_steps,
@@ -74,6 +74,8 @@ def _parser() -> Parser:
     size.add_argument("--no-middle-attention", action="store_true", help="none at the lowest resolution either")
     add(size, "--latent-channels", COUNT, sizes.latent_channels, "between encoder and codebook")
     add(size, "--norm-groups", COUNT, sizes.norm_groups, "of GroupNorm")
+    add(size, "--background", number(int, Range(0, 255)), sizes.background, "behind transparency, 0 to 255 each",
+        nargs=3, metavar=("RED", "GREEN", "BLUE"))  # fmt: skip
     size.add_argument("--normalise-codes", action="store_true", help="codes on the unit sphere, as in LlamaGen")
     loop = parser.add_argument_group("training")
     add(loop, "--steps", COUNT, training.steps, "optimizer steps")

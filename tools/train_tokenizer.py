@@ -14,7 +14,7 @@ from megamug.command_line.arguments import COUNT, Parser, output_file
 from megamug.command_line.tool import run_tool
 from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.pairs.text import MAX_TRAINING_CAPTIONS, iterate_captions, train_tokenizer
-from megamug.data.shards.reading import find_index, index_command
+from megamug.data.shards.index_file import find_index, index_command
 from megamug.data.shards.sources import find_shards, resolve_sources
 from megamug.data.tooling import Progress
 from megamug.errors import UserError

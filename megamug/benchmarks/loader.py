@@ -24,9 +24,9 @@ import torch
 from megamug.benchmarks import _contest, _loader_peers, _profile, _report
 from megamug.command_line.arguments import COUNT
 from megamug.data.pairs.text import Tokenizer, iterate_captions, train_tokenizer
+from megamug.data.shards.index_file import find_index
 from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.packing import make_shards
-from megamug.data.shards.reading import find_index
 from megamug.data.shards.sources import find_shards, resolve_sources
 from megamug.errors import UserError
 

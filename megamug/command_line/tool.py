@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from megamug.command_line import console
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
 
 _REMEDIES = {
     errno.ENOSPC: "make room", errno.EDQUOT: "make room in your quota", errno.EROFS: "name another folder",
@@ -26,8 +26,9 @@ def run_tool(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; {_REMEDIES.get(error.errno, 'look at it')}, then repeat the"
-              " command", file=sys.stderr)  # fmt: skip
+        remedy = _REMEDIES.get(error.errno, "look at it")
+        print(f"error: {printable(error.filename)}: {error.strerror}; {remedy}, then repeat the command",
+              file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, run the same command to continue", file=sys.stderr)

@@ -23,6 +23,7 @@ RANGES = {
     "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
     "data.micro_batch_size": _COUNT, "data.crop_scale": Range(0, 1, open_low=True), "data.mean": Range(0, 1),
+    "data.background": Range(0, 255),
     "data.std": _POSITIVE, "data.validation_samples": _COUNT, "data.threads": _COUNT, "data.prefetch": _COUNT,
     "data.max_failure_rate": Range(0, 1),
     "parallel.tensor": _COUNT, "parallel.pipeline": _COUNT, "parallel.virtual": _COUNT, "parallel.data": _COUNT,
@@ -58,7 +59,7 @@ for _tower in ("lm", "text_tower", "image_tower"):
     CHOICES[f"{_tower}.activation"] = ("gelu", "relu", "swiglu")
     CHOICES[f"{_tower}.positions"] = ("learned", "rotary", "rotary_grid")
 
-LENGTHS = {"data.crop_scale": 2, "data.mean": 3, "data.std": 3}
+LENGTHS = {"data.crop_scale": 2, "data.background": 3, "data.mean": 3, "data.std": 3}
 
 
 def check_values(config: Config) -> None:
@@ -86,8 +87,8 @@ _KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug",
 _KINDS |= {"model.z_loss_weight": _LANGUAGE}
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
                                                   "separate_documents", "loss_on")}  # fmt: skip
-_KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "crop_scale", "flip", "mean", "std",
-                                               "threads", "prefetch", "max_failure_rate")}  # fmt: skip
+_KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "crop_scale", "flip", "background",
+                                               "mean", "std", "threads", "prefetch", "max_failure_rate")}  # fmt: skip
 
 
 def check_keys(config: Config) -> None:

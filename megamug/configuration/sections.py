@@ -91,6 +91,7 @@ class DataConfig:
     train: Sources | None = None  # folder of shards | glob | list of {path, weight}; tokenised documents; must be set
     validation: Sources | None = None  # the same; None: no validation
     tokenizer: str | None = None  # SentencePiece model (mug with captions); vocabulary folder (decoder_lm, jam_cross)
+    verify: bool = False  # compare every pair as it is read, and all documents at the start, with their SHA-256
     # rows of tokens
     context_length: int = 2048  # tokens of a row
     cm3_spans: float = 1.0  # mean number of masked spans of a document (CM3); 0: plain left to right
@@ -104,6 +105,7 @@ class DataConfig:
     micro_batch_size: int = 32  # pairs or rows per forward and backward of one data-parallel rank
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area share of the random crop
     flip: bool = True  # random horizontal flip; switch off where captions say left and right
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # red, green, blue behind transparency
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of red, green, blue in 0..1
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # pixels become (x - mean) / std
     validation_samples: int = 1024  # at most so many held-out pairs or rows per validation

@@ -114,9 +114,8 @@ def files(config: Config) -> None:
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tokenised documents (tools/tokenize_documents.py),"
                         " or a list of {path, weight}")
-    from megamug.data.documents.indexed import read_header
+    from megamug.data.documents.indexed import document_folders, read_header
     from megamug.data.documents.vocabulary import Vocabulary
-    from megamug.data.shards.sources import parse_sets
 
     try:
         vocabulary = Vocabulary.load(data.tokenizer)
@@ -130,7 +129,7 @@ def files(config: Config) -> None:
         if sets is None:
             continue
         try:
-            headers = {folder: read_header(Path(folder)) for folder, _ in parse_sets(sets)}
+            headers = {folder: read_header(Path(folder)) for folder, _ in document_folders(sets)}
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
         for folder, header in headers.items():

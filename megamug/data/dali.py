@@ -7,11 +7,16 @@ and build another one (about 20 ms) at the next call.
 
 from __future__ import annotations
 
+import io
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megamug.data import png
+from megamug.data.png import SIGNATURE, chunks
 from megamug.errors import UserError
 
 if TYPE_CHECKING:  # indexing in many processes does without torch
@@ -21,8 +26,8 @@ if TYPE_CHECKING:  # indexing in many processes does without torch
 DECODE_ERRORS = (RuntimeError, ValueError)
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
-# The chunks that pixels and their orientation come from.
+WHITE = (255, 255, 255)
+# The chunks of a PNG that pixels and their orientation come from.
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
 
 
@@ -30,24 +35,70 @@ def without_remarks(image: bytes) -> bytes:
     """A PNG without the chunks that do not concern its pixels; anything else, and a PNG cut short, as it is.
 
     Decoders do not apply a profile or a gamma, but libpng writes a warning to stderr for each that it dislikes ("iCCP:
-    known incorrect sRGB profile"), as often as the image is read. A chunk: length, name, data, checksum (PNG, part 5).
+    known incorrect sRGB profile"), as often as the image is read.
     """
-    if not image.startswith(PNG):
-        return image
-    kept, start, dropped = [PNG], len(PNG), False
-    while start < len(image):
-        name = image[start + 4 : start + 8]
-        end = start + 12 + int.from_bytes(image[start : start + 4], "big")
-        if end > len(image):
-            return image
+    kept, dropped, end = [SIGNATURE], False, len(SIGNATURE)
+    for name, start, stop in chunks(image):
+        end = stop + 4  # behind the checksum
         if name in PNG_PIXELS:
-            kept.append(image[start:end])
+            kept.append(image[start - 8 : end])
         else:
             dropped = True
-        start = end
         if name == b"IEND":
-            break
-    return b"".join(kept) + image[start:] if dropped else image
+            return b"".join(kept) + image[end:] if dropped else image
+    return b"".join(kept) if dropped and end == len(image) else image
+
+
+def has_transparency(image: bytes) -> bool:
+    """Whether a PNG or WebP has an alpha channel or a transparent colour; False for anything else."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        kind = image[12:16]
+        if kind == b"VP8X":  # the flags of the extended format
+            return len(image) > 20 and bool(image[20] & 0x10)
+        # lossless: one byte of signature, 14 bits each of width and height, then "alpha is used"
+        return kind == b"VP8L" and len(image) > 24 and bool(image[24] & 0x10)
+    return png.has_transparency(image)
+
+
+def opaque(image: bytes, background: Sequence[int] = WHITE, region: Sequence[int] | None = None) -> bytes:
+    """An image with transparency -> its pixels over `background` (red, green, blue), as a PPM; any other as it is.
+
+    DALI drops the alpha channel, and what lies behind it (mostly black, often leftovers) would be seen. Pillow knows
+    every kind of transparency of PNG and WebP; EXIF orientation is applied. `region`: (top, left, height, width) of the
+    pixels that are wanted. Raises one of `DECODE_ERRORS`.
+    """
+    image = without_remarks(image)
+    if not has_transparency(image):
+        return image
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(image), formats=("PNG", "WEBP")) as opened:
+                picture = ImageOps.exif_transpose(_8_bits(opened)).convert("RGBA")
+    except Exception as error:  # the parsers of two formats, on any bytes
+        raise ValueError(f"does not decode: {type(error).__name__}: {error}") from error
+    if region is not None:
+        top, left, height, width = (int(n) for n in region)
+        picture = picture.crop((left, top, left + width, top + height))
+    flat = Image.new("RGB", picture.size, tuple(background))
+    flat.paste(picture, mask=picture.getchannel("A"))
+    return b"P6\n%d %d\n255\n" % flat.size + flat.tobytes()
+
+
+def _8_bits(picture):
+    """A Pillow image of 16-bit grey with a transparent grey, as 8-bit grey and alpha; any other as it is.
+
+    `convert` would cut values above 255 instead of scaling them.
+    """
+    from PIL import Image
+
+    clear = picture.info.get("transparency")
+    if not picture.mode.startswith("I") or not isinstance(clear, int):
+        return picture
+    grey = np.asarray(picture)
+    return Image.fromarray(np.stack([grey >> 8, np.where(grey == clear, 0, 255)], axis=-1).astype(np.uint8), "LA")
 
 
 def load_dali():
@@ -89,7 +140,7 @@ class FullDecoder:
         """(height, width) of each image as decoded. Raises one of `DECODE_ERRORS` where any of them does not decode."""
         assert 0 < len(images) <= self.batch_size
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        pipeline.feed_input("encoded", [np.frombuffer(without_remarks(image), np.uint8) for image in images])
+        pipeline.feed_input("encoded", [np.frombuffer(opaque(image), np.uint8) for image in images])
         (decoded,) = pipeline.run()
         sizes = [tuple(decoded[i].shape()[:2]) for i in range(len(images))]
         self._pipeline = pipeline  # only after a success
@@ -101,12 +152,16 @@ class CropDecoder:
 
     On a GPU all of it is DALI's (`mixed` decoding), and the tensor is there. On the CPU DALI decodes and torch resizes:
     its kernel for bytes takes a fifth of the time of DALI's, which took two thirds of the whole (docs/benchmarks).
+    What is transparent is laid over `background` first (red, green, blue in 0..255), see `opaque`.
     """
 
-    def __init__(self, image_size: int, batch_size: int, threads: int, device: torch.device) -> None:
+    def __init__(
+        self, image_size: int, batch_size: int, threads: int, device: torch.device, background: Sequence[int] = WHITE
+    ) -> None:
         self.image_size, self.batch_size, self.threads, self.device = image_size, batch_size, threads, device
+        self.background = tuple(background)
         self._pipeline = None
-        self._pool = ThreadPoolExecutor(threads, "megamug-resize") if device.type == "cpu" else None
+        self._pool = ThreadPoolExecutor(threads, "megamug-resize")
 
     def _build(self):
         fn, types, pipeline_def, _ = load_dali()
@@ -145,8 +200,8 @@ class CropDecoder:
 
         assert 0 < len(images) <= self.batch_size
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        regions = np.asarray(regions, np.int32)
-        pipeline.feed_input("encoded", [np.frombuffer(without_remarks(image), np.uint8) for image in images])
+        encoded, regions = self._opaque(images, np.array(regions, np.int32))
+        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
         pipeline.feed_input("anchor", np.ascontiguousarray(regions[:, :2]))
         pipeline.feed_input("shape", np.ascontiguousarray(regions[:, 2:]))
         # DALI reuses its buffer in the next run: copy
@@ -161,6 +216,18 @@ class CropDecoder:
             tensor = self._resized([np.asarray(pixels[i]) for i in range(len(images))], flips)
         self._pipeline = pipeline  # only after a success
         return tensor
+
+    def _opaque(self, images: list[bytes], regions: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        """`images` without transparency; of those that had some the region alone, which is then all of them."""
+        images = list(images)
+        clear = [i for i, image in enumerate(images) if has_transparency(image)]
+
+        def flatten(i: int) -> bytes:
+            return opaque(images[i], self.background, regions[i])
+
+        flat = dict(zip(clear, self._pool.map(flatten, clear), strict=True))
+        regions[clear, :2] = 0
+        return [flat[i] if i in flat else without_remarks(image) for i, image in enumerate(images)], regions
 
     def _resized(self, pixels: list[np.ndarray], flips: np.ndarray) -> torch.Tensor:
         """Decoded regions, uint8 [height, width, 3] each, in `threads` threads (kernels and copies release the GIL)."""

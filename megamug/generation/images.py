@@ -16,6 +16,7 @@ import torch
 from megamug.data.dali import DECODE_ERRORS, CropDecoder, FullDecoder
 from megamug.data.pairs.images import centre_squares
 from megamug.data.random import random_masks
+from megamug.data.shards.verify import DEFAULT_LIMITS, Rejected, check_header
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 from megamug.generation.captions import TRUE_STATISTICS, encode, generate_captions
@@ -67,7 +68,7 @@ def generate_from_images(
             pictures.append(str(save_grid(rows[:count], columns(model), path)))
             del rows[:count]
 
-        decoder = CropDecoder(data.image_size, 1, data.threads, run.world.device)
+        decoder = CropDecoder(data.image_size, 1, data.threads, run.world.device, data.background)
         for start in range(0, len(paths), data.micro_batch_size):
             part = range(start, min(start + data.micro_batch_size, len(paths)))
             pixels = torch.cat([decoder([paths[i].read_bytes()], regions[i : i + 1], np.zeros(1, bool)) for i in part])
@@ -119,7 +120,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def image_sizes(paths: list[Path]) -> tuple[list[int], list[int]]:
-    """(widths, heights) of the images. Decodes each whole; raises `UserError` for the first that does not decode."""
+    """(widths, heights) of the images. Decodes each whole; raises `UserError` for the first that does not decode, or
+    that indexing would not take."""
     decoder, widths, heights = FullDecoder(1), [], []
     for path in paths:
         try:
@@ -127,7 +129,12 @@ def image_sizes(paths: list[Path]) -> tuple[list[int], list[int]]:
         except OSError as error:
             raise UserError(f"--images: {path} cannot be read: {error.strerror}") from error
         try:
+            check_header(data, DEFAULT_LIMITS)
             [(height, width)] = decoder([data])
+        except Rejected as reason:
+            raise UserError(
+                f"--images: {path} ({len(data)} bytes) does not decode, or would cost too much: {reason}; leave it out"
+            ) from reason
         except DECODE_ERRORS as error:  # which names the operator and a number, not what is wrong with the file
             raise UserError(
                 f"--images: {path} ({len(data)} bytes) does not decode: broken, or no {', '.join(EXTENSIONS)} image; "

@@ -158,7 +158,7 @@ def test_refusals(inputs, overrides, world_size, said):
 @pytest.mark.parametrize("key", ranges.RANGES)
 def test_every_range_is_enforced_at_both_ends(inputs, key):
     bounds = ranges.RANGES[key]
-    number = int if keys()[key] in (int, int | None) else float
+    number = int if keys()[key] in (int, int | None, list[int]) else float
     outside = [bounds.low if bounds.open_low else bounds.low - 1]
     if bounds.high != math.inf:
         outside.append(bounds.high if bounds.open_high else bounds.high + 1)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from megamug.errors import UserError
 from megamug.generation.images import generate_from_images
+from tests.data.shards.test_reading import jpeg_claiming
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
 
 
@@ -89,6 +90,9 @@ def test_what_is_wrong_is_told(run_dir, photos, tmp_path):
     for name in ("broken.jpg", "text.png"):
         with pytest.raises(UserError, match=f"{name} .* does not decode"):
             generate_from_images(run_dir, [photos / "a.jpg", photos / name], output=output)
+    (photos / "claims.jpg").write_bytes(jpeg_claiming((photos / "a.jpg").read_bytes(), 60_000, 60_000))
+    with pytest.raises(UserError, match=r"claims.jpg .* pixels"):  # the limits of indexing
+        generate_from_images(run_dir, [photos / "claims.jpg"], output=output)
     with pytest.raises(UserError, match="no .jpg.* file in folder"):
         generate_from_images(run_dir, [tmp_path], output=output)
     with pytest.raises(UserError, match="does not exist"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from megamug.data.random import uniform
-from megamug.data.shards.reading import Shard, find_index
-from megamug.data.shards.tar_members import IMAGE_EXTENSIONS, Member, problem, split_name
+from megamug.data.shards.index_file import find_index
+from megamug.data.shards.reading import Shard
+from megamug.data.shards.tar_members import IMAGE_EXTENSIONS, Member, problem, split_name, unusable, walk
 from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, Rejected, check_header
 from megamug.data.shards.visible import is_visible
 from megamug.durable import file_sha256
@@ -102,33 +102,17 @@ def iterate_texts(shards: list[DocumentShard]) -> Iterator[list[str]]:
 def _scan(path: Path, quarantine: list[dict]) -> dict[str, Sample]:
     samples: dict[str, Sample] = {}
     total = os.path.getsize(path)
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    tar.members.clear()  # tarfile would keep an object for each member
-                    if info.isdir():
-                        continue
-                    key, extension = split_name(info.name)
-                    sample = samples.setdefault(key, Sample(key))
-                    reason = _unusable(info, total, extension in sample.members)
-                    if reason:
-                        quarantine.append(problem(key, info.name, reason))
-                    else:
-                        sample.members[extension] = Member(info.name, info.offset_data, info.size)
-        except (tarfile.TarError, UnicodeError, ValueError) as error:
-            quarantine.append(problem("", "", f"not a readable tar from here on ({error}); truncated?"))
+    for info in walk(path, quarantine):
+        if info.isdir():
+            continue
+        key, extension = split_name(info.name)
+        sample = samples.setdefault(key, Sample(key))
+        duplicate = "duplicate name: the first one is used" if extension in sample.members else None
+        if reason := unusable(info, total) or duplicate:
+            quarantine.append(problem(key, info.name, reason))
+        else:
+            sample.members[extension] = Member(info.name, info.offset_data, info.size)
     return samples
-
-
-def _unusable(info: tarfile.TarInfo, total: int, duplicate: bool) -> str | None:
-    if info.name.startswith("/") or ".." in info.name.split("/") or not info.name.isprintable():
-        return "unsafe name"
-    if not info.isreg() or info.issparse():
-        return "a link, device or sparse file, not a plain one"
-    if info.offset_data + info.size > total:
-        return "truncated: its bytes go beyond the end of the shard"
-    return "duplicate name: the first one is used" if duplicate else None
 
 
 def read_pairs(
@@ -143,10 +127,10 @@ def read_pairs(
     try:
         for i, draw in zip(range(first, first + count), draws, strict=True):
             key = shard.key(i)
-            record = shard.samples[i]
             try:
-                picture = Picture(f"{key} (image)", shard.image_bytes(i), int(record["width"]), int(record["height"]))
-                segments = [Segment(text=shard.caption(i)), Segment(image=picture)]
+                image, caption, record = shard.read(i)
+                picture = Picture(f"{key} (image)", image, int(record["width"]), int(record["height"]))
+                segments = [Segment(text=caption), Segment(image=picture)]
             except (OSError, ValueError) as error:
                 quarantine.append(problem(key, "", f"cannot be read: {error}"))
                 continue

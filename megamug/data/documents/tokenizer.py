@@ -47,7 +47,7 @@ from megamug.data.shards.sources import find_shards
 from megamug.data.shards.tar_members import problem
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.durable import write_atomically
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
 
 CHUNK = 1024  # samples; what an interruption loses at most, per process
 IMAGES = 32  # through the image tokenizer at a time
@@ -282,13 +282,13 @@ def _join(
 ) -> Report:
     """All parts -> the dataset; the marker last, then the parts go."""
     counts: Counter = Counter(documents=0, text_segments=0, images=0, responses=0, tokens=0)
-    quarantine = [{"shard": str(shard.path), **entry} for shard in shards for entry in shard.quarantine]
+    quarantine = [{"shard": printable(shard.path), **entry} for shard in shards for entry in shard.quarantine]
     for leftover in output.glob(f".{NAME}.*.tmp"):
         leftover.unlink()
     reports = join_parts([output / _PARTS / f"{chunk.name}.npz" for chunk in chunks], output, vocabulary.size)
     for chunk, report in zip(chunks, reports, strict=True):
         counts.update(report["counts"])
-        quarantine += [{"shard": str(chunk.shard), **entry} for entry in report["quarantine"]]
+        quarantine += [{"shard": printable(chunk.shard), **entry} for entry in report["quarantine"]]
     write_atomically(output / _QUARANTINE, "".join(json.dumps(entry) + "\n" for entry in quarantine).encode())
     if not counts["documents"]:
         reason = f"; the first reason: {quarantine[0]['reason']}" if quarantine else ""

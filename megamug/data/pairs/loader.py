@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from megamug.data.dali import CropDecoder, load_dali
+from megamug.data.dali import WHITE, CropDecoder, load_dali
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.data.pairs.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.shards.reading import OpenShards
 from megamug.data.shards.sources import Source
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PairBatch:
     def keys(self) -> list[str]:
         """`shard file: key` of each sample, read from the indexes when asked for."""
         places = [source.locate(index) for source, index in self._locations]
-        return [f"{shard.path.name}: {shard.key(i)}" for shard, i in places]
+        return [f"{printable(shard.path.name)}: {shard.key(i)}" for shard, i in places]
 
     def captions(self) -> list[str]:
         """The captions as they stand in the shards."""
@@ -117,6 +117,7 @@ class PairLoader:
         need_captions: bool = True,
         crop_scale: Sequence[float] = (0.2, 1.0),
         flip: bool = True,
+        background: Sequence[int] = WHITE,
         device: torch.device | str = "cpu",
         threads: int = 2,
         prefetch: int = 2,
@@ -124,7 +125,8 @@ class PairLoader:
         state: dict | None = None,
         max_samples: int | None = None,
     ) -> None:
-        """`state`: what `state()` gave, or None to start at the first sample.
+        """`state`: what `state()` gave, or None to start at the first sample. `background`: red, green, blue (0..255)
+        behind what is transparent.
 
         Raises `UserError`: no tokenizer for captions, no DALI for images, a state of other data or of another seed.
         """
@@ -141,7 +143,7 @@ class PairLoader:
         self.seed, self.dp_rank, self.dp_size, self.train = seed, dp_rank, dp_size, train
         self.need_images, self.need_captions = need_images, need_captions
         self.crop_scale, self.flip, self.threads = crop_scale, flip, threads
-        self.max_failure_rate = max_failure_rate
+        self.max_failure_rate, self.background = max_failure_rate, background
 
         self.order = order_of(sources, seed)
         start = 0
@@ -222,7 +224,7 @@ class PairLoader:
         part = self.global_batch_size // self.dp_size
         step, decoder = min(part, MAX_DECODE_BATCH), None
         if self.need_images:
-            decoder = CropDecoder(self.image_size, step, self.threads, self.device)
+            decoder = CropDecoder(self.image_size, step, self.threads, self.device, self.background)
         pixels: list[torch.Tensor] = []
         captions: list[str] = []
         with ThreadPoolExecutor(1, "megamug-reader") as reader:  # reads the next chunk while this one is decoded
@@ -301,9 +303,7 @@ class PairLoader:
         try:
             with shards.lock:  # or the other thread might close the shard meanwhile
                 shard = shards.use(shard)
-                image = shard.image_bytes(i) if self.need_images else b""
-                caption = shard.caption(i) if self.need_captions else ""
-                record = shard.samples[i]
+                image, caption, record = shard.read(i, image=self.need_images, caption=self.need_captions)
             return image, caption, (int(record["width"]), int(record["height"]))
         except (OSError, ValueError) as error:
             return error
@@ -356,11 +356,12 @@ class PairLoader:
         shard, i = source.locate(samples.indices[row])
         samples.indices[row] = (samples.indices[row] + 1) % len(source)
         self._failures += 1
-        log.warning("%s, sample %d %s; the next sample takes its place", shard.path, i, " ".join(reason.split())[:300])
+        path, why = printable(shard.path), printable(" ".join(reason.split())[:300])
+        log.warning("%s, sample %d %s; the next sample takes its place", path, i, why)
         if self._failures > self.max_failure_rate * max(self._served, _GRACE):
             raise TooManyFailures(
                 f"{self._failures} samples failed at run time, more than data.max_failure_rate="
-                f"{self.max_failure_rate}; the last is sample {i} of {shard.path} ({reason[:300]}); check the "
+                f"{self.max_failure_rate}; the last is sample {i} of {path} ({why}); check the "
                 "storage, or index the shards again"
             )
 

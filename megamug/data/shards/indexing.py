@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 from megamug.data.dali import load_dali
-from megamug.data.shards.sources import find_shards
+from megamug.data.shards.sources import compressed, find_shards
+from megamug.data.shards.tar_members import described
 from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, ShardReport, index_shard
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.durable import write_atomically
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
+
+_KINDS = 10  # of other members that are told apart
 
 
 def index_paths(
@@ -24,6 +27,8 @@ def index_paths(
     load_dali()  # its absence is told once, not by each process
     shards = list(dict.fromkeys(shard for path in paths for shard in find_shards(path)))
     for shard in shards:
+        if problem := compressed(shard):
+            raise UserError(problem)
         if shard.suffix != ".tar":
             raise UserError(f"{shard}: not a .tar shard; tools/make_shards.py packs images and captions into shards")
     progress = Progress("shards", len(shards))
@@ -36,20 +41,28 @@ def index_paths(
 
 
 def write_quarantine(path: Path, reports: list[ShardReport]) -> None:
-    """The quarantine list as JSON lines: shard, key, member, reason."""
-    lines = [json.dumps({"shard": report.shard, **entry}) + "\n" for report in reports for entry in report.quarantine]
-    write_atomically(path, "".join(lines).encode())
+    """The quarantine list as JSON lines: shard, key, member, reason, and where it is known the member's own file."""
+    entries = [{"shard": printable(report.shard), **entry} for report in reports for entry in report.quarantine]
+    write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+
+
+def check_usable(reports: list[ShardReport]) -> None:
+    """Raises `UserError` where not one sample can be used: nothing was gained, and training would say so later."""
+    if not any(report.samples for report in reports):
+        raise UserError(f"not one usable sample in {len(reports)} shard{'s' * (len(reports) != 1)}: the reasons stand"
+                        " above, mend them and index again")  # fmt: skip
 
 
 def summary(reports: list[ShardReport], shown: int = 20) -> str:
-    """What a person wants to know: counts, the first quarantined members, what was left out."""
+    """What a person wants to know: counts, the first `shown` quarantined members, what was left out."""
     samples = sum(report.samples for report in reports)
     quarantine = [(report.shard, entry) for report in reports for entry in report.quarantine]
     actions = [report.action for report in reports]
     counts = ", ".join(f"{actions.count(action)} {action}" for action in dict.fromkeys(actions))
-    lines = [f"{len(reports)} shards ({counts}): {samples:,} samples, {len(quarantine):,} quarantined"]
+    shards = f"{len(reports)} shard{'s' * (len(reports) != 1)}"
+    lines = [f"{shards} ({counts}): {samples:,} samples, {len(quarantine):,} quarantined"]
     for shard, entry in quarantine[:shown]:
-        lines.append(f"  {shard}: {entry['member'] or entry['key'] or 'shard'}: {entry['reason']}")
+        lines.append(f"  {printable(shard)}: {described(entry)}")
     if len(quarantine) > shown:
         lines.append(f"  and {len(quarantine) - shown:,} more; --quarantine FILE writes them all")
     ignored: dict[str, int] = {}
@@ -57,6 +70,9 @@ def summary(reports: list[ShardReport], shown: int = 20) -> str:
         for extension, count in report.ignored.items():
             ignored[extension] = ignored.get(extension, 0) + count
     if ignored:
-        kinds = ", ".join(f"{count:,} .{extension}" for extension, count in sorted(ignored.items()))
+        most = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))
+        kinds = ", ".join(f"{count:,} .{printable(extension)[:40]}" for extension, count in most[:_KINDS])
+        if len(most) > _KINDS:
+            kinds += f", {sum(count for _, count in most[_KINDS:]):,} of {len(most) - _KINDS:,} more kinds"
         lines.append(f"  members of other kinds, not used: {kinds}")
     return "\n".join(lines)

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamug.data.shards.reading import SUFFIX, parse_caption
+from megamug.data.shards.index_file import SUFFIX
+from megamug.data.shards.reading import parse_caption
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
 from megamug.data.shards.tar_writer import write_shard
 from megamug.data.tooling import Progress
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
 
 Entry = tuple[Path, bytes | Path]  # image; caption, or the file that holds it
 
@@ -20,7 +21,8 @@ def make_shards(
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Pack `source` (a folder or a .tsv file) into `output/PREFIX-000000.tar`, ...; keys are running numbers.
 
-    Returns the shards and (image, reason) of what was left out: no caption, an unreadable file. A shard appears whole.
+    Returns the shards and (image, reason) of what was left out: no caption, an unreadable file. A shard appears whole;
+    with each image it keeps the name of its file below `source`, so that the quarantine can name it.
     Images are taken in the order of their paths, or of the table. Raises `UserError` where nothing is found, and where
     shards of this prefix are there already and `overwrite` is not set.
     """
@@ -45,7 +47,7 @@ def make_shards(
 
     progress = Progress("images", len(entries))
     shards: list[Path] = []
-    samples = _read(entries, skipped, progress)
+    samples = _read(entries, source if source.is_dir() else source.parent, skipped, progress)
     first = next(samples, None)
     while first is not None:
         path = output / f"{prefix}-{len(shards):06d}.tar"
@@ -68,8 +70,10 @@ def _take(first: tuple, samples: Iterator[tuple], more: int) -> Iterator[tuple]:
         yield sample
 
 
-def _read(entries: list[Entry], skipped: list[tuple[Path, str]], progress: Progress) -> Iterator[tuple]:
-    """(key, extension, image bytes, caption in UTF-8) of each entry that can be read."""
+def _read(
+    entries: list[Entry], root: Path, skipped: list[tuple[Path, str]], progress: Progress
+) -> Iterator[tuple]:  # fmt: skip
+    """(key, extension, image bytes, caption in UTF-8, name below `root`) of each entry that can be read."""
     number = 0
     for image, caption in entries:
         try:
@@ -79,7 +83,8 @@ def _read(entries: list[Entry], skipped: list[tuple[Path, str]], progress: Progr
         except (OSError, ValueError) as error:
             skipped.append((image, str(error)))
         else:
-            yield f"{number:09d}", image.suffix.lower()[1:], data, caption
+            name = image.relative_to(root) if image.is_relative_to(root) else image
+            yield f"{number:09d}", image.suffix.lower()[1:], data, caption, printable(name)
             number += 1
         progress.update()
 
@@ -102,7 +107,9 @@ def _folder_entries(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[E
 
 def _table_entries(table: Path) -> Iterator[Entry]:
     try:
-        lines = table.read_text(encoding="utf-8").splitlines()
+        # -sig: a mark at the start of the file (spreadsheets write one) is not part of the first path. Lines end at
+        # line breaks alone: `splitlines` would also end them at U+2028, U+0085 and form feeds, which captions hold.
+        lines = table.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: not UTF-8 ({error}); save the table as UTF-8") from error
     for number, line in enumerate(lines, start=1):

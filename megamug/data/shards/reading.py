@@ -1,188 +1,178 @@
-"""The index of a tar shard: what it holds, where, and that it was verified.
-
-`NAME.tar.index` lies beside the shard, or in the index folder where the shards are read-only (`index_path`). Layout:
-magic, length of the header (8 bytes, little-endian), header (JSON, padded to 64 bytes), one record of `SAMPLE` per
-verified sample, the keys one after another (UTF-8). Records are memory-mapped: an index of 10^9 samples costs the pages
-that are touched, not Python objects. Tar members are read by offset and never extracted.
-"""
+"""An indexed tar shard: its samples are read by offset, never extracted, and compared with what was indexed."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import threading
+import zlib
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from megamug.durable import write_atomically
+from megamug.data.shards.index_file import (
+    SAMPLE,
+    check_body,
+    edges_sha256,
+    find_index,
+    index_command,
+    parse_record,
+    read_header,
+)
 from megamug.errors import UserError
-
-MAGIC = b"megamug-index-01"
-FORMAT_VERSION = 1
-SUFFIX = ".index"
-
-SAMPLE = np.dtype([
-    ("image_offset", "<u8"), ("image_size", "<u4"),  # bytes from the start of the tar
-    ("caption_offset", "<u8"), ("caption_size", "<u4"), ("caption_is_json", "u1"),
-    ("width", "<u4"), ("height", "<u4"),  # pixels as decoded, EXIF orientation applied
-    ("caption_length", "<u4"),  # characters
-    ("key_start", "<u4"), ("key_size", "<u4"),
-    ("sha256", "V32"),  # of the image's bytes followed by the caption member's bytes
-])  # fmt: skip
-
-
-@dataclass
-class IndexHeader:
-    """What an index says about its shard as a whole."""
-
-    shard: str  # file name
-    shard_size: int  # bytes
-    shard_mtime_ns: int
-    shard_sha256: str
-    samples: int
-    quarantine: list[dict] = field(default_factory=list)  # {"key": ..., "member": ..., "reason": ...}
-    ignored: dict[str, int] = field(default_factory=dict)  # members of other kinds, by extension
-    limits: dict = field(default_factory=dict)  # what the verification allowed
-    decoder: str = ""
-    version: int = FORMAT_VERSION
-
-
-def index_command(paths: list) -> str:
-    return "python tools/index_shards.py " + " ".join(str(p) for p in paths)
-
-
-def index_candidates(shard: Path) -> list[Path]:
-    """Where the index of `shard` may lie, in order of preference.
-
-    Beside it, then in the index folder: $MEGAMUG_INDEX_DIRECTORY, or megamug/index in the user's cache; there under a
-    name made from the shard's folder, as shards of two sets may share their names.
-    """
-    root = os.environ.get("MEGAMUG_INDEX_DIRECTORY")
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamug" / "index"
-    folder = hashlib.sha256(str(shard.resolve().parent).encode()).hexdigest()[:16]
-    return [shard.with_name(shard.name + SUFFIX), Path(root) / folder / (shard.name + SUFFIX)]
-
-
-def index_path(shard: Path) -> Path:
-    """Where to write the index of `shard`: beside it, or in the index folder where the shard's folder is read-only."""
-    beside, elsewhere = index_candidates(shard)
-    return beside if os.access(shard.parent, os.W_OK) else elsewhere
-
-
-def find_index(shard: Path) -> Path | None:
-    """The newest index of `shard`, or None: one beside a shard that became read-only may be older than the other."""
-    found = [path for path in index_candidates(shard) if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-
-
-def write_index(path: Path, header: IndexHeader, samples: np.ndarray, keys: bytes) -> None:
-    assert samples.dtype == SAMPLE and len(samples) == header.samples
-    text = json.dumps(asdict(header), ensure_ascii=True, sort_keys=True).encode()
-    text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
-    write_atomically(path, MAGIC, len(text).to_bytes(8, "little"), text, samples.tobytes(), keys)
-
-
-def read_header(path: Path) -> tuple[IndexHeader, int]:
-    """The header of an index and the offset of its records. Raises `ValueError` where the file is not a whole index."""
-    with open(path, "rb") as file:
-        start = file.read(len(MAGIC) + 8)
-        if len(start) < len(MAGIC) + 8 or start[: len(MAGIC)] != MAGIC:
-            raise ValueError("not an index of this version")
-        length = int.from_bytes(start[len(MAGIC) :], "little")
-        total = os.fstat(file.fileno()).st_size
-        if length > total:
-            raise ValueError("cut off inside the header")
-        header = IndexHeader(**json.loads(file.read(length)))
-    offset = len(start) + length
-    if total < offset + header.samples * SAMPLE.itemsize:
-        raise ValueError("cut off inside the records")
-    return header, offset
 
 
 class Shard:
-    """One indexed shard, opened on first use. `samples`: memory-mapped records [number of samples]."""
+    """One indexed shard, opened on first use.
 
-    def __init__(self, path: Path) -> None:
+    Its size must be that of the index. Its time need not, as copying changes it: then, and where the file changes while
+    it is in use, hashes decide: its ends are compared when it is opened, and every sample with its SHA-256 as it is
+    read. With `verify` samples always are. One that does not agree is an OSError of that sample.
+    """
+
+    def __init__(self, path: Path, verify: bool = False) -> None:
         """Raises `UserError` where the index is missing, broken or stale, with the command that makes it."""
-        self.path = Path(path)
+        self.path, self.verify = Path(path), verify
+        self._file: int | None = None
+        self._index: int | None = None
         command = index_command([self.path])
         self.index_file = find_index(self.path)
         if self.index_file is None:
             raise UserError(f"{self.path}: no index; run: {command}")
         try:
+            self._identity = _identity(os.stat(self.index_file))
             self.header, self._records_at = read_header(self.index_file)
-        except (ValueError, TypeError) as error:
+            check_body(self.index_file, self.header, self._records_at)
+        except ValueError as error:
             raise UserError(f"{self.index_file}: broken index ({error}); run: {command}") from error
         stat = self.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != (self.header.shard_size, self.header.shard_mtime_ns):
+        if stat.st_size != self.header.shard_size:
             raise UserError(
-                f"{self.index_file}: stale index: the shard has {stat.st_size:,} bytes and was changed at "
-                f"{stat.st_mtime_ns} ns, the index is of {self.header.shard_size:,} bytes at "
-                f"{self.header.shard_mtime_ns} ns; run: {command}"
+                f"{self.index_file}: stale index: the shard has {stat.st_size:,} bytes, the index is of "
+                f"{self.header.shard_size:,}; run: {command}"
             )
-        self._samples: np.ndarray | None = None
-        self._file: int | None = None
+        if stat.st_mtime_ns != self.header.shard_mtime_ns and edges_sha256(self.path) != self.header.shard_edges_sha256:
+            raise UserError(f"{self.index_file}: stale index: the shard was changed since; run: {command}")
 
     def __len__(self) -> int:
         return self.header.samples
 
     def open(self) -> None:
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-            if len(self):
-                records = np.memmap(self.index_file, SAMPLE, "r", self._records_at, (len(self),))
-                self._samples = records.view(np.ndarray)  # the same memory; a memmap is slow to take one record of
-            else:
-                self._samples = np.empty(0, SAMPLE)
+        """Raises OSError where a file is gone, or the index is no longer the one that the order was made from."""
+        if self._file is not None:
+            return
+        file, index = os.open(self.path, os.O_RDONLY), None
+        try:
+            index = os.open(self.index_file, os.O_RDONLY)
+            if _identity(os.fstat(index)) != self._identity:
+                self._look_again()
+        except BaseException:
+            os.close(file)
+            if index is not None:
+                os.close(index)
+            raise
+        self._file, self._index = file, index
+
+    def _look_again(self) -> None:
+        """The index was written anew since it was read: its records must be the same."""
+        try:
+            identity = _identity(os.stat(self.index_file))
+            header, records_at = read_header(self.index_file)
+            check_body(self.index_file, header, records_at)
+        except ValueError as error:
+            raise OSError(f"{self.index_file}: the index was changed while it is in use ({error})") from error
+        if (header.shard_sha256, header.body_sha256) != (self.header.shard_sha256, self.header.body_sha256):
+            raise OSError(f"{self.index_file}: the index was replaced by that of another shard while it is in use")
+        self.header, self._records_at, self._identity = header, records_at, identity
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-        self._file = self._samples = None
+        for descriptor in (self._file, self._index):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._file = self._index = None
+
+    @contextmanager
+    def _aside(self) -> Iterator[Shard]:
+        """The same shard with files of its own: for other threads than the one that opens and closes shards."""
+        shard = copy.copy(self)
+        shard._file = shard._index = None
+        try:
+            yield shard
+        finally:
+            shard.close()
 
     @property
     def samples(self) -> np.ndarray:
+        """All records [number of samples], read into memory: for tools; training reads one by one."""
+        return np.array([self.record(i) for i in range(len(self))], SAMPLE)
+
+    def record(self, i: int) -> np.void:
+        """The record of sample `i` (`SAMPLE`). Raises OSError where the index is cut off or damaged."""
         self.open()
-        return self._samples
+        data = os.pread(self._index, SAMPLE.itemsize, self._records_at + int(i) * SAMPLE.itemsize)
+        return parse_record(data, f"{self.index_file}, sample {i}")
+
+    def read(self, i: int, *, image: bool = True, caption: bool = True) -> tuple[bytes, str, np.void]:
+        """(image bytes, caption, record) of sample `i`; what is not asked for is empty.
+
+        Raises OSError where the bytes are not there, or are compared (see above) and are others; `ValueError` where the
+        caption is none.
+        """
+        record = self.record(i)
+        stat = os.fstat(self._file)
+        compared = self.verify or (stat.st_size, stat.st_mtime_ns) != (
+            self.header.shard_size, self.header.shard_mtime_ns
+        )  # fmt: skip
+        picture = text = b""
+        if image or compared:
+            picture = self._read(int(record["image_offset"]), int(record["image_size"]))
+        if caption or compared:
+            text = self._read(int(record["caption_offset"]), int(record["caption_size"]))
+        if compared:
+            digest = hashlib.sha256(picture)
+            digest.update(text)
+            if digest.digest() != record["sha256"].tobytes():
+                raise OSError(f"{self.path}: sample {i} is not what was indexed (its SHA-256 differs)")
+        parsed = parse_caption(text, bool(record["caption_is_json"])) if caption else ""
+        return picture if image else b"", parsed, record
 
     def _read(self, offset: int, size: int) -> bytes:
         # pread and not a mapping of the tar: a shard that shrinks or a file system that fails is then an error of one
         # sample, where a mapping would end the process with SIGBUS.
-        self.open()
         data = os.pread(self._file, size, offset)
         if len(data) != size:
             raise OSError(f"{self.path}: {len(data)} of {size} bytes at {offset}; was the shard changed?")
         return data
 
     def image_bytes(self, i: int) -> bytes:
-        record = self.samples[i]
-        return self._read(int(record["image_offset"]), int(record["image_size"]))
+        return self.read(i, caption=False)[0]
 
     def caption(self, i: int) -> str:
-        record = self.samples[i]
-        data = self._read(int(record["caption_offset"]), int(record["caption_size"]))
-        return parse_caption(data, bool(record["caption_is_json"]))
+        return self.read(i, image=False)[1]
 
     def caption_aside(self, i: int) -> str:
         """`caption`, but opening the files by itself: for other threads than the one that opens and closes shards."""
-        shard = Shard(self.path)
-        try:
+        with self._aside() as shard:
             return shard.caption(i)
-        finally:
-            shard.close()
 
     def key(self, i: int) -> str:
-        """Reads the index by itself, so that any thread may ask while another one opens and closes shards."""
-        with open(self.index_file, "rb") as file:
-            file.seek(self._records_at + i * SAMPLE.itemsize)
-            record = np.frombuffer(file.read(SAMPLE.itemsize), SAMPLE)[0]
-            file.seek(self._records_at + len(self) * SAMPLE.itemsize + int(record["key_start"]))
-            return file.read(int(record["key_size"])).decode()
+        """Opens the files by itself, as `caption_aside`. Raises OSError where the index is cut off or damaged."""
+        with self._aside() as shard:
+            record = shard.record(i)
+            start = shard._records_at + len(shard) * SAMPLE.itemsize + int(record["key_start"])
+            key = os.pread(shard._index, int(record["key_size"]), start)
+        if zlib.crc32(key) != int(record["key_checksum"]):
+            raise OSError(f"{self.index_file}: the key of sample {i} does not agree with its checksum")
+        return key.decode()
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def parse_caption(data: bytes, is_json: bool) -> str:

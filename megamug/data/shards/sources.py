@@ -1,6 +1,6 @@
 """What `data.train` and `data.validation` name: sets of indexed shards, with weights.
 
-A value is a folder of shards, a glob, a shard, or a list of those; an item may be a string or
+A value is a folder of shards, a glob, a shard, or a list of those; an item may be a string (see `find_shards`) or
 `{path: ..., weight: ...}`. With weights, the sets are blended in their proportion; without, in that of their sizes.
 """
 
@@ -9,13 +9,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megamug.data.shards.reading import Shard, find_index, index_command
+from megamug.data.shards.index_file import find_index, index_command
+from megamug.data.shards.reading import Shard
 from megamug.errors import UserError
+
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
+_MOST = 1_000_000  # paths that braces may stand for
+_DECOMPRESS = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
+_COMPRESSED = re.compile(r"\.(?:tar\.)?(tgz|(?<=tar\.)(?:gz|bz2|xz|zst))$", re.IGNORECASE)
 
 
 @dataclass
@@ -44,19 +51,62 @@ class Source:
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The tar files that `path` (a folder, a glob or a file) names, sorted. Raises `UserError` where there is none, and
-    where one is a link that leads nowhere: nobody should train on fewer data than are named."""
-    shards = _named(str(path))
+    """The tar files that `path` names: a folder, a glob or a file, `~` and braces (`x-{000..127}.tar`, `{a,b}.tar`)
+    written out as a shell would, several joined by `::`. Those of a folder or glob are sorted.
+
+    Raises `UserError` where there is none, where one of several is absent, and where one is a link that leads nowhere:
+    nobody should train on fewer data than are named.
+    """
+    shards = [shard for part in expand(path) for shard in _named(part)]
     for shard in shards:
         if shard.is_symlink() and not shard.exists():
             raise UserError(f"{shard} is a link to {os.readlink(shard)}, which does not exist; restore that, or remove"
                             " the link")
-    return shards
+    return list(dict.fromkeys(shards))
+
+
+def expand(path: str | Path) -> list[str]:
+    """The paths that `path` stands for: parts joined by `::`, braces and `~` written out. A path that is there as it is
+    written is meant as it is written."""
+    text = str(path)
+    if os.path.lexists(text):
+        return [text]
+    parts = [os.path.expanduser(part) for part in text.split("::")]
+    if not all(parts):
+        raise UserError(f"data: {text!r} has an empty part beside `::`; give a path on both sides")
+    paths = [one for part in parts for one in ([part] if os.path.lexists(part) else _braces(part))]
+    if len(paths) > _MOST:
+        raise UserError(f"data: {text} stands for more than {_MOST:,} paths; give a folder or a glob")
+    return paths
+
+
+def _braces(text: str) -> list[str]:
+    """`{00..12}` (as many digits as are written), `{a,b}`, any number of them; anything else in braces stays."""
+    for match in _BRACES.finditer(text):
+        first, last, words = match.groups()
+        if words is not None:
+            choices = words.split(",")
+        else:
+            padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
+            digits = max(len(first), len(last)) if padded else 0
+            low, high = int(first), int(last)
+            if abs(high - low) >= _MOST:
+                raise UserError(f"data: {text} stands for more than {_MOST:,} paths; give a folder or a glob")
+            step = 1 if high >= low else -1
+            choices = [f"{number:0{digits}d}" for number in range(low, high + step, step)]
+        rests = _braces(text[match.end() :])
+        if len(choices) * len(rests) > _MOST:
+            raise UserError(f"data: {text} stands for more than {_MOST:,} paths; give a folder or a glob")
+        return [text[: match.start()] + choice + rest for choice in choices for rest in rests]
+    return [text]
 
 
 def _named(text: str) -> list[Path]:
     if Path(text).is_dir():
         shards = sorted(Path(text).glob("*.tar"))
+        for path in sorted(Path(text).iterdir()):  # beside whole shards, too: nobody would miss what is in there
+            if (problem := compressed(path)) and not path.with_name(_COMPRESSED.sub(".tar", path.name)).exists():
+                raise UserError(problem)
         if not shards:
             raise UserError(f"{text}: no .tar shards in there; python tools/make_shards.py packs images into some")
         return shards
@@ -71,12 +121,22 @@ def _named(text: str) -> list[Path]:
     raise UserError(f"{text}: no such file or folder; give a folder of .tar shards, a glob or a list of those")
 
 
-def resolve_sources(value: object) -> list[Source]:
-    """Open the sets that a configuration value names (see above).
+def compressed(path: Path) -> str | None:
+    """What to tell of a tar that its name calls compressed; None for any other path."""
+    found = _COMPRESSED.search(path.name)
+    if found is None:
+        return None
+    command = _DECOMPRESS[found[1].lower()]
+    return (f"{path}: a compressed tar; members are read by their place in the file, so decompress it first: "
+            f"{command} {path}")  # fmt: skip
+
+
+def resolve_sources(value: object, verify: bool = False) -> list[Source]:
+    """Open the sets that a configuration value names (see above). `verify`: compare every sample with its SHA-256.
 
     Raises `UserError`: nothing there, no index or a stale one, weights for some sets only, a set without samples.
     """
-    return [_open_source(path, weight) for path, weight in parse_sets(value)]
+    return [_open_source(path, weight, verify) for path, weight in parse_sets(value)]
 
 
 def parse_sets(value: object) -> list[tuple[str, float | None]]:
@@ -108,15 +168,18 @@ def _parse_item(item: object) -> tuple[str, float | None]:
     return str(item["path"]), float(weight)
 
 
-def _open_source(path: str, weight: float | None) -> Source:
+def _open_source(path: str, weight: float | None, verify: bool) -> Source:
     paths = find_shards(path)
+    for shard in paths:
+        if problem := compressed(shard):
+            raise UserError(problem)
     missing = [shard for shard in paths if find_index(shard) is None]
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(paths)} shards have no index (the first is {missing[0]}); "
             f"run: {index_command([path])}"
         )
-    shards = [Shard(shard) for shard in paths]
+    shards = [Shard(shard, verify) for shard in paths]
     starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
     if starts[-1] == 0:
         raise UserError(f"{path}: no usable sample in {len(shards)} shards; {index_command([path])} lists the reasons")

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,21 +22,25 @@ from pathlib import Path
 import numpy as np
 
 from megamug.data.dali import DECODE_ERRORS, FullDecoder, decoder_version
-from megamug.data.shards.reading import (
-    FORMAT_VERSION,
+from megamug.data.png import too_long
+from megamug.data.shards.index_file import (
     SAMPLE,
     IndexHeader,
+    check_body,
+    edges_sha256,
     find_index,
     index_path,
-    parse_caption,
     read_header,
     write_index,
 )
+from megamug.data.shards.reading import parse_caption
 from megamug.data.shards.tar_members import Pair, problem, scan
 from megamug.durable import file_sha256
 from megamug.errors import UserError
 
 _BATCH = 32  # images decoded at a time
+LARGEST = 178_956_970  # pixels that Pillow, which reads the headers, opens at most
+_SMALL = 1 << 20  # pixels that cost little, however few bytes they are made of
 _BATCH_PIXELS = 1 << 25  # and their pixels together: 100 MB decoded
 
 
@@ -44,6 +49,9 @@ class Limits:
     """What a sample may be at most. A change of limits makes an index stale."""
 
     pixels: int = 1 << 26  # width x height: 67 million
+    # Pixels of a byte of the file, of images above `_SMALL`: photographs have 1 to 50, a blank page of a screen 300. A
+    # file of 665 bytes that claims 64 million costs seconds each time it is drawn, and shows nothing.
+    pixels_per_byte: int = 1000
     image_bytes: int = 1 << 26
     caption_bytes: int = 1 << 14
     json_bytes: int = 1 << 20  # of a whole .json member
@@ -86,8 +94,8 @@ def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:
         samples, keys = _verify(path, contents.pairs, contents.quarantine, limits)
         header = IndexHeader(
             shard=path.name, shard_size=stat.st_size, shard_mtime_ns=stat.st_mtime_ns, shard_sha256=sha256,
-            samples=len(samples), quarantine=contents.quarantine, ignored=dict(contents.ignored),
-            limits=asdict(limits), decoder=decoder_version(),
+            shard_edges_sha256=edges_sha256(path), samples=len(samples), quarantine=contents.quarantine,
+            ignored=dict(contents.ignored), limits=asdict(limits), decoder=decoder_version(),
         )  # fmt: skip
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
@@ -104,10 +112,11 @@ def _current(path: Path, limits: Limits) -> IndexHeader | None:
     if index is None:
         return None
     try:
-        header, _ = read_header(index)
-    except (ValueError, TypeError):
+        header, offset = read_header(index)
+        check_body(index, header, offset)
+    except ValueError:
         return None
-    return header if header.version == FORMAT_VERSION and header.limits == asdict(limits) else None
+    return header if header.limits == asdict(limits) else None
 
 
 def _renew(path: Path, header: IndexHeader, mtime_ns: int) -> None:
@@ -128,14 +137,14 @@ def _verify(path: Path, pairs: list[Pair], quarantine: list[dict], limits: Limit
             sizes = _decode(decoder, [image for _, image, _, _ in batch], captured)
             for (pair, image, caption, length), size in zip(batch, sizes, strict=True):
                 if isinstance(size, str):
-                    quarantine.append(problem(pair.key, pair.image.name, size))
+                    quarantine.append(problem(pair.key, pair.image.name, size, pair.image.source))
                     continue
                 key = pair.key.encode()
                 digest = hashlib.sha256(image)
                 digest.update(caption)
                 records.append((
                     pair.image.offset, pair.image.size, pair.caption.offset, pair.caption.size, pair.caption_is_json,
-                    size[1], size[0], length, key_start, len(key), digest.digest(),
+                    size[1], size[0], length, key_start, len(key), zlib.crc32(key), digest.digest(), 0,
                 ))  # fmt: skip
                 keys.append(key)
                 key_start += len(key)
@@ -154,7 +163,7 @@ def _batches(file, pairs: list[Pair], quarantine: list[dict], limits: Limits) ->
             image = _read(file, pair.image, limits.image_bytes)
             width, height = check_header(image, limits)
         except Rejected as reason:
-            quarantine.append(problem(pair.key, member.name, str(reason)))
+            quarantine.append(problem(pair.key, member.name, str(reason), pair.image.source))
             continue
         if batch and (len(batch) == _BATCH or pixels + width * height > _BATCH_PIXELS):
             yield batch
@@ -191,7 +200,11 @@ def check_caption(data: bytes, is_json: bool, limits: Limits) -> int:
 
 
 def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
-    """(width, height) that the image's header claims; nothing is decoded. Raises `Rejected`."""
+    """(width, height) that the image's header claims; nothing is decoded. Raises `Rejected`.
+
+    Then it costs at most what its pixels cost: too many of them, too many for the size of the file, or a PNG with more
+    data behind them than they are, is rejected.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -208,8 +221,15 @@ def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
         raise Rejected(f"unreadable image header: {type(error).__name__}: {error}") from error
     if width * height > limits.pixels:
         raise Rejected(f"{width} x {height} pixels, more than the limit of {limits.pixels:,}")
+    if width * height > max(_SMALL, limits.pixels_per_byte * len(data)):
+        raise Rejected(
+            f"{width} x {height} pixels in {len(data):,} bytes: {width * height // len(data):,} for each byte, more "
+            f"than the limit of {limits.pixels_per_byte:,}"
+        )
     if animated:
         raise Rejected("an animated image")
+    if excess := too_long(data):
+        raise Rejected(f"its data inflate to more than the {excess:,} bytes of {width} x {height} pixels")
     return width, height
 
 

@@ -22,7 +22,8 @@ class ImageEncoder:
         """`threads` decode; at most `batch` pictures are encoded in a call. Raises as `load_image_tokenizer`."""
         self.vocabulary, self.device = vocabulary, torch.device(device)
         self._tokenizer = load_image_tokenizer(vocabulary, device)
-        self._decoder = CropDecoder(vocabulary.image_size, batch, threads, self.device)
+        background = self._tokenizer.config.background  # as it was trained
+        self._decoder = CropDecoder(vocabulary.image_size, batch, threads, self.device, background)
 
     def __call__(self, pictures: list[Picture]) -> list[np.ndarray | str]:
         """Ids int64 [image_tokens] of each picture, or the reason why it does not decode; at most `batch` of them.

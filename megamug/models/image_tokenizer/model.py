@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megamug.data.dali import WHITE
 from megamug.durable import fsync_folder, replace_text
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.vq import Codebook
@@ -44,14 +45,19 @@ class ImageTokenizerConfig:
     codes: int = 16384  # vectors in the codebook
     normalise_codes: bool = False  # codes and latents on the unit sphere (LlamaGen)
     norm_groups: int = 32  # of every GroupNorm
+    background: tuple[int, ...] = WHITE  # red, green, blue (0..255) behind what is transparent in an image
 
     def __post_init__(self) -> None:
-        for name in ("channel_multipliers", "attention_resolutions"):
+        for name in ("channel_multipliers", "attention_resolutions", "background"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         for name, value in [*sizes.items(), *(("channel_multipliers", m) for m in self.channel_multipliers)]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"image tokenizer: {name} is {value!r}; give a whole number above 0")
+        if len(self.background) != 3 or any(type(part) is not int or not 0 <= part < 256 for part in self.background):
+            raise UserError(
+                f"image tokenizer: background is {list(self.background)}; give red, green and blue, each from 0 to 255"
+            )
         if not self.channel_multipliers:
             raise UserError("image tokenizer: channel_multipliers is empty; give one for each level, as 1 2 2 4 for f8")
         if self.image_size % self.factor:
@@ -95,6 +101,7 @@ class ImageTokenizerConfig:
         if unknown:
             near = difflib.get_close_matches(unknown[0], names, 1) or names[:1]
             raise UserError(f"{where}: unknown key {unknown[0]!r}; the nearest is {near[0]!r}")
+        values = {"background": WHITE, **values}  # not in those that were written before there was a choice
         missing = [name for name in names if name not in values]
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing; all of {', '.join(names)} must be there")
@@ -287,7 +294,10 @@ class ImageTokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over sizes and weights: the same codes mean the same image."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        sizes = asdict(self.config)
+        if sizes["background"] == WHITE:  # fingerprints of before there was a choice stay what they are
+            del sizes["background"]
+        digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)

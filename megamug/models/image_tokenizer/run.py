@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamug.command_line.launcher import world_size
+from megamug.data.dali import WHITE
 from megamug.data.order import Cursor
 from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources
@@ -111,6 +112,7 @@ def _saved_state(output: Path, description: dict[str, dict]) -> dict | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = json.loads(state["description"])
+        found["sizes"].setdefault("background", list(WHITE))  # not in those from before there was a choice
         for section, values in description.items():
             for name, value in values.items():
                 if found[section].get(name) != value:
@@ -159,7 +161,7 @@ class _Run:
         return dict(
             tokenizer=None, need_captions=False, caption_length=0, image_size=self.trainer.config.image_size,
             global_batch_size=self.run.batch_size, dp_rank=self.rank, dp_size=self.size,
-            device=self.trainer.device, threads=self.run.threads,
+            device=self.trainer.device, threads=self.run.threads, background=self.trainer.config.background,
         )  # fmt: skip
 
     def _steps(self, loader: PairLoader, stop: StopRequest) -> bool:

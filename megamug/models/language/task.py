@@ -33,7 +33,8 @@ class LmTask(Task):
 
     def documents(self, train: bool) -> list[DocumentSet]:
         """The opened sets. Raises UserError: one is missing, damaged, or of another vocabulary."""
-        return open_documents(self.config.data.train if train else self.config.data.validation, self.vocabulary)
+        data = self.config.data
+        return open_documents(data.train if train else data.validation, self.vocabulary, data.verify)
 
     def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> TokenLoader:
         """Rows of tokens; every rank of a data-parallel replica reads the same ones."""

@@ -38,13 +38,14 @@ class MugTask(Task):
         """Every rank of a data-parallel replica reads the same pairs: a replaced sample is replaced on all of them."""
         data = self.config.data
         return PairLoader(
-            resolve_sources(data.train if train else data.validation),
+            resolve_sources(data.train if train else data.validation, data.verify),
             tokenizer=self.tokenizer,
             image_size=data.image_size,
             caption_length=data.caption_length,
             need_captions=self.plan.writes,
             crop_scale=data.crop_scale,
             flip=data.flip,
+            background=data.background,
             threads=data.threads,
             prefetch=data.prefetch,
             max_failure_rate=data.max_failure_rate,

@@ -1,6 +1,7 @@
 """Batches of tokens."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -155,6 +156,28 @@ def test_damaged_folders_are_told(vocabulary, tmp_path):
     broken("d", lambda f: (f / "documents.idx").write_bytes(b"MMI"), "not a whole index")
     broken("e", lambda f: (f / "documents.json").write_text("{}"), "broken")
 
+    def edited(**changes):
+        def change(folder):
+            path = folder / "documents.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+        return change
+
+    broken("i", edited(tokens=7), "broken .it does not agree with its checksum")
+    broken("j", edited(version=99), "version 99, this program reads 2")
+    broken("k", edited(version=1, bytes=-5), "broken .*bytes is -5")
+    broken("l", lambda f: (f / "documents.json").write_text("[]"), "no JSON object")
+
+    def flip(name, place):
+        def change(folder):
+            data = bytearray((folder / name).read_bytes())
+            data[place] ^= 1
+            (folder / name).write_bytes(data)
+
+        return change
+
+    broken("m", flip("documents.idx", -1), "does not agree with its checksum")  # the mode of a segment
+
     def beyond(folder):
         size = (folder / "documents.bin").stat().st_size // 2
         (folder / "documents.bin").write_bytes(np.full(size, vocabulary.size, np.uint16).tobytes())
@@ -166,3 +189,42 @@ def test_damaged_folders_are_told(vocabulary, tmp_path):
     with pytest.raises(UserError, match="it is one of all, response"):
         good = write_set(tmp_path / "h", vocabulary, some_documents(vocabulary, 5))
         make(open_documents(str(good), vocabulary), vocabulary, loss_on="images")
+
+
+def test_a_flipped_bit_in_the_tokens_is_found_on_request(vocabulary, tmp_path):
+    folder = write_set(tmp_path / "a", vocabulary, some_documents(vocabulary, 20))
+    assert len(DocumentSet(folder, vocabulary, verify=True)) == 20
+    data = bytearray((folder / "documents.bin").read_bytes())
+    data[40] ^= 1
+    (folder / "documents.bin").write_bytes(data)
+    DocumentSet(folder, vocabulary)  # too much to read each time
+    with pytest.raises(UserError, match="the tokens are not those that were written"):
+        open_documents(str(folder), vocabulary, verify=True)
+
+
+def test_documents_of_the_first_version_are_read(vocabulary, tmp_path):
+    folder = write_set(tmp_path / "a", vocabulary, some_documents(vocabulary, 20))
+    path = folder / "documents.json"
+    values = json.loads(path.read_text())
+    del values["checksum"], values["index_sha256"]
+    path.write_text(json.dumps(values | {"version": 1}))
+    assert len(DocumentSet(folder, vocabulary, verify=True)) == 20
+
+
+def test_tokens_that_are_cut_off_in_use_are_a_sentence_and_no_signal(vocabulary, tmp_path):
+    """A memory map of them ended the process with SIGBUS, which no test of this process would survive."""
+    folder = write_set(tmp_path / "a", vocabulary, some_documents(vocabulary, 300))
+    loader = make(open_documents(str(folder), vocabulary), vocabulary)
+    loader.next()
+    for kind in ("idx", "bin"):
+        os.truncate(folder / f"documents.{kind}", 0)
+    with pytest.raises(OSError, match=r"documents\.bin ends .* bytes before the end of tokens .* cut off while"):
+        loader.next()
+
+
+def test_folders_by_braces_and_lists(folders, vocabulary):
+    root = folders[0].parent
+    assert [s.name for s in open_documents(f"{root}/{{a,b}}", vocabulary)] == [str(folder) for folder in folders]
+    assert len(open_documents(f"{folders[0]}::{folders[1]}", vocabulary)) == 2
+    with pytest.raises(UserError, match="2 folders under one weight; give each folder its own"):
+        open_documents([{"path": f"{root}/{{a,b}}", "weight": 1}], vocabulary)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import megamug.data.documents.tokenizer as document_tokenizer
 from megamug.data.documents.indexed import IMAGE, RESPONSE, DocumentSet
+from megamug.data.documents.reading import Picture
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.encoder import ImageEncoder
@@ -251,3 +252,16 @@ def test_megatron_reads_it(vocabulary, shard_folder, tmp_path):
     for n in range(20):
         segments, modes = theirs[2 * n : 2 * n + 2]
         assert (np.concatenate(segments) == ours.document(n)[0]).all() and sorted(modes.tolist()) == [0, IMAGE]
+
+
+def test_transparent_pictures_have_the_background_of_the_image_tokenizer(vocabulary):
+    """As in its training; the ids of a clear picture are those of a plain one of that colour."""
+    encode = ImageEncoder(vocabulary, batch=3)
+    made = []
+    for picture in (Image.new("RGBA", (20, 20), (0, 0, 0, 0)), Image.new("RGB", (20, 20), "white"),
+                    Image.new("RGB", (20, 20), "black")):  # fmt: skip
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        made.append(Picture("x.png", buffer.getvalue(), 20, 20))
+    clear, white, black = encode(made)
+    assert (clear == white).all() and (white != black).any()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megamug.data.dali import CropDecoder, FullDecoder, without_remarks
+from megamug.data.dali import CropDecoder, FullDecoder, has_transparency, opaque, without_remarks
 from megamug.data.pairs.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 
 
@@ -112,3 +112,59 @@ def test_what_a_png_remarks_beside_its_pixels_is_not_decoded(capfd):
     assert without_remarks(jpeg.getvalue()) == jpeg.getvalue()
     told = capfd.readouterr()
     assert told.err == told.out == ""
+
+
+def clear(mode, **options):
+    """A 40 x 30 picture: left half opaque red, right half clear, with green behind it; encoded as PNG or WebP."""
+    pixels = np.zeros((30, 40, 4), np.uint8)
+    pixels[:, :20], pixels[:, 20:] = (200, 0, 0, 255), (0, 180, 0, 0)
+    image = Image.fromarray(pixels, "RGBA")
+    if mode == "P":
+        image = image.convert("P", palette=Image.Palette.ADAPTIVE)
+        corner = image.getpixel((39, 0))
+        options = {"transparency": corner} | options
+    elif mode == "RGB":
+        image, options = image.convert("RGB"), {"transparency": (0, 180, 0)} | options
+    elif mode == "I;16":
+        grey = np.where(pixels[..., 0] > 0, 51200, 30000).astype(np.uint16)
+        image, options = Image.fromarray(grey), {"transparency": 30000} | options
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, options.pop("format", "PNG"), **options)
+    return buffer.getvalue()
+
+
+CLEAR = {
+    "RGBA": {}, "LA": {}, "P": {}, "RGB": {}, "I;16": {}, "WebP": {"format": "WEBP", "lossless": True},
+    "WebP lossy": {"format": "WEBP", "quality": 95},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLEAR)
+@pytest.mark.parametrize("background", [(255, 255, 255), (10, 20, 250)])
+def test_what_is_transparent_shows_the_background(kind, background):
+    """The decoder drops the alpha channel: what lies behind it, here green, was seen."""
+    data = clear("RGBA" if "WebP" in kind else kind, **CLEAR[kind])
+    assert has_transparency(data)
+    assert FullDecoder(1)([data]) == [(30, 40)]
+    decoder = CropDecoder(20, 2, 2, torch.device("cpu"), background)
+    regions = np.array([[5, 20, 20, 20], [5, 0, 20, 20]])
+    right, left = decoder([data, data], regions, np.zeros(2, bool)).permute(0, 2, 3, 1)
+    assert abs(right.float() - torch.tensor(background)).max() <= 2
+    red = [200, 0, 0] if kind not in ("LA", "I;16") else [60 if kind == "LA" else 200] * 3
+    assert abs(left[:, :18].float() - torch.tensor(red)).max() <= 6
+    assert regions.tolist() == [[5, 20, 20, 20], [5, 0, 20, 20]]  # the caller's
+
+
+def test_half_transparency_is_mixed_and_others_stay_as_they_are(helpers):
+    half = Image.new("RGBA", (8, 8), (100, 0, 0, 51))
+    buffer = io.BytesIO()
+    half.save(buffer, "PNG")
+    assert opaque(buffer.getvalue(), (0, 0, 0)) == b"P6\n8 8\n255\n" + bytes([20, 0, 0]) * 64
+    for extension in ("JPEG", "PNG", "WEBP"):
+        data = helpers.encoded(format=extension)
+        assert not has_transparency(data) and opaque(data) == data
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 4), dtype=np.uint8), "RGBA")
+    with pytest.raises(ValueError, match="does not decode"):
+        opaque(helpers.encoded(noise, "PNG")[:3000])

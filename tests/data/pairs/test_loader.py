@@ -23,7 +23,8 @@ def make(shard_folder, tokenizer):
             tokenizer=tokenizer, image_size=32, caption_length=24, global_batch_size=8, micro_batch_size=2, seed=1,
             threads=1,
         )  # fmt: skip
-        loaders.append(PairLoader(resolve_sources(str(value)), **(settings | options)))
+        sources = options.pop("sources", None) or resolve_sources(str(value))
+        loaders.append(PairLoader(sources, **(settings | options)))
         return loaders[-1]
 
     yield make
@@ -167,6 +168,36 @@ def test_a_failure_in_a_later_chunk_is_replaced_alike(make, damaged, monkeypatch
     monkeypatch.setattr("megamug.data.pairs.loader.MAX_DECODE_BATCH", 3)
     parts = make(damaged, micro_batch_size=4, global_batch_size=4)
     assert same(flat([parts.next() for _ in range(3)]), want)
+
+
+def test_a_sample_that_is_another_than_was_indexed_is_replaced(make, helpers, tmp_path, caplog):
+    """It decodes, so only its hash tells; the time of the shard is as it was."""
+    path = helpers.write_tar(tmp_path / "x.tar", helpers.good_members(12))
+    index_paths([path], processes=1)
+    stat, shard = path.stat(), Shard(path)
+    first = shard.record(4)
+    with open(path, "r+b") as file:
+        file.seek(int(first["caption_offset"]))
+        file.write(shard.caption(5).encode()[: int(first["caption_size"])])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    plain = make(path, micro_batch_size=4, global_batch_size=4)
+    assert [plain.next() for _ in range(3)][-1].failures == 0
+    sources = resolve_sources(str(path), verify=True)
+    checked = make(path, micro_batch_size=4, global_batch_size=4, sources=sources)
+    assert [checked.next() for _ in range(3)][-1].failures == 1
+    assert "sample 4 is not what was indexed" in caplog.text
+
+
+def test_transparent_pictures_have_the_background_asked_for(make, helpers, tmp_path):
+    from PIL import Image
+
+    data = helpers.encoded(Image.new("RGBA", (40, 30), (0, 0, 0, 0)), "PNG")
+    members = [member for i in range(8) for member in ((f"{i}.png", data), (f"{i}.txt", b"c"))]
+    path = helpers.write_tar(tmp_path / "x.tar", members)
+    index_paths([path], processes=1)
+    assert (make(path).next().micro_batches[0].images == 255).all()
+    images = make(path, background=[1, 2, 3]).next().micro_batches[0].images
+    assert images.unique(dim=2).unique(dim=3).flatten().tolist()[:3] == [1, 2, 3]
 
 
 def test_too_many_failures_end_the_run(make, damaged):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megamug.data.shards.index_file import SUFFIX, find_index
 from megamug.data.shards.indexing import index_paths, summary, write_quarantine
-from megamug.data.shards.reading import SUFFIX, Shard, find_index
+from megamug.data.shards.reading import Shard
 from megamug.data.shards.sources import resolve_sources
 from megamug.data.shards.verify import Limits, index_shard
 from megamug.errors import UserError
@@ -202,14 +203,13 @@ def test_index_is_repeatable_and_stale_ones_are_found(helpers, tmp_path):
     first = find_index(path).read_bytes()
     assert index_shard(path).action == "up to date"
     os.utime(path, ns=(1, 1))  # another time, the same contents
-    with pytest.raises(UserError, match=r"stale index.*python tools/index_shards.py"):
-        resolve_sources(str(path))
+    assert len(resolve_sources(str(path))[0]) == 3
     assert index_shard(path).action == "unchanged"
     assert len(resolve_sources(str(path))[0]) == 3
     assert index_shard(path, Limits(pixels=100)).action == "indexed"  # other limits
     assert len(Shard(path)) == 0
     helpers.write_tar(path, helpers.good_members(4))  # other contents
-    with pytest.raises(UserError, match="stale index"):
+    with pytest.raises(UserError, match=r"stale index.*python tools/index_shards.py"):
         resolve_sources(str(path))
     assert index_shard(path).action == "indexed" and len(Shard(path)) == 4
     index = find_index(path)
@@ -226,7 +226,7 @@ def test_read_only_folder_has_its_index_elsewhere(helpers, tmp_path, monkeypatch
     folder = tmp_path / "shards"
     folder.mkdir()
     path = helpers.write_tar(folder / "x.tar", helpers.good_members(2))
-    monkeypatch.setattr("megamug.data.shards.reading.os.access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr("megamug.data.shards.index_file.os.access", lambda *_: False)  # root may write everywhere
     index_paths([folder], processes=1)
     assert [p.name for p in folder.iterdir()] == ["x.tar"]
     assert str(find_index(path)).startswith(os.environ["MEGAMUG_INDEX_DIRECTORY"])

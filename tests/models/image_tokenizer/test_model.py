@@ -1,6 +1,8 @@
 """The image tokenizer: shapes, the nearest code, files, mistakes. Parity with other projects: tests/convert."""
 
+import hashlib
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -176,3 +178,21 @@ def test_config_json_is_plain(tmp_path):
     make().save(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["channel_multipliers"] == [1, 2] and values["codes"] == 20
+
+
+def test_the_background_belongs_to_the_tokenizer():
+    """White is what it was before there was a choice: fingerprints and folders of then stay good."""
+    white, blue = make(), make(background=(0, 0, 255))
+    blue.load_state_dict(white.state_dict())
+    assert white.fingerprint() != blue.fingerprint()
+    sizes = asdict(white.config)
+    del sizes["background"]
+    assert ImageTokenizerConfig.from_dict(sizes) == white.config
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for name, tensor in sorted(white.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
+    assert white.fingerprint() == digest.hexdigest()
+    for wrong in ((1, 2), (0, 0, 256), (0, 0, 0.5)):
+        with pytest.raises(UserError, match="background is"):
+            ImageTokenizerConfig(**{**SIZES, "background": wrong})
