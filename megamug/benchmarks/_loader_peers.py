@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from megamug.data.pairs.text import Tokenizer
-from megamug.data.shards.reading import parse_caption
+from megamug.data.shards.captions import parse_caption
 from megamug.data.shards.sources import resolve_sources
 
 ENDLESS = 1 << 40

@@ -6,6 +6,7 @@ from megamug.command_line.arguments import Range
 from megamug.configuration.presets import BY_KIND
 from megamug.configuration.reading import keys, nearest
 from megamug.configuration.sections import Config
+from megamug.data.shards.captions import LINES
 from megamug.errors import UserError
 
 _COUNT, _FROM_ZERO, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
@@ -41,6 +42,7 @@ RANGES = {
 CHOICES = {
     "model.kind": tuple(BY_KIND),
     "fusion.freeze": ("none", "text", "image", "both"),
+    "data.caption_lines": LINES,
     "data.loss_on": ("all", "response", "text", "image"),
     "parallel.recompute": ("none", "full"),
     "precision.dtype": ("fp32", "bf16"),
@@ -87,7 +89,8 @@ _KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug",
 _KINDS |= {"model.z_loss_weight": _LANGUAGE}
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
                                                   "separate_documents", "loss_on")}  # fmt: skip
-_KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "crop_scale", "flip", "background",
+_KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "caption_lines",
+                                               "crop_scale", "flip", "background",
                                                "mean", "std", "threads", "prefetch", "max_failure_rate")}  # fmt: skip
 
 

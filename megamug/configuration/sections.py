@@ -101,6 +101,7 @@ class DataConfig:
     # pairs
     image_size: int = 224  # pixels; images are cropped to squares
     caption_length: int = 64  # tokens predicted per caption
+    caption_lines: str = "join"  # join | first | random (by sample and epoch): of a caption file of several lines
     global_batch_size: int = 256  # pairs or rows per optimizer step, over all processes
     micro_batch_size: int = 32  # pairs or rows per forward and backward of one data-parallel rank
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # area share of the random crop

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from megamug.data.random import uniform
+from megamug.data.shards.captions import is_visible
 from megamug.data.shards.index_file import find_index
 from megamug.data.shards.reading import Shard
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS, Member, problem, split_name, unusable, walk
 from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, Rejected, check_header
-from megamug.data.shards.visible import is_visible
 from megamug.durable import file_sha256
 from megamug.errors import UserError
 

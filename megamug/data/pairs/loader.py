@@ -25,6 +25,7 @@ from megamug.data.dali import WHITE, CropDecoder, load_dali
 from megamug.data.order import Cursor, GlobalOrder
 from megamug.data.pairs.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 from megamug.data.pairs.text import Tokenizer
+from megamug.data.random import uniform
 from megamug.data.shards.reading import OpenShards
 from megamug.data.shards.sources import Source
 from megamug.errors import UserError, printable
@@ -49,6 +50,7 @@ class PairBatch:
     indices: np.ndarray  # int64 [b]: a number that no other sample of any source has
     valid: np.ndarray  # bool [b]: False for the padding at the end of a validation pass
     _locations: list[tuple[Source, int]] = field(repr=False, default_factory=list)
+    _lines: tuple[str, np.ndarray] = field(repr=False, default=("join", np.zeros(0)))  # which captions, and draws [b]
 
     def keys(self) -> list[str]:
         """`shard file: key` of each sample, read from the indexes when asked for."""
@@ -56,9 +58,9 @@ class PairBatch:
         return [f"{printable(shard.path.name)}: {shard.key(i)}" for shard, i in places]
 
     def captions(self) -> list[str]:
-        """The captions as they stand in the shards."""
-        places = [source.locate(index) for source, index in self._locations]
-        return [shard.caption_aside(i) for shard, i in places]
+        """The captions as they stand in the shards; of several, those that `tokens` hold."""
+        places, (lines, draws) = [source.locate(index) for source, index in self._locations], self._lines
+        return [shard.caption_aside(i, lines, draw) for (shard, i), draw in zip(places, draws, strict=True)]
 
 
 @dataclass
@@ -78,6 +80,7 @@ class _Samples:
     sources: np.ndarray  # int64 [n], as are epochs and indices
     epochs: np.ndarray
     indices: np.ndarray
+    draws: np.ndarray  # float64 [n] in [0, 1): which of several captions
     valid: np.ndarray  # bool [n]
     end: int  # the cursor behind the batch
 
@@ -107,6 +110,7 @@ class PairLoader:
         tokenizer: Tokenizer | None,
         image_size: int,
         caption_length: int,
+        caption_lines: str = "join",
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
@@ -138,7 +142,7 @@ class PairLoader:
         if need_images:
             load_dali()  # its absence is told here, not by the background thread
         self.sources, self.tokenizer, self.device = sources, tokenizer, torch.device(device)
-        self.image_size, self.caption_length = image_size, caption_length
+        self.image_size, self.caption_length, self.caption_lines = image_size, caption_length, caption_lines
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.seed, self.dp_rank, self.dp_size, self.train = seed, dp_rank, dp_size, train
         self.need_images, self.need_captions = need_images, need_captions
@@ -267,7 +271,10 @@ class PairLoader:
         else:  # a rank without a share of the last batch: padding alone
             order = self.order.slice(self.total_samples - 1, 1)
         fill = np.minimum(np.arange(part), len(order[0]) - 1)  # padding repeats the last sample
-        return _Samples(*(column[fill] for column in order), valid, end)
+        sources, epochs, indices = (column[fill] for column in order)
+        unique = self.order.unique(sources, indices)
+        draws = uniform(self.seed, "caption line", epochs, unique, 1)[:, 0]
+        return _Samples(sources, epochs, indices, draws, valid, end)
 
     def _make_batch(self, samples: _Samples, pixels: list[torch.Tensor], captions: list[str]) -> GlobalBatch:
         part = len(samples.valid)
@@ -287,6 +294,7 @@ class PairLoader:
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
                 samples.epochs[rows], unique[rows], samples.valid[rows], locations,
+                (self.caption_lines, samples.draws[rows]),
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
@@ -303,7 +311,8 @@ class PairLoader:
         try:
             with shards.lock:  # or the other thread might close the shard meanwhile
                 shard = shards.use(shard)
-                image, caption, record = shard.read(i, image=self.need_images, caption=self.need_captions)
+                image, caption, record = shard.read(i, image=self.need_images, caption=self.need_captions,
+                                                    lines=self.caption_lines, draw=samples.draws[row])  # fmt: skip
             return image, caption, (int(record["width"]), int(record["height"]))
         except (OSError, ValueError) as error:
             return error

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megamug.data.shards.captions import parse_caption
 from megamug.data.shards.index_file import SUFFIX
-from megamug.data.shards.reading import parse_caption
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
 from megamug.data.shards.tar_writer import write_shard
 from megamug.data.tooling import Progress

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import threading
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.data.shards.captions import choose, parse_captions
 from megamug.data.shards.index_file import (
     SAMPLE,
     check_body,
@@ -117,8 +117,11 @@ class Shard:
         data = os.pread(self._index, SAMPLE.itemsize, self._records_at + int(i) * SAMPLE.itemsize)
         return parse_record(data, f"{self.index_file}, sample {i}")
 
-    def read(self, i: int, *, image: bool = True, caption: bool = True) -> tuple[bytes, str, np.void]:
-        """(image bytes, caption, record) of sample `i`; what is not asked for is empty.
+    def read(
+        self, i: int, *, image: bool = True, caption: bool = True, lines: str = "join", draw: float = 0.0
+    ) -> tuple[bytes, str, np.void]:
+        """(image bytes, caption, record) of sample `i`; what is not asked for is empty. `lines`, `draw`: which caption
+        of several, see `captions.choose`.
 
         Raises OSError where the bytes are not there, or are compared (see above) and are others; `ValueError` where the
         caption is none.
@@ -138,7 +141,7 @@ class Shard:
             digest.update(text)
             if digest.digest() != record["sha256"].tobytes():
                 raise OSError(f"{self.path}: sample {i} is not what was indexed (its SHA-256 differs)")
-        parsed = parse_caption(text, bool(record["caption_is_json"])) if caption else ""
+        parsed = choose(parse_captions(text, bool(record["caption_is_json"])), lines, draw) if caption else ""
         return picture if image else b"", parsed, record
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -152,13 +155,13 @@ class Shard:
     def image_bytes(self, i: int) -> bytes:
         return self.read(i, caption=False)[0]
 
-    def caption(self, i: int) -> str:
-        return self.read(i, image=False)[1]
+    def caption(self, i: int, lines: str = "join", draw: float = 0.0) -> str:
+        return self.read(i, image=False, lines=lines, draw=draw)[1]
 
-    def caption_aside(self, i: int) -> str:
+    def caption_aside(self, i: int, lines: str = "join", draw: float = 0.0) -> str:
         """`caption`, but opening the files by itself: for other threads than the one that opens and closes shards."""
         with self._aside() as shard:
-            return shard.caption(i)
+            return shard.caption(i, lines, draw)
 
     def key(self, i: int) -> str:
         """Opens the files by itself, as `caption_aside`. Raises OSError where the index is cut off or damaged."""
@@ -173,21 +176,6 @@ class Shard:
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def parse_caption(data: bytes, is_json: bool) -> str:
-    """The caption in the bytes of a `.txt` or `.json` member. Raises `ValueError` with the reason if there is none."""
-    text = data.decode("utf-8", errors="strict").removeprefix("\ufeff")
-    if is_json:
-        value = json.loads(text)
-        if not isinstance(value, dict) or not isinstance(value.get("caption"), str):
-            raise ValueError("the JSON has no text under the key 'caption'")
-        text = value["caption"]
-        text.encode()  # a lone surrogate escape is not text: UnicodeEncodeError
-    text = " ".join(text.split())
-    if not text:
-        raise ValueError("the caption is empty")
-    return text
 
 
 class OpenShards:

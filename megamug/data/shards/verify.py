@@ -23,6 +23,7 @@ import numpy as np
 
 from megamug.data.dali import DECODE_ERRORS, FullDecoder, decoder_version
 from megamug.data.png import too_long
+from megamug.data.shards.captions import parse_caption
 from megamug.data.shards.index_file import (
     SAMPLE,
     IndexHeader,
@@ -33,7 +34,6 @@ from megamug.data.shards.index_file import (
     read_header,
     write_index,
 )
-from megamug.data.shards.reading import parse_caption
 from megamug.data.shards.tar_members import Pair, problem, scan
 from megamug.durable import file_sha256
 from megamug.errors import UserError

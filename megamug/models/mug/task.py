@@ -42,6 +42,7 @@ class MugTask(Task):
             tokenizer=self.tokenizer,
             image_size=data.image_size,
             caption_length=data.caption_length,
+            caption_lines=data.caption_lines,
             need_captions=self.plan.writes,
             crop_scale=data.crop_scale,
             flip=data.flip,

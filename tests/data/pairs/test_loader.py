@@ -1,6 +1,7 @@
 import json
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +257,27 @@ def test_real_photographs(make):
     loader = make(folder, image_size=64, global_batch_size=32, micro_batch_size=16)
     images, _, _, _ = flat([loader.next(), loader.next()])
     assert 60 < images.float().mean() < 180 and images.float().std() > 40
+
+
+@pytest.mark.parametrize("lines", ["join", "first", "random"])
+def test_a_caption_file_of_several_lines(lines, helpers, tokenizer, tmp_path):
+    members = []
+    for n in range(6):
+        members += [(f"{n}.jpg", helpers.encoded(helpers.picture(n))), (f"{n}.txt", b"picture\nnumber\n7")]
+    helpers.write_tar(tmp_path / "s.tar", members)
+    index_paths([tmp_path / "s.tar"], processes=1)
+    loader = PairLoader(
+        resolve_sources(str(tmp_path)), tokenizer=tokenizer, image_size=16, caption_length=12, caption_lines=lines,
+        global_batch_size=6, micro_batch_size=6, seed=1, need_images=False,
+    )  # fmt: skip
+    with closing(loader):
+        epochs = [loader.next().micro_batches[0] for _ in range(4)]
+        told = [micro.captions() for micro in epochs]
+        assert [[tokenizer.decode(row) for row in micro.tokens] for micro in epochs] == told
+    numbers = [micro.indices.tolist() for micro in epochs]
+    by_sample = [dict(zip(*pair, strict=True)) for pair in zip(numbers, told, strict=True)]
+    if lines == "random":
+        assert {caption for captions in told for caption in captions} == {"picture", "number", "7"}
+        assert len({tuple(sorted(epoch.items())) for epoch in by_sample}) == 4  # another in each epoch
+    else:
+        assert {c for captions in told for c in captions} == {{"join": "picture number 7", "first": "picture"}[lines]}
