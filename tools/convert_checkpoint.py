@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", dest="output_format", required=True, metavar="FORMAT")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="of the run that is written")
     parser.add_argument("--allow-missing", nargs="+", default=[], metavar="KEY",
-                        help="unknown or missing keys to go on without; * stands for any text")  # fmt: skip
+                        help="missing keys, or unknown ones of the tensors or of config.json, to go on without; *"
+                             " stands for any text")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     options = parser.parse_intermixed_args(argv)
     remarks = convert(options)
@@ -78,7 +79,10 @@ def convert(options: argparse.Namespace) -> list[str]:
         layout = IMAGE_TOKENIZERS[output]
         return image_tokenizer_from_megamug(layout, options.source, options.output, size(options.max_shard_size))
     if output == MEGAMUG and source in IMAGE_TOKENIZERS:
-        return image_tokenizer_to_megamug(IMAGE_TOKENIZERS[source], options.source, options.output, options.config)
+        layout = IMAGE_TOKENIZERS[source]
+        return image_tokenizer_to_megamug(
+            layout, options.source, options.output, options.config, options.allow_missing
+        )  # fmt: skip
     if output == MEGAMUG:
         form = format_named(source)
         return to_megamug(form, options.source, options.output, options.config, options.allow_missing)

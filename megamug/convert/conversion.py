@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
+from megamug.configuration import validate, validate_lm
+from megamug.configuration.ranges import check_values
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
+from megamug.convert.described import check as check_described
 from megamug.convert.formats import Format, View, VocabularyRows
 from megamug.convert.safetensors_out import write_folder
 from megamug.convert.source import ForeignTensors
@@ -43,7 +46,7 @@ def to_megamug(
     """
     view, overrides, allow = View(ForeignTensors(source), form.canonical), list(overrides), list(allow)
     with _about(source):
-        config = _configure(form, view, overrides)
+        config = _configure(form, view, overrides, allow)
         vocabulary = form.vocabulary(view)
         rows, fixed = form.rows(config, vocabulary), form.fixed(config)
     wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
@@ -56,7 +59,7 @@ def to_megamug(
     for row in rows:
         if set(row.theirs) & set(missing):
             shapes[row.ours] = row.shape
-    remarks = _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
+    remarks = view.remarks + _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
     remarks += _remark(f"left out ({form.apart[1]})", apart) if apart else []
     remarks += _compare_fixed(view, fixed, allow)
     tensors = [_drawn(name, shape, config) for name, shape in shapes.items()]
@@ -170,9 +173,13 @@ def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str
     return {e.key: tuple(e.global_shape) for e in entries if e.key.startswith(tuple(wanted))}
 
 
-def _configure(form: Format, view: View, overrides: list[str]) -> Config:
+def _configure(form: Format, view: View, overrides: list[str], allow: list[str]) -> Config:
     given = {override.partition("=")[0].strip() for override in overrides}
     try:
+        if form.described is not None:
+            if not view.config:
+                raise UserError("there is no config.json beside the tensors; copy the whole folder")
+            view.remarks += check_described(view.config, form.described, form.name, allow)
         settings = form.settings(view)
     except UserError:
         raise
@@ -189,7 +196,10 @@ def _configure(form: Format, view: View, overrides: list[str]) -> Config:
         told.append(f"{key}={json.dumps(value)}" if not isinstance(value, str) else f"{key}={value}")
     config = load_config(None, told + overrides)
     form.complete(config, view)
-    return resolve(config)
+    config = resolve(config)
+    check_values(config)
+    (validate.widths if config.model.kind == "mug" else validate_lm.widths)(config)
+    return config
 
 
 def _allowed(name: str, allow: Iterable[str]) -> bool:
@@ -260,9 +270,10 @@ def _drawn(name: str, shape: tuple[int, ...], config: Config) -> LazyTensor:
 
 
 def image_tokenizer_to_megamug(
-    layout: str, source: str | Path, output: str | Path, overrides: Iterable[str] = ()
+    layout: str, source: str | Path, output: str | Path, overrides: Iterable[str] = (), allow: Iterable[str] = ()
 ) -> list[str]:
-    """Writes the image tokenizer folder `output` from another project's file. `overrides`: image_size=PIXELS, which
+    """Writes the image tokenizer folder `output` from another project's file. `allow`: unknown keys of its config.json
+    to go on with. `overrides`: image_size=PIXELS, which
     parameters do not tell (needed), normalise_codes=BOOL, norm_groups=NUMBER. Raises UserError."""
     from megamug.convert.image_tokenizer import find_layout, import_image_tokenizer
 
@@ -286,7 +297,7 @@ def image_tokenizer_to_megamug(
         found, _ = find_layout(ForeignTensors(source).names)
     if found != layout:
         raise UserError(f"{source} is laid out as {found}, not {layout}: --from vq_{found}")
-    tokenizer = import_image_tokenizer(source, output, **options)
+    tokenizer = import_image_tokenizer(source, output, **options, allow=allow)
     return [f"{tokenizer.config.codes} codes, {tokenizer.config.grid} x {tokenizer.config.grid} of an image"]
 
 

@@ -30,6 +30,7 @@ class ForeignTensors:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.remarks: list[str] = []  # what was left out or read in another way, a sentence each
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._readers: dict[str, Callable[[str], Tensor]] = {}
         folder = self.path if self.path.is_dir() else self.path.parent
