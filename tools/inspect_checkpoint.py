@@ -44,7 +44,7 @@ def inspect(path: Path, norms: bool = False) -> dict:
     source = ForeignTensors(path)
     return {
         "path": str(path), "kind": "foreign", "model_type": (source.config or {}).get("model_type"),
-        "tensors": _tensors(source, source.names, norms),
+        "remarks": source.remarks, "tensors": _tensors(source, source.names, norms),
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def _tensors(source, names: list[str], norms: bool) -> dict[str, dict]:
 def as_text(report: dict, each: bool) -> str:
     tensors = report.get("tensors", {})
     lines = [f"{report['path']}: {describe(report)}"]
-    lines += [f"  {problem}" for problem in report.get("problems", [])]
+    lines += [f"  {told}" for told in report.get("problems", []) + report.get("remarks", [])]
     for name, state in report.get("checkpoints", {}).items():
         lines.append(f"  {name}: {state if isinstance(state, str) else '; '.join(state)}")
     parts: dict[str, list[int]] = {}

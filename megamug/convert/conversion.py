@@ -254,6 +254,9 @@ def _turned(row: Row, view: View) -> LazyTensor:
     for name in row.theirs[1:]:
         dtype = torch.promote_types(dtype, view.dtype(name))
     dtype = torch.float32 if dtype == torch.float16 else dtype
+    if not dtype.is_floating_point:
+        raise UserError(f"{view.source.path}: {row.theirs[0]} is of type {dtype}, and weights are of floating point:"
+                        " quantised files do not convert")  # fmt: skip
 
     def read() -> Tensor:
         return row.piece.join(*(view.read(name) for name in row.theirs)).to(dtype)

@@ -62,6 +62,14 @@ def settings(view: View) -> dict[str, object]:
             "model.decoder_width": width,
             "model.decoder_heads": partial(heads_of, width, "model.decoder_heads"),
         }
+        # MAE's script keeps its arguments in the file: what the decoder was taught to paint.
+        told = view.source.arguments
+        if isinstance(told.get("norm_pix_loss"), bool):
+            found["model.norm_pix_loss"] = told["norm_pix_loss"]
+        else:
+            view.remarks.append("model.norm_pix_loss=true is taken, which the file does not tell; say if it is false")
+        if isinstance(told.get("mask_ratio"), float):
+            found["model.mask_ratio"] = told["mask_ratio"]
     return found
 
 
