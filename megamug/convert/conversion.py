@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration import validate, validate_lm
 from megamug.configuration.ranges import check_values
@@ -49,6 +50,7 @@ def to_megamug(
         config = _configure(form, view, overrides, allow)
         vocabulary = form.vocabulary(view)
         rows, fixed = form.rows(config, vocabulary), form.fixed(config)
+        view.remarks += _vocabulary_fits(config, sum(vocabulary))
     wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
     missing = [name for name in wanted if name not in view]
     unknown = [name for name in view.actual if name not in wanted and not re.search(form.ignored, name)]
@@ -141,12 +143,24 @@ def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:
     """Rows of the vocabulary without padding: of the model it was converted from, or of its vocabulary folder."""
     if config.model.kind == "mug":
         return ()
-    known = reader.state().get("origin", {}).get("vocabulary")
-    if known:
+    state = reader.state()
+    if vocabulary_rows(state):
+        known = state["origin"]["vocabulary"]
         return tuple(known) if isinstance(known, list) else (int(known),)
     from megamug.data.documents.vocabulary import Vocabulary
 
     return (Vocabulary.load(config.data.tokenizer).size,)
+
+
+def _vocabulary_fits(config: Config, rows: int) -> list[str]:
+    """A remark, if there is one, on the vocabulary folder that the user says is the model's; raises UserError where it
+    cannot be."""
+    if config.model.kind == "mug" or config.data.tokenizer is None:
+        return []
+    from megamug.data.documents.vocabulary import Vocabulary
+
+    remark = check_vocabulary(rows, Vocabulary.load(config.data.tokenizer).size, config.data.tokenizer)
+    return [] if remark is None else [remark]
 
 
 def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str, tuple[int, ...]]:

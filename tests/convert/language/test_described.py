@@ -126,3 +126,50 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path):
     save_file(state | {name.removeprefix("model."): torch.ones(64)}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(UserError, match=f"holds one tensor twice, as .*{name}"):
         to_megamug(FORMATS["hf_opt"], tmp_path / "model", tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    from tests.data.language import tiny_vocabulary
+
+    return tiny_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+def llama(folder, rows: int):
+    sizes = {**SIZES, "vocab_size": rows, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("more", [-1, 1000, -200])
+def test_a_vocabulary_of_another_size_is_told_at_conversion_and_at_loading(tmp_path, vocabulary, more):
+    """It said "written", and generate died in a traceback, or drew ids that nothing was learned of."""
+    from megamug.configuration.reading import load_config, to_yaml
+    from megamug.generation.loading import load_run
+
+    llama(tmp_path / "model", vocabulary.size + more)
+    said = f"has {vocabulary.size} ids and the model's tables have {vocabulary.size + more} rows"
+    with pytest.raises(UserError, match=said):
+        to_megamug(FORMATS["hf_llama"], tmp_path / "model", tmp_path / "run", [f"data.tokenizer={vocabulary.folder}"])
+    assert not (tmp_path / "run").exists()
+    to_megamug(FORMATS["hf_llama"], tmp_path / "model", tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    config = load_config(path)
+    config.data.tokenizer = str(vocabulary.folder)
+    path.write_text(to_yaml(config))
+    with pytest.raises(UserError, match=said), load_run(tmp_path / "run"):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+def test_rows_that_publishers_round_up_to_are_told_and_loaded(tmp_path, vocabulary):
+    from megamug.data.padding import padded_vocabulary
+    from megamug.generation.loading import load_run
+
+    rows = padded_vocabulary(vocabulary.size)
+    llama(tmp_path / "model", rows)
+    [remark] = to_megamug(
+        FORMATS["hf_llama"], tmp_path / "model", tmp_path / "run", [f"data.tokenizer={vocabulary.folder}"]
+    )
+    assert remark.startswith(f"{rows - vocabulary.size} of {rows} rows of the tables are of no id of ")
+    with load_run(tmp_path / "run") as run:
+        assert run.task.plan.padded_vocabulary == rows
