@@ -23,10 +23,10 @@ from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
 from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
 from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.convert.conversion import (  # noqa: E402
-    config_of,
     from_megamug,
     image_tokenizer_from_megamug,
     image_tokenizer_to_megamug,
+    read_configuration,
     to_megamug,
 )
 from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named  # noqa: E402
@@ -73,8 +73,9 @@ def convert(options: argparse.Namespace) -> list[str]:
     if source == output == MEGAMUG:
         reader = TensorReader(options.source)
         state = reader.state()
-        write_run(options.output, config_of(reader), reader.tensors(), state["identity"], state.get("origin"))
-        return ["only the weights: no optimizer state"]
+        config, changes = read_configuration(reader)
+        write_run(options.output, config, reader.tensors(), state["identity"], state.get("origin"))
+        return [*changes, "only the weights: no optimizer state"]
     if source == MEGAMUG and output in IMAGE_TOKENIZERS:
         layout = IMAGE_TOKENIZERS[output]
         return image_tokenizer_from_megamug(layout, options.source, options.output, size(options.max_shard_size))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.saver import STATE, on_first
 from megamug.checkpoint.state import entries_of, load_tensors
@@ -43,7 +44,15 @@ def check(config: Config, task) -> None:
             if key not in FREE and value not in (None, False) and before.get(key) != value:
                 raise _other_model(path, key, before.get(key), value)
     if int(os.environ.get("RANK", 0)) == 0:
-        state = _reader(path).state()
+        reader = _reader(path)
+        state = reader.state()
+        if written.is_file():
+            try:
+                trained_with, changes = configured.read(written.parent, reader.folder, state)
+            except UserError as error:
+                raise UserError(f"model.initial: {error}") from None
+            for remark in changes + configured.other_function(trained_with, config):
+                logger.info("model.initial: %s", remark)
         trained = state["identity"].get("data.tokenizer")
         own = task.identity().get("data.tokenizer")
         rows = vocabulary_rows(state)

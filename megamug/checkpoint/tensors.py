@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import FILE as METADATA
 from megamug.checkpoint.metadata import hole_of
@@ -191,7 +192,7 @@ def write_run(
     state = {
         "step": 0, "updates": 0, "cursor": None, "weights_only": True,
         "identity": identity or {"data.tokenizer": None, "precision.dtype": config.precision.dtype},
-        "origin": origin or {},
+        "origin": origin or {}, configured.KEY: configured.recorded(config),
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     return store.commit(0)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration import validate, validate_lm
@@ -91,7 +92,7 @@ def from_megamug(
     """Writes the folder `output` (safetensors, its index where there are several, config.json where the format has one)
     from a megamug run or checkpoint folder of any layout; returns remarks. Raises UserError as `to_megamug` does."""
     reader = TensorReader(source)
-    config = config_of(reader)
+    config, changes = read_configuration(reader)
     if config.model.kind != form.kind:
         raise UserError(f"{source} is a model of kind {config.model.kind}; {form.name} is one of kind {form.kind}")
     vocabulary = _vocabulary(reader, config)
@@ -102,7 +103,8 @@ def from_megamug(
     outside = [name for name in reader.names if not name.startswith(form.parts)]
     unknown = [name for name in reader.names if name not in wanted and name.startswith(form.parts)]
     _refuse(missing, unknown, allow, f"{source} to {form.name}")
-    remarks = _remark(f"left out ({form.name} has no place for them)", outside) + _remark("left out", unknown + missing)
+    remarks = changes + _remark(f"left out ({form.name} has no place for them)", outside)
+    remarks += _remark("left out", unknown + missing)
     tensors = []
     for row in rows:
         if row.ours in missing:
@@ -133,10 +135,13 @@ def _about(source: str | Path) -> Iterator[None]:
 
 def config_of(reader: TensorReader) -> Config:
     """The resolved configuration of the run that a checkpoint lies in."""
-    path = reader.folder.parent.parent / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: a checkpoint is converted where it lies, in its run folder")
-    return resolve(load_config(path))
+    return read_configuration(reader)[0]
+
+
+def read_configuration(reader: TensorReader) -> tuple[Config, list[str]]:
+    """That, and remarks on how it differs from what the checkpoint was written with. Raises UserError where it is that
+    of another model, see `megamug.checkpoint.configured`."""
+    return configured.read(reader.folder.parent.parent, reader.folder, reader.state())
 
 
 def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:

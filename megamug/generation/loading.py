@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import stored_shapes
@@ -55,8 +56,10 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     from megamug.checkpoint import initial, saver, state
     from megamug.models.tasks import make_task
 
-    task = make_task(config)
     contents = saver.read_state(path)
+    for remark in configured.check(config, Path(run_dir) / "config.yaml", path, contents):
+        logger.info(remark)
+    task = make_task(config)
     trained, found_now = contents["identity"], task.identity()
     if trained["data.tokenizer"] not in (None, found_now["data.tokenizer"]):  # None: nobody wrote down which it was
         raise UserError(

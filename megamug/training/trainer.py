@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.store import CheckpointStore
 from megamug.configuration.reading import save_config
 from megamug.configuration.sections import Config
@@ -213,6 +214,7 @@ class Trainer:
             "cursor": self.loader.state(),
             "identity": self.task.identity(),
             "layout": self._layout(),
+            configured.KEY: configured.recorded(self.config),
         })  # fmt: skip
         self.watchdog.beat()
 
