@@ -23,10 +23,10 @@ from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
 from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
 from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.convert.conversion import (  # noqa: E402
-    config_of,
     from_megamug,
     image_tokenizer_from_megamug,
     image_tokenizer_to_megamug,
+    read_configuration,
     to_megamug,
 )
 from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named  # noqa: E402
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", dest="output_format", required=True, metavar="FORMAT")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="of the run that is written")
     parser.add_argument("--allow-missing", nargs="+", default=[], metavar="KEY",
-                        help="unknown or missing keys to go on without; * stands for any text")  # fmt: skip
+                        help="missing keys, or unknown ones of the tensors or of config.json, to go on without; *"
+                             " stands for any text")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     options = parser.parse_intermixed_args(argv)
     remarks = convert(options)
@@ -72,13 +73,17 @@ def convert(options: argparse.Namespace) -> list[str]:
     if source == output == MEGAMUG:
         reader = TensorReader(options.source)
         state = reader.state()
-        write_run(options.output, config_of(reader), reader.tensors(), state["identity"], state.get("origin"))
-        return ["only the weights: no optimizer state"]
+        config, changes = read_configuration(reader)
+        write_run(options.output, config, reader.tensors(), state["identity"], state.get("origin"))
+        return [*changes, "only the weights: no optimizer state"]
     if source == MEGAMUG and output in IMAGE_TOKENIZERS:
         layout = IMAGE_TOKENIZERS[output]
         return image_tokenizer_from_megamug(layout, options.source, options.output, size(options.max_shard_size))
     if output == MEGAMUG and source in IMAGE_TOKENIZERS:
-        return image_tokenizer_to_megamug(IMAGE_TOKENIZERS[source], options.source, options.output, options.config)
+        layout = IMAGE_TOKENIZERS[source]
+        return image_tokenizer_to_megamug(
+            layout, options.source, options.output, options.config, options.allow_missing
+        )  # fmt: skip
     if output == MEGAMUG:
         form = format_named(source)
         return to_megamug(form, options.source, options.output, options.config, options.allow_missing)

@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from megamug.checkpoint import configured  # noqa: E402
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore  # noqa: E402
 from megamug.checkpoint.tensors import TensorReader  # noqa: E402
 from megamug.command_line.arguments import Parser  # noqa: E402
 from megamug.command_line.tool import run_tool  # noqa: E402
-from megamug.configuration.reading import load_config  # noqa: E402
+from megamug.configuration.reading import load_config, resolve  # noqa: E402
 from megamug.convert.source import ForeignTensors  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     report = inspect(Path(options.path), options.norms)
     print(json.dumps(report, indent=1) if options.json else as_text(report, options.tensors or options.norms))
-    return 0 if report.get("complete", True) else 1
+    return 0 if report.get("complete", True) and report.get("readable", True) else 1
 
 
 def inspect(path: Path, norms: bool = False) -> dict:
@@ -44,7 +45,7 @@ def inspect(path: Path, norms: bool = False) -> dict:
     source = ForeignTensors(path)
     return {
         "path": str(path), "kind": "foreign", "model_type": (source.config or {}).get("model_type"),
-        "tensors": _tensors(source, source.names, norms),
+        "remarks": source.remarks, "tensors": _tensors(source, source.names, norms),
     }  # fmt: skip
 
 
@@ -79,8 +80,15 @@ def _checkpoint(path: Path, norms: bool) -> dict:
     cursor = state.get("cursor") or {}
     report["samples_seen"] = cursor.get("samples")  # pairs of images and captions, or rows of tokens
     config_path = path.parent.parent / "config.yaml"
+    report["configuration"] = "not recorded" if state.get(configured.KEY) is None else "as in config.yaml"
     if config_path.is_file():
-        config = load_config(config_path)
+        config = resolve(load_config(config_path))
+        try:
+            changes = configured.check(config, config_path, path, state)
+        except UserError as error:
+            changes, report["readable"] = [str(error)], False
+        if changes and state.get(configured.KEY) is not None:
+            report["configuration"] = changes[0]
         report["model"] = config.model.kind
         if config.model.kind != "mug" and report["samples_seen"] is not None:
             report["tokens_seen"] = report["samples_seen"] * config.data.context_length
@@ -100,7 +108,7 @@ def _tensors(source, names: list[str], norms: bool) -> dict[str, dict]:
 def as_text(report: dict, each: bool) -> str:
     tensors = report.get("tensors", {})
     lines = [f"{report['path']}: {describe(report)}"]
-    lines += [f"  {problem}" for problem in report.get("problems", [])]
+    lines += [f"  {told}" for told in report.get("problems", []) + report.get("remarks", [])]
     for name, state in report.get("checkpoints", {}).items():
         lines.append(f"  {name}: {state if isinstance(state, str) else '; '.join(state)}")
     parts: dict[str, list[int]] = {}
@@ -136,6 +144,7 @@ def describe(report: dict) -> str:
     layout = ", ".join(f"{key} {value}" for key, value in (report["layout"] or {}).items())
     parts.append(f"layout: {layout or 'not recorded'}")
     parts.append(f"optimizer state: {', '.join(report['optimizer']) or 'none'}")
+    parts.append(f"configuration: {report['configuration']}")
     if report["origin"]:
         parts.append(f"converted from {report['origin'].get('format', report['origin'])}")
     return "; ".join(parts)

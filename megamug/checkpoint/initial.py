@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megamug.checkpoint.saver import STATE, on_first, read_state
+from megamug.checkpoint import configured
+from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
+from megamug.checkpoint.saver import STATE, on_first
 from megamug.checkpoint.state import entries_of, load_tensors
 from megamug.checkpoint.store import STEP_FOLDER
 from megamug.checkpoint.tensors import TensorReader
@@ -42,8 +44,21 @@ def check(config: Config, task) -> None:
             if key not in FREE and value not in (None, False) and before.get(key) != value:
                 raise _other_model(path, key, before.get(key), value)
     if int(os.environ.get("RANK", 0)) == 0:
-        trained = read_state(_reader(path).folder)["identity"].get("data.tokenizer")
+        reader = _reader(path)
+        state = reader.state()
+        if written.is_file():
+            try:
+                trained_with, changes = configured.read(written.parent, reader.folder, state)
+            except UserError as error:
+                raise UserError(f"model.initial: {error}") from None
+            for remark in changes + configured.other_function(trained_with, config):
+                logger.info("model.initial: %s", remark)
+        trained = state["identity"].get("data.tokenizer")
         own = task.identity().get("data.tokenizer")
+        rows = vocabulary_rows(state)
+        if rows is not None and getattr(task, "vocabulary", None) is not None:
+            if remark := check_vocabulary(rows, task.vocabulary.size, config.data.tokenizer):
+                logger.info("model.initial: %s", remark)
         if trained != own and trained is not None and own is not None:
             raise UserError(
                 f"data.tokenizer: the weights of model.initial={path} belong to another vocabulary (SHA-256 {trained},"
@@ -63,7 +78,7 @@ def load(config: Config, chunks: list, world) -> None:
 
     folder, step, shapes = on_first(world, survey)
     problems = [None] * world.size
-    dist.all_gather_object(problems, _problem(chunks, shapes))
+    dist.all_gather_object(problems, misfit(chunks, shapes))
     for problem in problems:
         if problem is not None:
             raise _other_model(Path(config.model.initial), *problem)
@@ -71,7 +86,7 @@ def load(config: Config, chunks: list, world) -> None:
     logger.info("weights of step %d from %s start this run (model.initial)", step, folder)
 
 
-def _problem(chunks: list, shapes: dict[str, tuple[int, ...]]) -> tuple[str, object, object] | None:
+def misfit(chunks: list, shapes: dict[str, tuple[int, ...]]) -> tuple[str, object, object] | None:
     """The first parameter of these chunks that is missing or of another shape: (name, found, wanted)."""
     for entry in entries_of(chunks):
         parts = entry.build() if hasattr(entry, "build") else entry

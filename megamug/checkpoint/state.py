@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megamug.checkpoint.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.checkpoint.guarded import guarded_loading
+from megamug.checkpoint.metadata import check_format
 from megamug.checkpoint.optimizer_state import MOMENTS, MainState, SavedOptimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
@@ -178,6 +179,7 @@ def load_tensors(
             for entry in (by_parameter[name] for name in optimizer.names.values())
             for kind in _kinds(chunks)
         )
+    check_format(folder)
     with guarded_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(state, str(folder))

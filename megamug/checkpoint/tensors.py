@@ -30,7 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.guarded import guarded_loading
+from megamug.checkpoint.metadata import FILE as METADATA
+from megamug.checkpoint.metadata import hole_of
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore
 from megamug.configuration.reading import save_config, to_yaml
 from megamug.configuration.sections import Config
@@ -72,11 +75,7 @@ class TensorReader:
 
     def __init__(self, path: str | Path):
         self.step, self.folder = _find(Path(path))
-        try:
-            with guarded_loading(), open(self.folder / "model" / ".metadata", "rb") as file:
-                metadata = pickle.load(file)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.folder}: its tensors cannot be read: {error}; take another checkpoint") from None
+        metadata = read_metadata(self.folder)
         entries = metadata.state_dict_metadata
         self._stored = {name: e for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
         self._places = metadata.storage_data
@@ -99,6 +98,8 @@ class TensorReader:
         first = entry.chunks[0]
         if first.sizes == entry.size:
             return self._piece(name, first)
+        if hole := hole_of(entry):
+            raise UserError(f"{self.folder}: {name} is not whole ({hole}); take another checkpoint")
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
@@ -123,9 +124,28 @@ class TensorReader:
         place = self._places[MetadataIndex(name, chunk.offsets)]
         with guarded_loading(), open(self.folder / "model" / place.relative_path, "rb") as file:
             piece = torch.load(_create_file_view(file, place.offset, place.length), map_location="cpu")
-        if not isinstance(piece, Tensor) or piece.shape != chunk.sizes:
+        dtype = self._entry(name).properties.dtype
+        if not isinstance(piece, Tensor) or piece.shape != chunk.sizes or piece.dtype != dtype:
             raise UserError(f"{self.folder}: {name} is not what its metadata says; take another checkpoint")
         return piece
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata` of the checkpoint folder `folder`, which is not verified here. Raises UserError where it cannot be
+    read, or is not what it should be (`megamug.checkpoint.metadata`)."""
+    try:
+        with guarded_loading(), open(folder / "model" / METADATA, "rb") as file:
+            return pickle.load(file)
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder}: its tensors cannot be read: {error}; take another checkpoint") from None
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Global shapes of the model's tensors in the checkpoint folder `folder`, by name. Raises UserError as
+    `read_metadata` does."""
+    entries = read_metadata(folder).state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(OPTIMIZER)}  # fmt: skip
 
 
 def _find(path: Path) -> tuple[int, Path]:
@@ -172,7 +192,7 @@ def write_run(
     state = {
         "step": 0, "updates": 0, "cursor": None, "weights_only": True,
         "identity": identity or {"data.tokenizer": None, "precision.dtype": config.precision.dtype},
-        "origin": origin or {},
+        "origin": origin or {}, configured.KEY: configured.recorded(config),
     }  # fmt: skip
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     return store.commit(0)

@@ -17,9 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamug.checkpoint import configured
+from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
+from megamug.configuration import validate, validate_lm
+from megamug.configuration.ranges import check_values
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
+from megamug.convert.described import check as check_described
 from megamug.convert.formats import Format, View, VocabularyRows
 from megamug.convert.safetensors_out import write_folder
 from megamug.convert.source import ForeignTensors
@@ -43,9 +48,10 @@ def to_megamug(
     """
     view, overrides, allow = View(ForeignTensors(source), form.canonical), list(overrides), list(allow)
     with _about(source):
-        config = _configure(form, view, overrides)
+        config = _configure(form, view, overrides, allow)
         vocabulary = form.vocabulary(view)
         rows, fixed = form.rows(config, vocabulary), form.fixed(config)
+        view.remarks += _vocabulary_fits(config, sum(vocabulary))
     wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
     missing = [name for name in wanted if name not in view]
     unknown = [name for name in view.actual if name not in wanted and not re.search(form.ignored, name)]
@@ -56,7 +62,7 @@ def to_megamug(
     for row in rows:
         if set(row.theirs) & set(missing):
             shapes[row.ours] = row.shape
-    remarks = _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
+    remarks = view.remarks + _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
     remarks += _remark(f"left out ({form.apart[1]})", apart) if apart else []
     remarks += _compare_fixed(view, fixed, allow)
     tensors = [_drawn(name, shape, config) for name, shape in shapes.items()]
@@ -86,7 +92,7 @@ def from_megamug(
     """Writes the folder `output` (safetensors, its index where there are several, config.json where the format has one)
     from a megamug run or checkpoint folder of any layout; returns remarks. Raises UserError as `to_megamug` does."""
     reader = TensorReader(source)
-    config = config_of(reader)
+    config, changes = read_configuration(reader)
     if config.model.kind != form.kind:
         raise UserError(f"{source} is a model of kind {config.model.kind}; {form.name} is one of kind {form.kind}")
     vocabulary = _vocabulary(reader, config)
@@ -97,7 +103,8 @@ def from_megamug(
     outside = [name for name in reader.names if not name.startswith(form.parts)]
     unknown = [name for name in reader.names if name not in wanted and name.startswith(form.parts)]
     _refuse(missing, unknown, allow, f"{source} to {form.name}")
-    remarks = _remark(f"left out ({form.name} has no place for them)", outside) + _remark("left out", unknown + missing)
+    remarks = changes + _remark(f"left out ({form.name} has no place for them)", outside)
+    remarks += _remark("left out", unknown + missing)
     tensors = []
     for row in rows:
         if row.ours in missing:
@@ -128,22 +135,37 @@ def _about(source: str | Path) -> Iterator[None]:
 
 def config_of(reader: TensorReader) -> Config:
     """The resolved configuration of the run that a checkpoint lies in."""
-    path = reader.folder.parent.parent / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: a checkpoint is converted where it lies, in its run folder")
-    return resolve(load_config(path))
+    return read_configuration(reader)[0]
+
+
+def read_configuration(reader: TensorReader) -> tuple[Config, list[str]]:
+    """That, and remarks on how it differs from what the checkpoint was written with. Raises UserError where it is that
+    of another model, see `megamug.checkpoint.configured`."""
+    return configured.read(reader.folder.parent.parent, reader.folder, reader.state())
 
 
 def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:
     """Rows of the vocabulary without padding: of the model it was converted from, or of its vocabulary folder."""
     if config.model.kind == "mug":
         return ()
-    known = reader.state().get("origin", {}).get("vocabulary")
-    if known:
+    state = reader.state()
+    if vocabulary_rows(state):
+        known = state["origin"]["vocabulary"]
         return tuple(known) if isinstance(known, list) else (int(known),)
     from megamug.data.documents.vocabulary import Vocabulary
 
     return (Vocabulary.load(config.data.tokenizer).size,)
+
+
+def _vocabulary_fits(config: Config, rows: int) -> list[str]:
+    """A remark, if there is one, on the vocabulary folder that the user says is the model's; raises UserError where it
+    cannot be."""
+    if config.model.kind == "mug" or config.data.tokenizer is None:
+        return []
+    from megamug.data.documents.vocabulary import Vocabulary
+
+    remark = check_vocabulary(rows, Vocabulary.load(config.data.tokenizer).size, config.data.tokenizer)
+    return [] if remark is None else [remark]
 
 
 def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str, tuple[int, ...]]:
@@ -170,9 +192,13 @@ def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str
     return {e.key: tuple(e.global_shape) for e in entries if e.key.startswith(tuple(wanted))}
 
 
-def _configure(form: Format, view: View, overrides: list[str]) -> Config:
+def _configure(form: Format, view: View, overrides: list[str], allow: list[str]) -> Config:
     given = {override.partition("=")[0].strip() for override in overrides}
     try:
+        if form.described is not None:
+            if not view.config:
+                raise UserError("there is no config.json beside the tensors; copy the whole folder")
+            view.remarks += check_described(view.config, form.described, form.name, allow)
         settings = form.settings(view)
     except UserError:
         raise
@@ -189,7 +215,10 @@ def _configure(form: Format, view: View, overrides: list[str]) -> Config:
         told.append(f"{key}={json.dumps(value)}" if not isinstance(value, str) else f"{key}={value}")
     config = load_config(None, told + overrides)
     form.complete(config, view)
-    return resolve(config)
+    config = resolve(config)
+    check_values(config)
+    (validate.widths if config.model.kind == "mug" else validate_lm.widths)(config)
+    return config
 
 
 def _allowed(name: str, allow: Iterable[str]) -> bool:
@@ -244,6 +273,9 @@ def _turned(row: Row, view: View) -> LazyTensor:
     for name in row.theirs[1:]:
         dtype = torch.promote_types(dtype, view.dtype(name))
     dtype = torch.float32 if dtype == torch.float16 else dtype
+    if not dtype.is_floating_point:
+        raise UserError(f"{view.source.path}: {row.theirs[0]} is of type {dtype}, and weights are of floating point:"
+                        " quantised files do not convert")  # fmt: skip
 
     def read() -> Tensor:
         return row.piece.join(*(view.read(name) for name in row.theirs)).to(dtype)
@@ -260,9 +292,10 @@ def _drawn(name: str, shape: tuple[int, ...], config: Config) -> LazyTensor:
 
 
 def image_tokenizer_to_megamug(
-    layout: str, source: str | Path, output: str | Path, overrides: Iterable[str] = ()
+    layout: str, source: str | Path, output: str | Path, overrides: Iterable[str] = (), allow: Iterable[str] = ()
 ) -> list[str]:
-    """Writes the image tokenizer folder `output` from another project's file. `overrides`: image_size=PIXELS, which
+    """Writes the image tokenizer folder `output` from another project's file. `allow`: unknown keys of its config.json
+    to go on with. `overrides`: image_size=PIXELS, which
     parameters do not tell (needed), normalise_codes=BOOL, norm_groups=NUMBER. Raises UserError."""
     from megamug.convert.image_tokenizer import find_layout, import_image_tokenizer
 
@@ -286,7 +319,7 @@ def image_tokenizer_to_megamug(
         found, _ = find_layout(ForeignTensors(source).names)
     if found != layout:
         raise UserError(f"{source} is laid out as {found}, not {layout}: --from vq_{found}")
-    tokenizer = import_image_tokenizer(source, output, **options)
+    tokenizer = import_image_tokenizer(source, output, **options, allow=allow)
     return [f"{tokenizer.config.codes} codes, {tokenizer.config.grid} x {tokenizer.config.grid} of an image"]
 
 

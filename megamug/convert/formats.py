@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megamug.configuration.sections import Config
+from megamug.convert.described import Described
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
+from megamug.errors import UserError
 
 VocabularyRows = tuple[int, ...]
 
@@ -19,8 +21,13 @@ class View:
 
     def __init__(self, source: ForeignTensors, canonical: Callable[[str], str]):
         self.source, self.config, self.preprocessor = source, source.config or {}, source.preprocessor or {}
-        self.actual = {canonical(name): name for name in source.names}
-        assert len(self.actual) == len(source.names), "two tensors of one name"
+        self.remarks: list[str] = list(source.remarks)  # a sentence each, for the user
+        self.actual: dict[str, str] = {}
+        for name in source.names:
+            if (known := canonical(name)) in self.actual:
+                raise UserError(f"{source.path} holds one tensor twice, as {self.actual[known]} and as {name}; which of"
+                                " them is meant it does not tell; remove one")  # fmt: skip
+            self.actual[known] = name
 
     def __contains__(self, name: str) -> bool:
         return name in self.actual
@@ -48,13 +55,15 @@ def is_count(value: object) -> bool:
 class Format:
     """A foreign format.
 
-    `settings(view)`: the configuration keys that the checkpoint tells, such as {"model.layers": 12}; raises UserError
-    where it tells of a model that megamug does not have. `rows(config, vocabulary)`: the table, for a resolved
-    configuration and the rows of the vocabulary's tables; raises UserError for a model that the format does not have.
-    `fixed(config)`: tables that megamug computes and the format stores; compared when read, written when written.
-    `files(config, vocabulary)`: JSON files to write beside the tensors. `vocabulary(view)`: rows of the tables that
-    make up its vocabulary, in the order of their ids; none without one. `complete(config, view)`: sets what follows
-    from what the user says, before the preset; raises UserError for what the user has to say.
+    `described`: what it computes of a library's config.json, checked before anything of it is believed; None for a
+    format without one. `settings(view)`: the configuration keys that the checkpoint tells, such as
+    {"model.layers": 12}; raises UserError where it tells of a model that megamug does not have. `rows(config,
+    vocabulary)`: the table, for a resolved configuration and the rows of the vocabulary's tables; raises UserError for
+    a model that the format does not have. `fixed(config)`: tables that megamug computes and the format stores; compared
+    when read, written when written. `files(config, vocabulary)`: JSON files to write beside the tensors.
+    `vocabulary(view)`: rows of the tables that make up its vocabulary, in the order of their ids; none without one.
+    `complete(config, view)`: sets what follows from what the user says, before the preset; raises UserError for what
+    the user has to say.
     `parts`: beginnings of the megamug names that the format has a place for. `ignored`: a pattern of buffers that
     libraries store and compute anew. `apart`: the beginning of names that are another model's, and a sentence that says
     which; they are left out. `canonical` turns the names of the format's older spellings into the table's,
@@ -70,6 +79,7 @@ class Format:
     fixed: Callable[[Config], dict[str, Callable[[], Tensor]]] = lambda config: {}
     files: Callable[[Config, VocabularyRows], dict[str, dict]] = lambda config, vocabulary: {}
     vocabulary: Callable[[View], VocabularyRows] = lambda view: ()
+    described: Described | None = None
     complete: Callable[[Config, View], None] = lambda config, view: None
     ignored: str = "(?!)"  # nothing
     apart: tuple[str, str] | None = None

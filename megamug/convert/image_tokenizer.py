@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megamug.convert.described import Described, check
 from megamug.convert.source import ForeignTensors
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import ImageTokenizer, ImageTokenizerConfig
@@ -32,6 +33,25 @@ _NORMALISED = ("janus", "llamagen")
 _DEEPEST_FIRST = ("janus", "llamagen", "diffusers")
 _CODEBOOK = "quantize.embedding.weight"
 _DROPPED = re.compile(r"loss\.|quantize\.codebook_used$|model_ema\.|discriminator\.")  # what only training needs
+
+# What of their configurations our tokenizer computes; sizes follow from the tensors.
+DIFFUSERS = Described(
+    ("VQModel",), frozenset({"norm_num_groups"}),
+    {"act_fn": ("silu",), "norm_type": ("group",), "in_channels": (3,), "out_channels": (3,)},
+    frozenset("""
+        _diffusers_version down_block_types up_block_types block_out_channels layers_per_block latent_channels
+        sample_size num_vq_embeddings vq_embed_dim mid_block_add_attention scaling_factor force_upcast
+        lookup_from_codebook
+    """.split()), type_key="_class_name",
+)  # fmt: skip
+JANUS = Described(
+    ("janus_vqgan",), frozenset({"num_patches", "channel_multiplier"}),
+    {"double_latent": (False,), "in_channels": (3,), "out_channels": (3,)},
+    frozenset("""
+        embed_dim num_embeddings latent_channels base_channels num_res_blocks dropout projection_dim num_hidden_layers
+        hidden_act image_token_embed_dim
+    """.split()),  # the last four are of the layers between the codes and Janus' language model
+)  # fmt: skip
 
 # taming's name -> the layout's, piece by piece; the numbers of decoder levels are turned round elsewhere
 _RULES = {
@@ -188,16 +208,20 @@ def foreign_config(config: ImageTokenizerConfig, layout: str) -> dict:
 
 
 def import_image_tokenizer(
-    path: str | Path, output: str | Path, image_size: int, *, normalise_codes: bool | None = None, norm_groups: int = 32
-) -> ImageTokenizer:
+    path: str | Path, output: str | Path, image_size: int, *, normalise_codes: bool | None = None,
+    norm_groups: int | None = None, allow: Iterable[str] = (),
+) -> ImageTokenizer:  # fmt: skip
     """Convert the tokenizer in `path` (safetensors, a torch checkpoint, a folder of transformers) into folder `output`.
 
-    Of a larger model only the tokenizer's parameters are read. Raises `UserError` as `from_foreign` does, and where
-    `path` is missing or damaged, or `output` holds a tokenizer of other sizes.
+    Of a larger model only the tokenizer's parameters are read. `norm_groups`: None is what config.json says,
+    else 32; `allow`: unknown keys of it to go on with. Raises `UserError` as `from_foreign` does, where a config.json
+    of diffusers or of Janus tells of what our tokenizer does not compute, and where `path` is missing or damaged, or
+    `output` holds a tokenizer of other sizes.
     """
     source = ForeignTensors(path)
     try:
-        _, prefix = find_layout(source.names)
+        layout, prefix = find_layout(source.names)
+        norm_groups = _described(source.config or {}, layout, image_size, norm_groups, allow)
         tensors = {name: source.read(name) for name in source.names if name.startswith(prefix)}
         config, ours = from_foreign(tensors, image_size, normalise_codes=normalise_codes, norm_groups=norm_groups)
     except UserError as error:
@@ -207,6 +231,33 @@ def import_image_tokenizer(
     tokenizer.load_state_dict({name: tensor.float() for name, tensor in ours.items()}, assign=True)
     tokenizer.save(output)
     return ImageTokenizer.load(output)
+
+
+def _described(
+    config: dict, layout: str, image_size: int, norm_groups: int | None, allow: Iterable[str]
+) -> int:  # fmt: skip
+    """Groups of the norms, once what config.json tells beside the tensors was compared. Raises `UserError`.
+
+    Files of taming, Chameleon and LlamaGen have none that tells of the tokenizer.
+    """
+    if layout == "diffusers" and config:
+        check({DIFFUSERS.type_key: DIFFUSERS.model_types[0]} | config, DIFFUSERS, "vq_diffusers", allow)
+        groups = config.get("norm_num_groups") or 32
+        if norm_groups not in (None, groups):
+            raise UserError(f"its config.json says norm_num_groups {groups}, and --config norm_groups={norm_groups}")
+        return groups
+    if layout == "janus" and config:
+        own = config.get("vq_config", config)  # of the whole model, or of the tokenizer alone
+        if not isinstance(own, dict) or config.get("model_type") not in (None, "janus", "janus_vqgan"):
+            raise UserError(f"its config.json says model_type {config.get('model_type')!r}, and vq_janus computes janus"
+                            " and janus_vqgan alone; it does not convert")  # fmt: skip
+        check({"model_type": "janus_vqgan"} | own, JANUS, "vq_janus", allow)
+        levels, patches = own.get("channel_multiplier"), own.get("num_patches")
+        pixels = patches << (len(levels) - 1) if levels and patches else image_size
+        if image_size != pixels:
+            raise UserError(f"its config.json says {patches} codes a side at {len(levels)} resolutions, images of"
+                            f" {pixels} pixels, and --config image_size={image_size}")  # fmt: skip
+    return norm_groups or 32
 
 
 def _modern(name: str) -> str:

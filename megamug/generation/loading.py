@@ -16,7 +16,10 @@ from pathlib import Path
 
 import torch
 
+from megamug.checkpoint import configured
+from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.store import CheckpointStore
+from megamug.checkpoint.tensors import stored_shapes
 from megamug.command_line.launcher import check_address, world_size
 from megamug.configuration import validate_lm
 from megamug.configuration.reading import load_config, resolve
@@ -51,16 +54,24 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     validate_lm.reading(config, Path(run_dir))
     found, path = find_checkpoint(Path(run_dir), step)
     cpu_backend.apply()
-    from megamug.checkpoint import saver, state
+    from megamug.checkpoint import initial, saver, state
     from megamug.models.tasks import make_task
 
+    contents = saver.read_state(path)
+    for remark in configured.check(config, Path(run_dir) / "config.yaml", path, contents):
+        logger.info(remark)
     task = make_task(config)
-    trained, found_now = saver.read_state(path)["identity"], task.identity()
+    trained, found_now = contents["identity"], task.identity()
     if trained["data.tokenizer"] not in (None, found_now["data.tokenizer"]):  # None: nobody wrote down which it was
         raise UserError(
             f"data.tokenizer: {config.data.tokenizer} is not what {run_dir} was trained with (SHA-256 "
             f"{found_now['data.tokenizer']}, then {trained['data.tokenizer']}); put the tokenizer of the run back"
         )
+    converted = vocabulary_rows(contents)
+    if converted is not None and getattr(task, "vocabulary", None) is not None:
+        if remark := check_vocabulary(converted, task.vocabulary.size, config.data.tokenizer):
+            logger.info(remark)
+    shapes = stored_shapes(path)
     rows, tensor = task.plan.padded_vocabulary, config.parallel.tensor
     if rows % tensor:
         raise UserError(
@@ -71,6 +82,13 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     try:
         task.join(world)
         (model,) = task.build(world, initialised=False)
+        if found_there := initial.misfit([model], shapes):
+            name, there, here = found_there
+            raise UserError(
+                f"{path} holds another model than {run_dir}/config.yaml and its data.tokenizer make: {name} is"
+                f" {'not there' if there is None else list(there)} and {list(here)} here; put back what the run was"
+                " trained or converted with"
+            )
         state.load_tensors([model], None, world, path / "model", step=found)
         yield LoadedRun(config, task, model.eval(), world, found, path)
     finally:

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
+from megamug.checkpoint import configured
 from megamug.checkpoint.lock import RunLock
 from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
 from megamug.configuration.sections import Config
@@ -232,6 +233,7 @@ class Trainer:
             "identity": self.task.identity(),
             "layout": self._layout(),
             **({"gradient_norms": self.optimizer.spikes.state()} if self.optimizer.spikes is not None else {}),
+            configured.KEY: configured.recorded(self.config),
         })  # fmt: skip
         self.watchdog.beat()
 

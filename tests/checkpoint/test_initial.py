@@ -11,6 +11,7 @@ import torch
 
 from megamug import cli
 from megamug.checkpoint import initial
+from megamug.checkpoint.saver import read_state
 from megamug.configuration.reading import resolve, to_yaml
 from megamug.errors import UserError
 from megamug.models.tasks import make_task
@@ -46,6 +47,9 @@ def test_training_starts_from_the_weights_with_a_fresh_optimizer(source, tmp_pat
     config = new_config(source, tmp_path / "run")
     log = train(config, tmp_path, caplog)
     assert f"weights of step {STEP} from {run / 'checkpoints'}/step-{STEP:08d} start this run" in log
+    assert "trained for another function" not in log
+    state = read_state(tmp_path / "run" / "checkpoints" / "step-00000001")
+    assert state["configuration"]["train.steps"] == 1 and state["configuration"]["model.width"] == config.model.width
     found = tensors(tmp_path / "run" / "checkpoints" / "step-00000001")
     compared = [name for name in weights if name in found]  # norms have other names in a checkpoint
     assert len(compared) > 40

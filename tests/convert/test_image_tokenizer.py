@@ -247,6 +247,33 @@ def test_a_file_becomes_a_folder(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("layout, config, said", [
+    ("diffusers", {"norm_type": "spatial"}, "norm_type 'spatial', and vq_diffusers computes 'group'"),
+    ("diffusers", {"act_fn": "gelu"}, "act_fn 'gelu'"),
+    ("diffusers", {"_class_name": "AutoencoderKL"}, "_class_name 'AutoencoderKL', and vq_diffusers computes VQModel"),
+    ("diffusers", {"latents_mean": [1.0]}, "latents_mean"),
+    ("diffusers", {"norm_num_groups": 8}, "norm_num_groups 8, and --config norm_groups=32"),
+    ("janus", {"vq_config": {"double_latent": True}, "model_type": "janus"}, "double_latent True"),
+    ("janus", {"model_type": "llava"}, "model_type 'llava'"),
+    ("janus", {"num_patches": 8}, "8 codes a side at 3 resolutions, images of 32 pixels, and --config image_size=16"),
+])  # fmt: skip
+def test_a_config_json_of_what_ours_does_not_compute_is_refused(tmp_path, layout, config, said):
+    import json
+
+    from safetensors.torch import save_file
+
+    tokenizer = make(normalise_codes=layout == "janus")
+    foreign = to_foreign(tokenizer.config, tokenizer.state_dict(), layout)
+    save_file({name: tensor.contiguous() for name, tensor in foreign.items()}, tmp_path / "model.safetensors")
+    own = foreign_config(tokenizer.config, layout)
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    import_image_tokenizer(tmp_path, tmp_path / "out", 16)
+    (tmp_path / "config.json").write_text(json.dumps(own | config))
+    with pytest.raises(UserError, match=said):
+        import_image_tokenizer(tmp_path, tmp_path / "never", 16, norm_groups=32)
+    assert not (tmp_path / "never").exists()
+
+
 def test_mistakes_are_told():
     tokenizer = make()
     tensors = dict(tokenizer.state_dict())

@@ -14,8 +14,10 @@ from megamug.convert.conversion import from_megamug, to_megamug
 from megamug.convert.registry import FORMATS
 from megamug.models.blocks.positions import sincos_positions
 from tests.convert.common import (
+    MEAN,
     PATCH,
     SIZE,
+    STD,
     assert_same_bits,
     batch,
     features,
@@ -63,6 +65,7 @@ def mae_folder(tmp_path_factory) -> Path:
     """As transformers writes it, in several files."""
     folder = tmp_path_factory.mktemp("vitmae") / "model"
     vitmae().save_pretrained(folder, max_shard_size="100KB")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
@@ -194,6 +197,7 @@ def test_a_classifier_is_named_to_be_left_out(tmp_path):
     with torch.no_grad():
         model.vit.embeddings.position_embeddings.copy_(sincos_positions(32, 4, 4, 1))
     model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     with pytest.raises(UserError, match="2 unknown keys: classifier.bias, classifier.weight"):
         to_megamug(FORMATS["hf_vit"], tmp_path / "model", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -270,3 +274,72 @@ def test_config_json_that_is_not_of_these_tensors(mae_folder, tmp_path):
         (tmp_path / "model" / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError, match=message):
             to_megamug(FORMATS["hf_vitmae"], tmp_path / "model", tmp_path / "run")
+
+
+@pytest.mark.parametrize("form, key, value, said", [
+    ("hf_vit", "model_type", "dinov2", "says model_type 'dinov2', and hf_vit computes vit and vit_mae alone"),
+    ("hf_vit", "model_type", "vit_msn", "vit_msn"),
+    ("hf_vitmae", "model_type", "vit", "says model_type 'vit', and hf_vitmae computes vit_mae alone"),
+    ("hf_vit", "hidden_act", "gelu_new", "hidden_act 'gelu_new', and hf_vit computes 'gelu'"),
+    ("hf_vit", "qkv_bias", 1, "qkv_bias 1, and hf_vit computes True"),
+    ("hf_vit", "layerscale_value", 1.0, "layerscale_value 1.0, which hf_vit does not know"),
+    ("hf_vitmae", "norm_pix_loss", "yes", "norm_pix_loss 'yes' where true or false"),
+    ("hf_vitmae", "layer_norm_eps", 0, "layer_norm_eps 0 where a number above 0"),
+])  # fmt: skip
+def test_a_config_json_of_another_function_is_refused(mae_folder, tmp_path, form, key, value, said):
+    import shutil
+
+    from megamug.errors import UserError
+
+    shutil.copytree(mae_folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=said):
+        to_megamug(FORMATS[form], tmp_path / "model", tmp_path / "run", allow=["decoder.*"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processor, mean, std", [
+    ({"do_normalize": False}, [0.0] * 3, [1.0] * 3),
+    ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "rescale_factor": 1 / 127.5}, [0.25] * 3, [0.125] * 3),
+    ({"image_mean": [127.5] * 3, "image_std": [51.0] * 3, "do_rescale": False}, [0.5] * 3, [0.2] * 3),
+    ({}, None, None),
+])  # fmt: skip
+def test_pixels_become_what_the_library_s_processor_makes_of_them(mae_folder, tmp_path, processor, mean, std):
+    """do_normalize, do_rescale and rescale_factor were not looked at."""
+    import shutil
+
+    from megamug.configuration.reading import load_config
+
+    shutil.copytree(mae_folder, tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    remarks = to_megamug(FORMATS["hf_vitmae"], tmp_path / "model", tmp_path / "run")
+    data = load_config(tmp_path / "run" / "config.yaml").data
+    if mean is None:
+        [remark] = remarks
+        assert remark.startswith("nothing (preprocessor_config.json: image_mean, image_std) tells how pixels")
+    else:
+        assert remarks == [] and data.mean == pytest.approx(mean) and data.std == pytest.approx(std)
+
+
+def test_timm_s_config_json_decides(tmp_path):
+    """The same tensors under the name of another architecture are another function; timm itself is not needed."""
+    from megamug.configuration.reading import load_config
+    from megamug.errors import UserError
+
+    state = {name: t for name, t in mae_names(vitmae().state_dict()).items() if "decoder" not in name}
+    state.pop("mask_token")
+    save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "model.safetensors")
+    for described, said in (
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "architecture 'vit_base_patch16_clip_quickgelu_224'"),
+        ({"architecture": "vit_base_patch8_224", "model_args": {"act_layer": "relu"}}, "model_args.act_layer 'relu'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        with pytest.raises(UserError, match=said):
+            to_megamug(FORMATS["timm"], tmp_path, tmp_path / "run")
+    described = {"architecture": "vit_tiny_patch8_32.mae", "model_args": {"num_heads": 4, "reg_tokens": 0},
+                 "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    to_megamug(FORMATS["timm"], tmp_path, tmp_path / "run")
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.model.heads, config.data.mean, config.data.std) == (4, [0.5] * 3, [0.5] * 3)

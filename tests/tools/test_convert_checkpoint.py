@@ -90,8 +90,11 @@ def test_weights_that_lie_under_another_key(tmp_path):
     ("hf_vit", "layer_norm_eps", "small", "is not what the library writes"),
 ])  # fmt: skip
 def test_sizes_of_another_type_in_config_json(tmp_path, form, key, value, said):
-    sizes = dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "patch_size"), 4)
-    sizes |= {"num_hidden_layers": 1, "image_size": 8, "max_position_embeddings": 16, "vocab_size": 4, key: value}
+    sizes = dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size"), 4) | {"num_hidden_layers": 1}
+    sizes |= {
+        "hf_llama": {"model_type": "llama", "max_position_embeddings": 16, "vocab_size": 4},
+        "hf_vit": {"model_type": "vit", "patch_size": 4, "image_size": 8},
+    }[form] | {key: value}
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     save_file({"model.embed_tokens.weight": torch.ones(4, 4), "layers.0.x": torch.ones(1)},

@@ -11,11 +11,17 @@ from dataclasses import replace
 
 from megamug.configuration.sections import TowerConfig
 from megamug.convert import parts
+from megamug.convert.described import Described, flag
 from megamug.convert.language import llama
 from megamug.errors import UserError
 
 NAME = "hf_chameleon"
 TABLES = 1  # of embeddings
+# vocabulary_map hides logits of image codes in transformers, see docs/conversion.md; vq_config is of another model.
+DESCRIBED = Described(
+    ("chameleon",), llama.READ | {"swin_norm"},
+    free=llama.FREE | {"model_parallel_size", "vq_config", "vocabulary_map", "image_token_id"},
+)  # fmt: skip
 HEAD_NORM_EPS = 1e-5  # fixed in transformers; ours is that of all norms
 
 
@@ -26,7 +32,7 @@ def tower_config(hf_config: dict) -> TowerConfig:
     if tower.norm_eps != HEAD_NORM_EPS:
         raise UserError(f"{NAME}: rms_norm_eps is {tower.norm_eps}, and {HEAD_NORM_EPS} in the norms of query and key"
                         " heads; one value for all norms is supported")  # fmt: skip
-    return replace(tower, qk_norm=True, qk_norm_per_head=True, res_post_norm=bool(hf_config.get("swin_norm", False)))
+    return replace(tower, qk_norm=True, qk_norm_per_head=True, res_post_norm=flag(hf_config, "swin_norm", False))
 
 
 def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:

@@ -132,12 +132,13 @@ def with_model(name: str) -> str:
 LLAMA = Format(
     llama.NAME, "transformers' LlamaForCausalLM", "decoder_lm", PARTS, partial(settings, llama), partial(rows, llama),
     files=llama_files, vocabulary=partial(vocabulary, ("model.embed_tokens.weight",)), ignored=r"rotary_emb\.inv_freq$",
+    described=llama.DESCRIBED,
 )  # fmt: skip
 CHAMELEON = Format(
     chameleon.NAME, "the language model of transformers' ChameleonForConditionalGeneration", "decoder_lm", PARTS,
     partial(settings, chameleon), partial(rows, chameleon), files=chameleon_files,
     vocabulary=partial(vocabulary, ("model.embed_tokens.weight",)), ignored=r"rotary_emb\.inv_freq$",
-    apart=("model.vqmodel.", "the encoder of the image tokenizer, a model of its own"),
+    described=chameleon.DESCRIBED, apart=("model.vqmodel.", "the encoder of the image tokenizer, a model of its own"),
 )  # fmt: skip
 LLAMAGEN = Format(
     llamagen.NAME, "LlamaGen's class-conditional GPT (.pt or safetensors)", "decoder_lm", PARTS, llamagen.settings,
@@ -147,4 +148,5 @@ LLAMAGEN = Format(
 OPT = Format(
     opt.NAME, "transformers' OPTForCausalLM", "decoder_lm", PARTS, partial(settings, opt), partial(rows, opt),
     files=opt_files, vocabulary=partial(vocabulary, ("model.decoder.embed_tokens.weight",)), canonical=with_model,
+    described=opt.DESCRIBED,
 )  # fmt: skip

@@ -7,10 +7,21 @@ from __future__ import annotations
 
 from megamug.configuration.sections import TowerConfig
 from megamug.convert import parts
+from megamug.convert.described import Described, flag, positive, rotary_base
 from megamug.errors import UserError
 
 NAME = "hf_llama"
 TABLES = 1  # of embeddings
+READ = frozenset("""
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters attention_bias mlp_bias
+    tie_word_embeddings hidden_act
+""".split())  # fmt: skip
+# Training alone reads dropouts; pretraining_tp cuts the same products into pieces; LLaMA-1 wrote max_sequence_length.
+FREE = frozenset({"attention_dropout", "hidden_dropout", "resid_pdrop", "pretraining_tp", "max_sequence_length"})
+# Mistral without a window is LLaMA. Its keys have defaults of their own, see `tower_config`.
+DESCRIBED = Described(("llama", "mistral"), READ | {"sliding_window"}, free=FREE)
+MISTRAL_SAYS = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
 
 
 def tower_config(hf_config: dict, name: str = NAME) -> TowerConfig:
@@ -18,30 +29,42 @@ def tower_config(hf_config: dict, name: str = NAME) -> TowerConfig:
     scaled rotary positions, heads whose width is not hidden_size / num_attention_heads, another activation, biases in a
     part of the linears."""
     heads, width = hf_config["num_attention_heads"], hf_config["hidden_size"]
+    _check_window(hf_config, name)
     head_dim = hf_config.get("head_dim") or width // heads
     if head_dim * heads != width:
         raise UserError(f"{name}: head_dim({head_dim}) x num_attention_heads({heads}) is not hidden_size({width});"
                         f" such heads are not supported")  # fmt: skip
-    # transformers 5 has rope_parameters; before it, rope_theta and rope_scaling stood for themselves.
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise UserError(f"{name}: rotary positions scaled by {scaling!r} are not supported, only unscaled ones")
+    base = rotary_base(hf_config, name)
     if hf_config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{name}: hidden_act is {hf_config['hidden_act']!r}; only silu is supported")
-    bias = bool(hf_config.get("attention_bias", False))
-    if bias != bool(hf_config.get("mlp_bias", False)):
+    bias = flag(hf_config, "attention_bias", False)
+    if bias != flag(hf_config, "mlp_bias", False):
         raise UserError(f"{name}: attention_bias and mlp_bias differ; biases in all linears or in none are supported")
     return TowerConfig(
         layers=hf_config["num_hidden_layers"], width=width, heads=heads,
         query_groups=hf_config.get("num_key_value_heads") or heads, ffn_width=hf_config["intermediate_size"],
-        norm="rmsnorm", norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)), activation="swiglu", bias=bias,
+        norm="rmsnorm", norm_eps=positive(hf_config.get("rms_norm_eps", 1e-6), "rms_norm_eps"), activation="swiglu",
+        bias=bias,
         positions="rotary", max_positions=hf_config.get("max_position_embeddings", 2048),
-        rotary_base=float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0), qk_norm=False,
-        qk_norm_per_head=False, res_post_norm=False,
-        tie_vocabulary=bool(hf_config.get("tie_word_embeddings", False)),
+        rotary_base=base, qk_norm=False, qk_norm_per_head=False, res_post_norm=False,
+        tie_vocabulary=flag(hf_config, "tie_word_embeddings", False),
         init_std=float(hf_config.get("initializer_range", 0.02)),
     )  # fmt: skip
+
+
+def _check_window(hf_config: dict, name: str) -> None:
+    """Raises UserError for attention that sees fewer positions than the model has, and for a config.json of Mistral
+    that leaves out what has another default there."""
+    if hf_config.get("model_type") == "mistral":
+        lacking = [key for key in MISTRAL_SAYS if hf_config.get(key) is None]
+        lacking += ["sliding_window"] if "sliding_window" not in hf_config else []
+        if lacking:
+            raise UserError(f"its config.json is of Mistral and does not say {lacking[0]}; write it there"
+                            " (sliding_window: null for no window)")  # fmt: skip
+    window, positions = hf_config.get("sliding_window"), hf_config.get("max_position_embeddings", 2048)
+    if window is not None and window < positions:
+        raise UserError(f"its config.json says sliding_window {window} with max_position_embeddings {positions}: a"
+                        f" position sees {window} before it, in {name} all; it does not convert")  # fmt: skip
 
 
 def pieces(tower: TowerConfig, vocabulary: int) -> list[parts.Piece]:

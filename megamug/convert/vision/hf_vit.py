@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from megamug.configuration.sections import Config
+from megamug.convert.described import Described, positive
 from megamug.convert.formats import Format, View, as_it_is, is_count
 from megamug.convert.table import Row
 from megamug.convert.vision.vit import LayerNames, blocks, encoder, no_registers, positions
@@ -18,6 +19,19 @@ from megamug.errors import UserError
 LAYER = LayerNames(
     "layernorm_before", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention.o_proj",
     "layernorm_after", "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+# megamug's encoder computes ViTMAE's as well: it is ViT's, and saved alone (ViTMAEModel) it has ViT's names.
+MAE_KEYS = frozenset("""
+    decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads decoder_intermediate_size mask_ratio
+    norm_pix_loss
+""".split())  # fmt: skip
+DESCRIBED = Described(
+    ("vit", "vit_mae"), frozenset({*SIZES, "layer_norm_eps"}),
+    {"hidden_act": ("gelu",), "qkv_bias": (True,), "num_channels": (3,)},
+    # The pooler and the head of masked image modelling (encoder_stride) are not of the encoder.
+    frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "encoder_stride", "pooler_act",
+               "pooler_output_size"}) | MAE_KEYS,
 )  # fmt: skip
 # transformers 4 -> 5, in this order. The first is how transformers 5 spells ViTMAE's decoder in the files it writes.
 _NEWER = [
@@ -59,37 +73,47 @@ def older(name: str) -> str:
 def encoder_settings(view: View, base: str) -> dict[str, object]:
     """Sizes from config.json, which knows the heads; they are checked against the shapes later."""
     found = view.config
-    needed = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size"
-    )  # fmt: skip
-    missing = [key for key in needed if not is_count(found.get(key))]
+    missing = [key for key in SIZES if not is_count(found.get(key))]
     if missing:
         raise UserError(f"its config.json has no whole number above 0 for {', '.join(missing)}; copy the whole folder")
-    for key, wanted in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
-        if found.get(key, wanted) != wanted:
-            raise UserError(f"its config.json says {key} {found[key]!r}, and megamug's encoder has {wanted!r}; it does"
-                            " not convert")
     layers = blocks(view.actual, f"{base}layers.", 2 if base else 1)
     if layers != found["num_hidden_layers"]:
         raise UserError(
             f"its config.json says num_hidden_layers {found['num_hidden_layers']} and the tensors are of {layers}; copy"
             " config.json and tensors of one model"
         )
-    pixels = view.preprocessor
-    normalise = {f"data.{ours}": [float(x) for x in pixels[key]]
-                 for ours, key in (("mean", "image_mean"), ("std", "image_std")) if key in pixels}  # fmt: skip
-    return normalise | {
+    return normalisation(view) | {
         "model.kind": "mug",
         "model.layers": layers,
         "model.width": found["hidden_size"],
         "model.heads": found["num_attention_heads"],
         "model.ffn_width": found["intermediate_size"],
         "model.patch_size": found["patch_size"],
-        "model.layer_norm_eps": float(found.get("layer_norm_eps", 1e-12)),  # transformers' default
+        "model.layer_norm_eps": positive(found.get("layer_norm_eps", 1e-12), "layer_norm_eps"),  # transformers' default
         "model.image_loss_weight": 0.0,
         "model.caption_loss_weight": 0.0,
         "data.image_size": found["image_size"],
     }
+
+
+def normalisation(view: View) -> dict[str, list[float]]:
+    """data.mean and data.std by which (x - mean) / std of a pixel x in 0..1 is what the library's processor makes of
+    it. That multiplies x * 255 by `rescale_factor` and takes (y - image_mean) / image_std; either may be switched off.
+    """
+    pixels = view.preprocessor
+    if not {"image_mean", "image_std"} <= pixels.keys() and pixels.get("do_normalize", True):
+        view.remarks.append(
+            "nothing (preprocessor_config.json: image_mean, image_std) tells how pixels are normalised: data.mean and"
+            " data.std are ImageNet's, or say them (--config)"
+        )
+        return {}
+    factor = 255 * float(pixels.get("rescale_factor", 1 / 255)) if pixels.get("do_rescale", True) else 255.0
+    mean, std = ([0.0] * 3, [1.0] * 3)
+    if pixels.get("do_normalize", True):
+        mean, std = ([float(x) for x in pixels[key]] for key in ("image_mean", "image_std"))
+    if abs(factor - 1) < 1e-6:  # 1/255 as JSON has it, 0.00392156862745098 or shorter: numbers stay what they are
+        return {"data.mean": mean, "data.std": std}
+    return {"data.mean": [x / factor for x in mean], "data.std": [x / factor for x in std]}
 
 
 def encoder_rows(config: Config, base: str) -> list[Row]:
@@ -141,6 +165,6 @@ def without_base(name: str) -> str:
 FORMAT = Format(
     "hf_vit", "transformers' ViTModel, names of transformers 4", "mug", ("encoder.",),
     lambda view: encoder_settings(view, ""), rows, fixed, files,
-    canonical=without_base, spelled=older,
+    canonical=without_base, spelled=older, described=DESCRIBED,
 )  # fmt: skip
 FORMAT5 = replace(FORMAT, name="hf_vit5", what="transformers' ViTModel, names of transformers 5", spelled=as_it_is)

@@ -8,9 +8,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from megamug.configuration.sections import Config
+from megamug.convert.described import flag
 from megamug.convert.formats import Format, View, as_it_is
 from megamug.convert.table import Row
 from megamug.convert.vision.hf_vit import (
+    DESCRIBED,
     LAYER,
     encoder_config,
     encoder_rows,
@@ -40,7 +42,7 @@ def settings(view: View) -> dict[str, object]:
         "model.decoder_width": width,
         "model.decoder_heads": found.get("decoder_num_attention_heads"),
         "model.mask_ratio": float(found.get("mask_ratio", 0.75)),
-        "model.norm_pix_loss": bool(found.get("norm_pix_loss", False)),
+        "model.norm_pix_loss": flag(found, "norm_pix_loss", False),
     }
 
 
@@ -74,6 +76,7 @@ def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:
 FORMAT = Format(
     "hf_vitmae", "transformers' ViTMAEForPreTraining, names of transformers 4", "mug", ("encoder.", "image_decoder."),
     settings, rows, fixed, files, canonical=newer, spelled=older,
+    described=replace(DESCRIBED, model_types=("vit_mae",)),
 )  # fmt: skip
 FORMAT5 = replace(
     FORMAT, name="hf_vitmae5", what="transformers' ViTMAEForPreTraining, names of transformers 5", spelled=as_it_is

@@ -34,6 +34,10 @@ def encoder_settings(view: View, prefixes: tuple[int, ...]) -> dict[str, object]
         if name not in view:
             raise UserError(f"it holds no {name}: it is no vision transformer in this format; give another --from")
     width, _, patch, _ = view.shape("patch_embed.proj.weight")
+    view.remarks.append(
+        "taken as MAE's, which tensors do not tell: GELU, LayerNorm with 1e-6, ImageNet's mean and std of pixels; say"
+        " where it differs (--config model.layer_norm_eps=X data.mean=[R,G,B] data.std=[R,G,B])"
+    )
     return {
         "model.kind": "mug",
         "model.layers": blocks(view.actual, "blocks.", 1),
@@ -41,6 +45,7 @@ def encoder_settings(view: View, prefixes: tuple[int, ...]) -> dict[str, object]
         "model.heads": partial(heads_of, width, "model.heads"),
         "model.ffn_width": view.shape("blocks.0.mlp.fc1.weight")[0],
         "model.patch_size": patch,
+        "model.layer_norm_eps": 1e-6,
         "model.image_loss_weight": 0.0,
         "model.caption_loss_weight": 0.0,
         "data.image_size": image_size_of(view.shape("pos_embed")[1], prefixes, patch),
@@ -57,6 +62,14 @@ def settings(view: View) -> dict[str, object]:
             "model.decoder_width": width,
             "model.decoder_heads": partial(heads_of, width, "model.decoder_heads"),
         }
+        # MAE's script keeps its arguments in the file: what the decoder was taught to paint.
+        told = view.source.arguments
+        if isinstance(told.get("norm_pix_loss"), bool):
+            found["model.norm_pix_loss"] = told["norm_pix_loss"]
+        else:
+            view.remarks.append("model.norm_pix_loss=true is taken, which the file does not tell; say if it is false")
+        if isinstance(told.get("mask_ratio"), float):
+            found["model.mask_ratio"] = told["mask_ratio"]
     return found
 
 

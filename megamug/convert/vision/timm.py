@@ -8,6 +8,7 @@ both kinds are read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from torch import Tensor
@@ -17,11 +18,40 @@ from megamug.convert.formats import Format, View
 from megamug.convert.table import Row, batched
 from megamug.convert.vision.mae import encoder_rows, encoder_settings
 from megamug.convert.vision.vit import positions
+from megamug.errors import UserError
+
+# Architectures whose layers are MAE's: GELU, LayerNorm with 1e-6, norms before each block. Names that say more (clip,
+# siglip, quickgelu, rope, parallel, rpn, xp, gap ...) are other functions, some of them with the same tensors.
+ARCHITECTURE = re.compile(r"vit_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d+)?(_\d+)?(\.\w+)?")
+SIZES = {
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "reg_tokens", "in_chans",
+    "no_embed_class", "dynamic_img_size", "global_pool",
+}  # fmt: skip
 
 
 def settings(view: View) -> dict[str, object]:
     registers = view.shape("reg_token")[1] if "reg_token" in view else 0
-    return encoder_settings(view, (1 + registers, 0)) | {"model.register_tokens": registers}
+    found = encoder_settings(view, (1 + registers, 0)) | {"model.register_tokens": registers}
+    return found | _described(view)
+
+
+def _described(view: View) -> dict[str, object]:
+    """What the config.json of timm's files on a hub tells: heads, and how pixels are normalised. Raises UserError for
+    an architecture that is not known to be MAE's encoder, and for arguments that change what it computes."""
+    config = view.config
+    if "architecture" not in config:
+        return {}
+    if not isinstance(config["architecture"], str) or not ARCHITECTURE.fullmatch(config["architecture"]):
+        raise UserError(f"its config.json says architecture {config['architecture']!r}, which is not known to be a"
+                        " plain vision transformer (such as vit_base_patch16_224); it does not convert")  # fmt: skip
+    arguments, pixels = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    unknown = [key for key in arguments if key not in SIZES]
+    if unknown:
+        raise UserError(f"its config.json says model_args.{unknown[0]} {arguments[unknown[0]]!r}, which timm does not"
+                        " compute as megamug does; it does not convert")  # fmt: skip
+    found: dict[str, object] = {f"data.{key}": [float(x) for x in pixels[key]] for key in ("mean", "std")
+                                if key in pixels}  # fmt: skip
+    return found | ({"model.heads": arguments["num_heads"]} if "num_heads" in arguments else {})
 
 
 def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:

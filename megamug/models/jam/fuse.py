@@ -14,6 +14,7 @@ Axes: V padded vocabulary, h width, n heads, g query groups, d head width, f fee
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,14 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamug.checkpoint.saver import read_state
+from megamug.checkpoint import configured
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration import validate_lm
-from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config, FusionConfig, TowerConfig
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 from megamug.models.jam.fuse_cross import WORDS, cross_tensors
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS = (WORDS, "embedding.positions", "output_layer.weight")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,11 +52,13 @@ class Parent:
         """From a run folder or a checkpoint folder of one. Raises UserError: none there, or no `decoder_lm`."""
         path = Path(path)
         reader = TensorReader(path)
-        run = reader.folder.parent.parent
-        config = resolve(load_config(run / "config.yaml"))
+        run, state = reader.folder.parent.parent, reader.state()
+        config, changes = configured.read(run, reader.folder, state)
+        for remark in changes:
+            logger.warning(remark)
         if config.model.kind != "decoder_lm":
             raise UserError(f"{run} is of model.kind {config.model.kind}; only parents of kind decoder_lm are fused")
-        return cls(path, config, reader, read_state(reader.folder)["identity"])
+        return cls(path, config, reader, state["identity"])
 
 
 @dataclass(frozen=True)
