@@ -30,6 +30,7 @@ from megamug.convert.conversion import (  # noqa: E402
     to_megamug,
 )
 from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named  # noqa: E402
+from megamug.convert.shown import shown  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -60,9 +61,12 @@ def main(argv: list[str]) -> None:
                              " stands for any text")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
     options = parser.parse_intermixed_args(argv)
-    remarks = convert(options)
+    try:
+        remarks = convert(options)
+    except UserError as error:  # it may quote what a file holds
+        raise UserError(shown(str(error))) from None
     for remark in remarks:
-        print(remark)
+        print(shown(remark))
     print(f"written: {options.output}")
 
 

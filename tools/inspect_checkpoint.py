@@ -20,6 +20,7 @@ from megamug.checkpoint.tensors import TensorReader  # noqa: E402
 from megamug.command_line.arguments import Parser  # noqa: E402
 from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.configuration.reading import load_config, resolve  # noqa: E402
+from megamug.convert.shown import shown  # noqa: E402
 from megamug.convert.source import ForeignTensors  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
@@ -31,7 +32,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--norms", action="store_true", help="their Euclidean norms as well (reads every tensor)")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
     options = parser.parse_args(argv)
-    report = inspect(Path(options.path), options.norms)
+    try:
+        report = inspect(Path(options.path), options.norms)
+    except UserError as error:  # it may quote what a file holds
+        raise UserError(shown(str(error))) from None
     print(json.dumps(report, indent=1) if options.json else as_text(report, options.tensors or options.norms))
     return 0 if report.get("complete", True) and report.get("readable", True) else 1
 
@@ -124,7 +128,7 @@ def as_text(report: dict, each: bool) -> str:
         for name, entry in tensors.items():
             norm = f"  norm {entry['norm']:.6g}{'' if entry['finite'] else ' NOT FINITE'}" if "norm" in entry else ""
             lines.append(f"  {name}  {entry['shape']}  {entry['dtype']}{norm}")
-    return "\n".join(lines)
+    return "\n".join(shown(line) for line in lines)
 
 
 def describe(report: dict) -> str:

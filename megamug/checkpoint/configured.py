@@ -19,6 +19,13 @@ from megamug.configuration.validate import model_identity
 from megamug.errors import UserError
 
 KEY = "configuration"  # of state.json
+# Sections of which every key is kept, but paths and what belongs to a machine: two runs of equal content in two places
+# leave equal bytes.
+SECTIONS = ("model", "lm", "text_tower", "image_tower", "fusion", "data")
+ELSEWHERE = {
+    "model.initial", "data.train", "data.validation", "data.tokenizer", "data.global_batch_size",
+    "data.micro_batch_size", "data.validation_samples", "data.threads", "data.prefetch", "data.max_failure_rate",
+}  # fmt: skip
 # Beside the sizes: what the same parameters compute otherwise, or what a picture's pixels mean to them.
 FUNCTION = ("model.layer_norm_eps", "model.norm_pix_loss", "data.mean", "data.std")
 # What a reader goes by and a run may change on its way.
@@ -29,8 +36,9 @@ TOLD = (
 
 
 def recorded(config: Config) -> dict[str, object]:
-    """The entry of state.json: every `section.key` with its value."""
-    return {key: get(config, key) for key in keys()}
+    """The entry of state.json: what a reader of the run goes by, `section.key` and value."""
+    kept = [key for key in keys() if key.partition(".")[0] in SECTIONS and key not in ELSEWHERE]
+    return {key: get(config, key) for key in ("seed", *kept, "precision.dtype")}
 
 
 def read(run: Path, folder: Path, state: dict) -> tuple[Config, list[str]]:

@@ -40,7 +40,7 @@ def problem_of(value: object) -> str | None:
         if problem := _place_problem(index, info):
             return problem
     for name, entry in entries.items():
-        if type(name) is not str:
+        if type(name) is not str or not name.isprintable():
             return f"has a tensor called {name!r:.60}"
         if type(entry) is BytesStorageMetadata:
             continue

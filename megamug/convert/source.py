@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megamug.checkpoint.guarded import UntrustedCheckpoint, guarded_loading
 from megamug.convert import inert
+from megamug.convert.shown import shown
 from megamug.errors import UserError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -31,8 +32,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class ForeignTensors:
     """The tensors of a file, or of a folder as transformers writes it, and its `config.json` where it has one.
 
-    Names are those of the bare model: what wrappers put before them is taken off. `arguments`: of the script that wrote
-    the file, where it kept them (`args`). `remarks`: a sentence on each thing that was left out or read otherwise.
+    Names are those of the bare model: what wrappers put before them is taken off, and what a terminal would not print
+    is escaped. `arguments`: of the script that wrote the file, where it kept them (`args`). `remarks`: a sentence on
+    each thing that was left out or read otherwise.
 
     Raises UserError: nothing there, a truncated or damaged file, a pickle that names the operating system (no pickle is
     run, see `megamug.convert.inert`), tensors of a type that megamug does not use.
@@ -90,8 +92,11 @@ class ForeignTensors:
         self._shapes = {inner: self._shapes[name] for name, inner in names.items()}
 
     def _add(self, name: str, shape, dtype: torch.dtype, reader: Callable[[str], Tensor]) -> None:
-        self._shapes[name] = (tuple(shape), dtype)
-        self._readers[name] = reader
+        key = shown(name)
+        if key in self._shapes:
+            raise UserError(f"{self.path} holds the tensor {key} twice; it does not tell which is meant; remove one")
+        self._shapes[key] = (tuple(shape), dtype)
+        self._readers[key] = reader if key == name else lambda _: reader(name)
 
     def _add_safetensors(self, path: Path) -> None:
         def read(name: str) -> Tensor:

@@ -80,6 +80,7 @@ def changed(where: str, value: object):
     (hidden_values, "files by a OrderedDict, no dictionaries"),
     (changed("storage_data", None), "files by a NoneType"), (changed("state_dict_metadata", []), "tensors by a list"),
     (changed("state_dict_metadata", {-5: 1}), "has a tensor called -5"),
+    (changed("state_dict_metadata", {"\x1b[2J": 1}), r"has a tensor called '\\x1b.2J'"),
     (changed("state_dict_metadata", {"a": None}), "says of 'a' that it is a NoneType, no tensor"),
     (changed("storage_data", {}), "does not say where the piece of 'a' at .0, 0. lies"),
     (changed("storage_data", {"a": 1}), "has a place of str"),

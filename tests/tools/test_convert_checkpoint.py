@@ -282,6 +282,33 @@ def test_image_tokenizers(tmp_path, layout, capsys):
                  "--config", "image_size=16"])  # fmt: skip
 
 
+HOSTILE = "a\x1b]0;pwned\x07\x1b[2J\nwritten: run\u202e"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(tmp_path, capsys, kind):
+    """An escape sequence in a name of a tensor, of a class or of a key of config.json writes on the screen."""
+    path = tmp_path / f"x.{kind}"
+    state = mae() | {HOSTILE: torch.ones(2)}
+    save_file(state, path) if kind == "safetensors" else torch.save({"model": state, HOSTILE: 1}, path)
+    with pytest.raises(UserError, match="unknown keys: a") as caught:
+        to_run(path, tmp_path / "run")
+    assert str(caught.value).isprintable() and r"\x1b]0;pwned\x07\x1b[2J\nwritten: run\u202e" in str(caught.value)
+    to_run(path, tmp_path / "run", "--allow-missing", "a*")
+    inspect([str(path), "--tensors", "--norms"])
+    inspect([str(path), "--json"])
+    out = capsys.readouterr().out
+    assert "pwned" in out and all(line.isprintable() for line in out.split("\n")), out
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": HOSTILE, HOSTILE: 1}))
+    for config in ({"model_type": HOSTILE}, {"model_type": "llama", HOSTILE: HOSTILE}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        inspect([str(path)])
+        with pytest.raises(UserError, match="pwned") as caught:
+            convert(["--from", "hf_llama", "--to", "megamug", str(path), str(tmp_path / "again")])
+        assert str(caught.value).isprintable()
+    assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
+
+
 def test_inspection(source, tmp_path, capsys):
     to_run(source, tmp_path / "run")
     capsys.readouterr()
