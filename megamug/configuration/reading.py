@@ -3,7 +3,8 @@
 `megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `sections`, overrides win over it
 (the last one of a key wins), and what comes out is written to `RUN/config.yaml`.
 
-Reading is strict: a key that is unknown or given twice and a value of another type are a `UserError`.
+Reading is strict: a key that is unknown or given twice, a value of another type, and a number that YAML 1.1 reads as
+another one than a person does (`010` is 8, `1:30` is 90) are a `UserError`.
 Whether the values make sense together is the business of `validate`.
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -118,7 +121,20 @@ def keys() -> dict[str, object]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass (the last one would win)."""
+    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass (the last one would win), and
+    numbers that YAML 1.1 takes for octal or counts in sixties, or whose digits it lets `_` divide."""
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        value = self.standard[node.tag](self, node)
+        if _NUMBER.fullmatch(node.value):
+            return value
+        problem = f"{node.value} is {value} to YAML; write {value}, or \"{node.value}\" in quotes where text is meant"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+    standard = {
+        "tag:yaml.org,2002:int": yaml.SafeLoader.construct_yaml_int,
+        "tag:yaml.org,2002:float": yaml.SafeLoader.construct_yaml_float,
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = {}
@@ -130,6 +146,16 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen[key_node.value] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+for _tag in _StrictLoader.standard:
+    _StrictLoader.add_constructor(_tag, _StrictLoader.number)
+
+# What YAML 1.1 and a person read alike; hexadecimal and binary numbers say themselves what they are.
+_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+|0b[01]+|([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+                     r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)")  # fmt: skip
+# Of text that stands for a number: `1e-3` is text to YAML 1.1.
+_DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def _read_yaml(path: Path) -> dict:
@@ -219,11 +245,16 @@ def _coerce(value: object, kind: object, name: str) -> object:
                 return [_source(entry, f"{name}[{position}]") for position, entry in enumerate(value)]
             return [_coerce(entry, item, f"{name}[{position}]") for position, entry in enumerate(value)]
     wanted = " or ".join(_KIND_NAMES[option] for option in _alternatives(kind))
-    raise UserError(f"{name}: {wanted} wanted, found {_describe(value)}")
+    quotes = ""
+    if str in _alternatives(kind) and value is not None and not isinstance(value, list | dict):
+        quotes = "; YAML takes words such as yes, no, on and off, numbers and dates for what they are: put text in quotes"
+    raise UserError(f"{name}: {wanted} wanted, found {_describe(value)}{quotes}")
 
 
 def _as_float(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
         return None
     try:
         number = float(value)
@@ -259,10 +290,14 @@ def _example(section: str) -> str:
     return next(key for key in keys() if key.startswith(f"{section}."))
 
 
+_shortened = reprlib.Repr()  # a few aliases in a YAML file make a value whose whole text fills the memory
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 60
+
+
 def _describe(value: object) -> str:
     if value is None:
         return "nothing (null)"
-    text = repr(value)
+    text = _shortened.repr(value)
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
             dict: "a mapping"}.get(type(value), type(value).__name__)  # fmt: skip
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"

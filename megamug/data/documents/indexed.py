@@ -21,7 +21,7 @@ import numpy as np
 from megamug.command_line.console import import_megatron
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.shards.sources import parse_sets
-from megamug.durable import fsync_folder, write_atomically
+from megamug.durable import fsync_folder, read_record, write_atomically
 from megamug.errors import UserError
 
 DOCUMENTS_VERSION = 1
@@ -45,6 +45,13 @@ class DocumentsHeader:
     sha256: str  # of documents.bin, then documents.idx
     request: dict = field(default_factory=dict)  # what was asked for: shards with their SHA-256, order of pairs, seed
     version: int = DOCUMENTS_VERSION
+
+    def shards(self) -> list[dict]:
+        """What was tokenised, each with its `path`. Raises ValueError where `request` says none of it."""
+        found = self.request.get("shards", [])
+        if not isinstance(found, list):
+            raise ValueError("request: its shards are no list")
+        return found
 
 
 def tokenize_command(shards: str, vocabulary: Path, output: Path | str) -> str:
@@ -124,8 +131,10 @@ def read_header(folder: Path) -> DocumentsHeader:
             f"{tokenize_command('SHARDS', Path('VOCABULARY'), folder)}"
         )
     try:
-        header = DocumentsHeader(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        header = read_record((folder / MARKER).read_bytes(), DocumentsHeader)
+        if not all(isinstance(x, dict) and isinstance(x.get("path"), str) for x in header.shards()):
+            raise ValueError("request: its shards have no path")
+    except ValueError as error:
         raise UserError(f"{folder / MARKER}: broken ({error}); tokenise the documents again") from error
     if header.version != DOCUMENTS_VERSION:
         raise UserError(f"{folder / MARKER}: version {header.version}, this program reads {DOCUMENTS_VERSION}")
@@ -154,7 +163,7 @@ class DocumentSet:
         an image with more or fewer codes than the vocabulary's images have."""
         self.folder, self.weight, self.name = Path(folder), weight, str(folder)
         self.header = read_header(self.folder)
-        shards = " ".join(shard["path"] for shard in self.header.request.get("shards", [])) or "SHARDS"
+        shards = " ".join(shard["path"] for shard in self.header.shards()) or "SHARDS"
         again = tokenize_command(shards, vocabulary.folder, "NEW_FOLDER")
         if self.header.vocabulary != vocabulary.fingerprint():
             raise UserError(

@@ -19,7 +19,7 @@ import numpy as np
 
 from megamug.data.padding import padded_vocabulary
 from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
-from megamug.durable import file_sha256
+from megamug.durable import file_sha256, read_record
 from megamug.errors import UserError
 
 VOCABULARY_VERSION = 1
@@ -70,10 +70,8 @@ class Vocabulary:
         if not (folder / FILE).is_file():
             raise UserError(f"{folder}: no vocabulary in there ({FILE} is missing); {remedy}")
         try:
-            fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            fields["image_grid"] = tuple(fields["image_grid"])
-            spec = VocabularySpec(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+            spec = read_record((folder / FILE).read_bytes(), VocabularySpec)
+        except ValueError as error:
             raise UserError(f"{folder / FILE}: not a vocabulary ({error}); {remedy}") from error
         if spec.version != VOCABULARY_VERSION:
             raise UserError(f"{folder / FILE}: version {spec.version}, this program reads {VOCABULARY_VERSION}")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamug.durable import fsync_folder, replace_text
+from megamug.durable import as_record, fsync_folder, replace_text
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.vq import Codebook
 
@@ -89,7 +89,8 @@ class ImageTokenizerConfig:
 
     @staticmethod
     def from_dict(values: dict, where: str = "image tokenizer") -> ImageTokenizerConfig:
-        """The configuration that `values` (as in config.json) hold. Raises `UserError`: unknown or missing key."""
+        """The configuration that `values` (as in config.json) hold. Raises `UserError`: unknown or missing key, a value
+        of another type."""
         names = [f.name for f in fields(ImageTokenizerConfig)]
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -98,7 +99,10 @@ class ImageTokenizerConfig:
         missing = [name for name in names if name not in values]
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing; all of {', '.join(names)} must be there")
-        return ImageTokenizerConfig(**values)
+        try:
+            return as_record(values, ImageTokenizerConfig)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 class ResidualBlock(nn.Module):
