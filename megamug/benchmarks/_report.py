@@ -41,7 +41,7 @@ ONE_PROCESS = {"processes": 1, "tensor": 1, "pipeline": 1, "virtual": 1, "data":
 
 def parser(name: str, description: str) -> Parser:
     """A parser with the options of every benchmark."""
-    made = Parser(f"benchmark.py {name}", description=description)
+    made = Parser(f"megamug benchmark {name}", description=description)
     made.add_argument("--json", type=new_file, metavar="PATH", help="write figures, hardware and versions")
     made.add_argument("--compare", type=_run_of(name), metavar="PATH.json", help="print ratios to that run's figures")
     made.add_argument("--profile", type=_folder, metavar="FOLDER",
@@ -58,7 +58,7 @@ def _run_of(name: str):
         except (OSError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"{text} cannot be read: {error}") from None
         if not isinstance(run, dict) or run.get("benchmark") != name or not isinstance(run.get("results"), list):
-            raise argparse.ArgumentTypeError(f"{text} was not written by `benchmark.py {name} --json`")
+            raise argparse.ArgumentTypeError(f"{text} was not written by `megamug benchmark {name} --json`")
         return {**run, "path": text}
 
     return stored_run

@@ -116,7 +116,7 @@ class TensorReader:
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._stored:
-            raise UserError(f"{self.folder} has no tensor {name}; see python tools/inspect_checkpoint.py {self.folder}")
+            raise UserError(f"{self.folder} has no tensor {name}; see megamug inspect {self.folder}")
         return self._stored[name]
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:

@@ -247,7 +247,7 @@ def _coerce(value: object, kind: object, name: str) -> object:
     wanted = " or ".join(_KIND_NAMES[option] for option in _alternatives(kind))
     quotes = ""
     if str in _alternatives(kind) and value is not None and not isinstance(value, list | dict):
-        quotes = "; YAML takes words such as yes, no, on and off, numbers and dates for what they are: put text in quotes"
+        quotes = "; YAML takes words such as yes, no, on and off, numbers and dates for that: put text in quotes"
     raise UserError(f"{name}: {wanted} wanted, found {_describe(value)}{quotes}")
 
 

@@ -245,11 +245,11 @@ def files(config: Config) -> None:
             raise UserError(f"{key}: {error}") from None
     if config.model.caption_loss_weight > 0 and data.tokenizer is None:
         raise UserError(f"data.tokenizer is not set and model.caption_loss_weight is"
-                        f" {config.model.caption_loss_weight:g}; make one with `python tools/train_tokenizer.py SHARDS"
+                        f" {config.model.caption_loss_weight:g}; make one with `megamug data tokenizer SHARDS"
                         f" --output FILE --vocab-size N`, or set model.caption_loss_weight=0")
     if data.tokenizer is not None and not Path(data.tokenizer).is_file():
         raise UserError(f"data.tokenizer: there is no file {data.tokenizer}; make it with"
-                        f" `python tools/train_tokenizer.py SHARDS --output {data.tokenizer} --vocab-size N`")
+                        f" `megamug data tokenizer SHARDS --output {data.tokenizer} --vocab-size N`")
 
 
 def vocabulary(config: Config) -> None:

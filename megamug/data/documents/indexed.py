@@ -55,7 +55,7 @@ class DocumentsHeader:
 
 
 def tokenize_command(shards: str, vocabulary: Path, output: Path | str) -> str:
-    return f"python tools/tokenize_documents.py {shards} --vocabulary {vocabulary} --output {output}"
+    return f"megamug data documents {shards} --vocabulary {vocabulary} --output {output}"
 
 
 class Part:

@@ -4,7 +4,7 @@ Ids: text pieces [0, T) as SentencePiece numbers them (padding 0, begin of a doc
 codes [T, T + K), then `<break>` (between text and image), `<eoss>` (end of a masked span), `<mask>` (stands for text in
 unconditional guidance), and the sentinels of masked spans. A vocabulary is a folder: `vocabulary.json`, `text.model`
 and, where it knows images, `image_tokenizer/`. Made by
-tools/make_vocabulary.py (`megamug.models.image_tokenizer.vocabulary`).
+megamug data vocabulary (`megamug.models.image_tokenizer.vocabulary`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Vocabulary:
     @staticmethod
     def load(folder: str | Path | None) -> Vocabulary:
         """Open a vocabulary folder. Raises `UserError` where it is none, is incomplete, or its files were changed."""
-        remedy = "run: python tools/make_vocabulary.py --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER"
+        remedy = "run: megamug data vocabulary --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER"
         if folder is None:
             raise UserError(f"data.tokenizer is not set; set it to the vocabulary folder of the model, or {remedy}")
         folder = Path(folder)

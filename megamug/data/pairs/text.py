@@ -36,7 +36,7 @@ class Tokenizer:
         """Raises `UserError` where `path` is not a SentencePiece model with the ids above."""
         self.path = Path(path)
         if not self.path.is_file():
-            command = f"python tools/train_tokenizer.py SHARDS --output {path} --vocab-size 8000"
+            command = f"megamug data tokenizer SHARDS --output {path} --vocab-size 8000"
             raise UserError(f"{path}: no such tokenizer; run: {command}")
         self._model = _sentencepiece().SentencePieceProcessor()
         try:

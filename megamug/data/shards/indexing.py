@@ -25,7 +25,7 @@ def index_paths(
     shards = list(dict.fromkeys(shard for path in paths for shard in find_shards(path)))
     for shard in shards:
         if shard.suffix != ".tar":
-            raise UserError(f"{shard}: not a .tar shard; tools/make_shards.py packs images and captions into shards")
+            raise UserError(f"{shard}: not a .tar shard; megamug data shards packs images and captions into shards")
     progress = Progress("shards", len(shards))
     reports = {}
     work = functools.partial(index_shard, limits=limits)

@@ -58,7 +58,7 @@ def _named(text: str) -> list[Path]:
     if Path(text).is_dir():
         shards = sorted(Path(text).glob("*.tar"))
         if not shards:
-            raise UserError(f"{text}: no .tar shards in there; python tools/make_shards.py packs images into some")
+            raise UserError(f"{text}: no .tar shards in there; megamug data shards packs images into some")
         return shards
     if Path(text).is_file():
         return [Path(text)]

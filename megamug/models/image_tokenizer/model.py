@@ -344,7 +344,7 @@ def read_config(folder: str | Path) -> ImageTokenizerConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; tools/train_image_tokenizer.py makes an image tokenizer") from None
+        raise UserError(f"{path}: no such file; megamug data image-tokenizer makes an image tokenizer") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:

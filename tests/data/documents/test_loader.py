@@ -138,7 +138,7 @@ def test_another_vocabulary_is_told_with_what_to_run(folders, vocabulary, tmp_pa
     other = tiny_vocabulary(tmp_path, sentinels=9)
     with pytest.raises(UserError) as told:
         open_documents(str(folders[0]), other)
-    wanted = [vocabulary.fingerprint()[:12], other.fingerprint()[:12], "tools/tokenize_documents.py", str(folders[0])]
+    wanted = [vocabulary.fingerprint()[:12], other.fingerprint()[:12], "megamug data documents", str(folders[0])]
     assert all(part in str(told.value) for part in wanted)
 
 
