@@ -44,6 +44,7 @@ CHOICES = {
     "precision.layers": ("auto", "local", "te"),
     "precision.compile": ("auto", "always", "never"),
     "optimizer.fused": ("auto", "te", "apex", "torch"),
+    "log.trackers": ("tensorboard", "wandb"),
 }
 
 for _tower in ("lm", "text_tower", "image_tower"):
@@ -70,9 +71,11 @@ def check_values(config: Config) -> None:
                 raise UserError(f"{key} is empty; leave it out, or set {key}=null where it may be unset")
             if any(ord(character) < 32 for character in text):
                 raise UserError(f"{key}: {text!r} holds a control character; write it without")
-        if key in CHOICES and value is not None and value not in CHOICES[key]:
-            choices = CHOICES[key]
-            raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}; set {key}={nearest(value, choices)}")
+        for word in value if isinstance(value, list) else [value]:
+            if key in CHOICES and word is not None and word not in CHOICES[key]:
+                choices, near = CHOICES[key], nearest(word, CHOICES[key])
+                near = f"[{near}]" if isinstance(value, list) else near
+                raise UserError(f"{key}: {word!r} is none of {', '.join(choices)}; set {key}={near}")
         if key in LENGTHS and len(value) != LENGTHS[key]:
             raise UserError(f"{key}: {LENGTHS[key]} numbers wanted, found {len(value)}: {value}")
         if key in RANGES and value is not None:

@@ -278,7 +278,7 @@ def _source(entry: object, name: str) -> dict:
 
 _KIND_NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
-    list[float]: "a list of numbers", list[dict]: "a list of {path, weight}",
+    list[float]: "a list of numbers", list[str]: "a list of names", list[dict]: "a list of {path, weight}",
 }  # fmt: skip
 
 

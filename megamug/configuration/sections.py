@@ -164,7 +164,7 @@ class TrainConfig:
 
     steps: int = 1000  # optimizer steps
     validate_every: int = 0  # steps; 0: only after the last step
-    pictures_every: int = 0  # steps; 0: only with the last validation
+    pictures_every: int | None = None  # steps; null: a tenth of the run, at least 100; 0: only after the last step
 
 
 @dataclass
@@ -181,7 +181,8 @@ class LogConfig:
     """What is written down while training runs."""
 
     every: int = 10  # steps between console lines and flushes of metrics.jsonl
-    tensorboard: bool = True  # write RUN/tensorboard
+    tensorboard: bool = True  # write RUN/tensorboard; where `trackers` is set, that says it
+    trackers: list[str] | None = None  # of tensorboard and wandb (Weights & Biases); null: what `tensorboard` says
 
 
 @dataclass
@@ -189,7 +190,7 @@ class Config:
     """A run. The sections follow the two keys that belong to none."""
 
     seed: int = 1234  # of initialisation, sample order, crops, flips and masks
-    run_dir: str = "runs/mug"  # holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/, pictures/, log/
+    run_dir: str = "runs/mug"  # holds config.yaml, metrics.jsonl, environment.json, tensorboard/, checkpoints/, log/
     model: ModelConfig = field(default_factory=ModelConfig)
     lm: TowerConfig = field(default_factory=TowerConfig)
     text_tower: TowerConfig = field(default_factory=TowerConfig)

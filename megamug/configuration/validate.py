@@ -7,8 +7,10 @@ The formula for blocks is that of `megamug.models.mug.plan`, which needs torch; 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import sys
 from pathlib import Path
 
 from megamug.configuration import validate_lm, validate_precision
@@ -36,6 +38,7 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     """
     config = resolve(config)
     sizes(config, world_size)
+    trackers(config)
     for check in (files, run_folder, vocabulary) if config.model.kind == "mug" else (validate_lm.files, run_folder):
         check(config)
     if here:
@@ -228,6 +231,18 @@ def pipeline(config: Config, world_size: int) -> None:
             f" divisible by parallel.pipeline({stages}) under parallel.virtual({virtual});"
             f" set data.global_batch_size={round_up(count, stages) * share} or parallel.virtual=1"
         )
+
+
+def trackers(config: Config) -> None:
+    """The package of every tracker that is asked for by name."""
+    log = config.log
+    for name in log.trackers or []:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed here; pip install {name}, or take it out of"
+                            " log.trackers (metrics.jsonl holds the same)")
+    if log.trackers and "tensorboard" in log.trackers and not log.tensorboard:
+        raise UserError("log.tensorboard is false and log.trackers has tensorboard; set log.tensorboard=true, or take"
+                        " it out of log.trackers")
 
 
 def files(config: Config) -> None:

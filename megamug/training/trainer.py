@@ -17,6 +17,7 @@ from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
 from megamug.distributed.stopping import StopRequest
 from megamug.errors import UserError
+from megamug.telemetry import environment, trackers
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
 from megamug.training import adam
@@ -43,8 +44,14 @@ def train(config: Config) -> int:
     log_path = setup_logging(config.run_dir, world.rank)
     try:
         with StopRequest() as stop, Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
-            with tensor_overlap(config):
-                return Trainer(config, task, store, world, stop, watchdog).run()
+            with tensor_overlap(config), environment.life(config.run_dir, world) as life:
+                trainer = Trainer(config, task, store, world, stop, watchdog)
+                life["from_step"] = trainer.step
+                try:
+                    life["code"] = trainer.run()
+                finally:
+                    life["to_step"] = trainer.step
+                return life["code"]
     except UserError:
         raise
     except Exception:
@@ -92,7 +99,8 @@ class Trainer:
         self.metrics = MetricsLogger(
             config.run_dir,
             log_every=config.log.every,
-            tensorboard=config.log.tensorboard,
+            trackers=trackers.names(config),
+            settings=trackers.settings(config),
             is_writer=world.is_first,
             total_steps=config.train.steps,
             world_size=world.size,
@@ -105,6 +113,9 @@ class Trainer:
 
     def run(self) -> int:
         config, last = self.config, self.config.train.steps
+        pictures_every = config.train.pictures_every
+        if pictures_every is None:
+            pictures_every = max(100, last // 10)
         saved = self.step
         stopped = False
         try:
@@ -122,7 +133,10 @@ class Trainer:
                 # A scheduler that asks to stop kills soon after: the checkpoint comes first.
                 if validates:
                     with self.metrics.paused():
-                        self._validate(pictures=done or _due(self.step, config.train.pictures_every))
+                        self._validate()
+                if done or (not stopped and _due(self.step, pictures_every)):
+                    with self.metrics.paused():
+                        self._draw()
                 if saves:
                     with self.metrics.paused():
                         self._save()
@@ -179,7 +193,7 @@ class Trainer:
         weighted = sum(self.task.plan.loss_weights[name] * value for name, value in parts.items())
         return {"loss": weighted, **{f"{name}_loss": value for name, value in parts.items()}}
 
-    def _validate(self, pictures: bool) -> None:
+    def _validate(self) -> None:
         if self.config.data.validation is None:
             return
         from megamug.training.pipeline import reduce_losses, run_batch
@@ -201,10 +215,15 @@ class Trainer:
         (losses,) = self._read(reduce_losses(gathered, self.task.loss_names, self.world))
         seconds = time.perf_counter() - started
         self.metrics.validation(self.step, {**losses, "samples": loader.total_samples, "seconds": seconds})
-        if pictures:
-            picture = self.pictures.draw(self.chunks[0], self.world, self.step)
-            if picture is not None:
-                self.metrics.picture(self.step, picture)
+
+    def _draw(self) -> None:
+        """A picture of held-out pairs, where there are any; a drawing takes no part in training."""
+        if self.config.data.validation is None:
+            return
+        picture = self.pictures.draw(self.chunks[0], self.world, self.step)
+        self.watchdog.beat()
+        if picture is not None:
+            self.metrics.picture(self.step, picture)
 
     def _save(self) -> None:
         self.saver.save(self.step, self.chunks, self.optimizer, {

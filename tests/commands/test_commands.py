@@ -41,7 +41,7 @@ def test_the_help_of_both_is_one(tool, capsys):
 
 
 def test_a_mistake_is_told_by_either_name(capsys, tmp_path):
-    assert "0 must be at least 1; see `megamug data index --help`" in told(capsys, "data", "index", "--processes=0", "x")
+    assert "0 must be at least 1; see `megamug data index --help`" in told(capsys, "data", "index", "--processes=0")
     assert "invalid choice: 'inde' (choose from " in told(capsys, "data", "inde")
     assert "COMMAND; see `megamug data --help`" in told(capsys, "data")
     assert "there is no benchmark 'x'; available: checkpoint, jam" in told(capsys, "benchmark", "x")
