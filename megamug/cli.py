@@ -32,7 +32,7 @@ from megamug.command_line import console
 from megamug.command_line.arguments import Parser, world_size
 from megamug.command_line.tool import INTERRUPTED, STOPPED, of_a_file
 from megamug.configuration import validate
-from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.evaluate import DECODERS, TASKS, check_kind
@@ -181,6 +181,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise UserError(f"--world-size is {arguments.world_size}; it must be at least 1")
     size = arguments.world_size if elsewhere else world_size()
     config = resolve(load_config(arguments.config, arguments.overrides))
+    check_own_folder(arguments.config, config, arguments.overrides)
     validate.validate(config, size, here=not elsewhere)
     if arguments.dry_run:
         from megamug.planner import dry_run

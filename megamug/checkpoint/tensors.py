@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore
-from megamug.configuration.reading import save_config, to_yaml
+from megamug.configuration.reading import absolute, save_config, to_yaml
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
@@ -163,7 +163,7 @@ def write_run(
     run_dir = Path(run_dir)
     config = dataclasses.replace(config, run_dir=str(run_dir))
     path, store = run_dir / "config.yaml", CheckpointStore(run_dir, keep=0)
-    other = path.is_file() and path.read_text(encoding="utf-8") != to_yaml(config)
+    other = path.is_file() and path.read_text(encoding="utf-8") != to_yaml(absolute(config))
     if other or any(store.root.glob("step-*")):
         raise UserError(f"{run_dir} holds a run already; choose a folder that does not exist")
     save_config(config)

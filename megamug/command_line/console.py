@@ -93,6 +93,11 @@ def own() -> Iterator[None]:
         _end()
 
 
+def counted(number: int, name: str) -> str:
+    """1, shard -> 1 shard; 2, process -> 2 processes"""
+    return f"{number:,} {name}" + ("" if number == 1 else "es" if name.endswith("s") else "s")
+
+
 def take() -> None:
     """`own` until this process ends."""
     _begin()

@@ -7,6 +7,7 @@ captions. The same arguments give the same bytes; an interrupted call is continu
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser
+from megamug.command_line.console import counted
 from megamug.data.demo.arguments import add_output, add_scenes
 from megamug.data.demo.scenes import DemoParameters, make_demo_data
 from megamug.data.shards.indexing import index_paths, summary
@@ -22,6 +23,7 @@ def main(argv: list[str], prog: str | None = None) -> None:
     args = parser.parse_args(argv)
     parameters = DemoParameters(args.train, args.heldout, args.seed, args.size, args.tidy)
     shards = make_demo_data(args.output, parameters, args.processes)
-    print(f"{args.output}: {args.train} scenes to train on, {args.heldout} held out, in {len(shards)} shards")
+    written = counted(len(shards), "shard")
+    print(f"{args.output}: {args.train} scenes to train on, {args.heldout} held out, in {written}")
     if not args.no_index:
         print(summary(index_paths(shards, processes=args.processes)))

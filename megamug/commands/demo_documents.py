@@ -8,6 +8,7 @@ same arguments give the same bytes; an interrupted call is continued by repeatin
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser
+from megamug.command_line.console import counted
 from megamug.data.demo.arguments import add_output, add_scenes
 from megamug.data.demo.documents import DemoDocuments, make_demo_documents
 
@@ -24,5 +25,5 @@ def main(argv: list[str], prog: str | None = None) -> None:
     shards = make_demo_documents(args.output, parameters, args.processes)
     print(
         f"{args.output}: {args.text} texts and {args.instructions} instructions to train on, {args.heldout} of each "
-        f"held out, in {len(shards)} shards"
+        f"held out, in {counted(len(shards), 'shard')}"
     )

@@ -7,6 +7,7 @@ SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser, output_folder
+from megamug.command_line.console import counted
 from megamug.data.shards.indexing import index_paths, summary
 from megamug.data.shards.packing import make_shards
 
@@ -25,6 +26,6 @@ def main(argv: list[str], prog: str | None = None) -> None:
     )
     for path, reason in skipped[:20]:
         print(f"  left out: {path}: {reason}")
-    print(f"{args.output}: {len(shards)} shards; {len(skipped):,} images left out")
+    print(f"{args.output}: {counted(len(shards), 'shard')}; {counted(len(skipped), 'image')} left out")
     if not args.no_index:
         print(summary(index_paths(shards)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import os
 import re
 import reprlib
 import types
@@ -97,11 +98,40 @@ def to_yaml(config: Config) -> str:
 
 
 def save_config(config: Config) -> Path:
-    """Write RUN/config.yaml whole or not at all; returns its path. One process of a run calls it."""
+    """Write RUN/config.yaml whole or not at all, with `absolute` paths; returns its path. One process of a run calls
+    it."""
     path = Path(config.run_dir, "config.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, to_yaml(config))
+    replace_text(path, to_yaml(absolute(config)))
     return path
+
+
+def absolute(config: Config) -> Config:
+    """A copy whose paths of data, tokenizer and initial weights hold from any folder; `run_dir` stays as it is."""
+    config = copy.deepcopy(config)
+    for section, key in (("data", "train"), ("data", "validation"), ("data", "tokenizer"), ("model", "initial")):
+        value = getattr(getattr(config, section), key)
+        if isinstance(value, list):
+            value = [{**entry, "path": _absolute(entry["path"])} for entry in value]
+        setattr(getattr(config, section), key, _absolute(value) if isinstance(value, str) else value)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return "::".join(os.path.abspath(os.path.expanduser(part)) for part in path.split("::"))  # `::` joins several
+
+
+def check_own_folder(path: Path, config: Config, overrides: Iterable[str]) -> None:
+    """Raises UserError where `path` is the config.yaml of a run that lies elsewhere than its `run_dir` says: the run
+    was moved, or another folder is meant by the same words here. It would begin anew at the old place."""
+    here = path.absolute().parent
+    if path.name != "config.yaml" or not (here / "checkpoints").is_dir():
+        return
+    if any(override.partition("=")[0].strip() == "run_dir" for override in overrides):
+        return
+    if os.path.realpath(config.run_dir) != os.path.realpath(here):
+        raise UserError(f"{path} is of the run in {here}, but its run_dir is {config.run_dir}; to go on with that run"
+                        f" set run_dir={here}, to begin another one set run_dir to a new folder")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

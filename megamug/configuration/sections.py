@@ -148,7 +148,7 @@ class OptimizerConfig:
     """AdamW with a cosine schedule. Biases, norms and tokens do not decay."""
 
     learning_rate: float = 1.5e-4  # at the end of warm-up, as it stands: not scaled by the batch
-    min_learning_rate: float = 0.0  # at the last step
+    min_learning_rate: float = 0.0  # that the cosine falls towards; reached one step after the last
     warmup_steps: int = 0  # linear from 0
     weight_decay: float = 0.05  # decoupled
     beta1: float = 0.9  # decay of the first moment

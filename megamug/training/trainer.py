@@ -11,7 +11,9 @@ import time
 
 import torch
 
+from megamug.checkpoint import tokenizer_copy
 from megamug.checkpoint.store import CheckpointStore
+from megamug.command_line.console import counted
 from megamug.configuration.reading import save_config
 from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
@@ -73,6 +75,7 @@ class Trainer:
         self.config, self.task, self.world, self.stop, self.watchdog = config, task, world, stop, watchdog
         if world.is_first:
             save_config(config)
+            tokenizer_copy.keep(config)
         task.join(world)
         found = saver.find(store, world)
         fresh = found is None and config.model.initial is None
@@ -116,7 +119,7 @@ class Trainer:
         pictures_every = config.train.pictures_every
         if pictures_every is None:
             pictures_every = max(100, last // 10)
-        saved = self.step
+        saved = begun = self.step
         stopped = False
         try:
             self.metrics.restart_clock()
@@ -148,6 +151,9 @@ class Trainer:
         if stopped and self.step < last:
             logger.info("stopped on request after step %d; start the same command again to go on", saved)
             return STOPPED
+        if begun == last:
+            logger.info("this run was finished before: set train.steps above %d to go on, run_dir to begin another one,"
+                        " or look at it by: megamug evaluate %s", last, config.run_dir)  # fmt: skip
         logger.info("finished: step %d of %d, run folder %s", self.step, last, config.run_dir)
         return FINISHED
 
@@ -250,9 +256,9 @@ class Trainer:
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         stages = str(world.pp_size) + (f" x {len(self.chunks)} virtual" if len(self.chunks) > 1 else "")
         logger.info(
-            "%d process(es): tensor %d%s x pipeline %s x data %d; %s",
-            world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", stages,
-            world.dp_size, world.reason,
+            "%s: tensor %d%s x pipeline %s x data %d; %s",
+            counted(world.size, "process"), world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "",
+            stages, world.dp_size, world.reason,
         )  # fmt: skip
         task, how = self.task, "compiled" if self.task.compiled else "not compiled"
         logger.info("layers: %s (%s), %s (%s)", task.spec, task.spec_reason, how, task.compiled_reason)
@@ -295,6 +301,12 @@ def _check_resumable(task, store: CheckpointStore) -> bool:
         raise UserError(
             f"run_dir: {run} holds weights alone (converted or fused), which no training can go on from; set run_dir to"
             f" a new folder and model.initial={run}"
+        )
+    steps = task.config.train.steps
+    if contents["step"] > steps:
+        raise UserError(
+            f"train.steps is {steps}, but {store.root.parent} holds a checkpoint of step {contents['step']}; set"
+            f" train.steps to {contents['step']} or more to go on with it, or run_dir to a new folder"
         )
     task.check_resumable(contents)
     return True

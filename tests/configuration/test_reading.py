@@ -215,7 +215,7 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    overrides = [f"run_dir={tmp_path / 'run'}", "data.train=[{path: é, weight: 1e-7}]", "optimizer.eps=1e-20"]
+    overrides = [f"run_dir={tmp_path / 'run'}", "data.train=[{path: /é, weight: 1e-7}]", "optimizer.eps=1e-20"]
     config = resolve(load_config(None, overrides))
     path = save_config(config)
     assert path == tmp_path / "run" / "config.yaml"

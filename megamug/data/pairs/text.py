@@ -9,13 +9,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from megamug.data.shards.sources import Source
 from megamug.durable import write_atomically
 from megamug.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 MAX_TRAINING_CAPTIONS = 2_000_000  # SentencePiece holds them in memory
@@ -65,6 +68,8 @@ class Tokenizer:
         for row, ids in zip(tokens, self._model.EncodeAsIds(captions) if captions else [], strict=True):
             ids = [BOS, *ids, EOS][: caption_length + 1]
             row[: len(ids)] = ids
+        import torch  # a tokenizer is looked at before torch is loaded
+
         return torch.from_numpy(tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:

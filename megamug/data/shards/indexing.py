@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+from megamug.command_line.console import counted
 from megamug.data.dali import load_dali
 from megamug.data.shards.sources import find_shards
 from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, ShardReport, index_shard
@@ -47,7 +48,8 @@ def summary(reports: list[ShardReport], shown: int = 20) -> str:
     quarantine = [(report.shard, entry) for report in reports for entry in report.quarantine]
     actions = [report.action for report in reports]
     counts = ", ".join(f"{actions.count(action)} {action}" for action in dict.fromkeys(actions))
-    lines = [f"{len(reports)} shards ({counts}): {samples:,} samples, {len(quarantine):,} quarantined"]
+    total = f"{counted(len(reports), 'shard')} ({counts}): {counted(samples, 'sample')}"
+    lines = [f"{total}, {len(quarantine):,} quarantined"]
     for shard, entry in quarantine[:shown]:
         lines.append(f"  {shard}: {entry['member'] or entry['key'] or 'shard'}: {entry['reason']}")
     if len(quarantine) > shown:

@@ -14,6 +14,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,11 @@ def read_header(path: Path) -> tuple[IndexHeader, int]:
     return header, offset
 
 
+def _time(nanoseconds: int) -> str:
+    """As people read it; to the microsecond, as a copy may be that close."""
+    return datetime.fromtimestamp(nanoseconds // 1000 / 1e6).isoformat(" ", "microseconds")
+
+
 class Shard:
     """One indexed shard, opened on first use. `samples`: memory-mapped records [number of samples]."""
 
@@ -121,9 +127,9 @@ class Shard:
         stat = self.path.stat()
         if (stat.st_size, stat.st_mtime_ns) != (self.header.shard_size, self.header.shard_mtime_ns):
             raise UserError(
-                f"{self.index_file}: stale index: the shard has {stat.st_size:,} bytes and was changed at "
-                f"{stat.st_mtime_ns} ns, the index is of {self.header.shard_size:,} bytes at "
-                f"{self.header.shard_mtime_ns} ns; run: {command}"
+                f"{self.index_file}: stale index: the shard has {stat.st_size:,} bytes and was changed on "
+                f"{_time(stat.st_mtime_ns)}, the index is of {self.header.shard_size:,} bytes of "
+                f"{_time(self.header.shard_mtime_ns)}; run: {command}"
             )
         self._samples: np.ndarray | None = None
         self._file: int | None = None

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import counted
 from megamug.data.shards.reading import Shard, find_index, index_command
 from megamug.errors import UserError
+
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip")  # what people also give
 
 
 @dataclass
@@ -61,6 +64,9 @@ def _named(text: str) -> list[Path]:
             raise UserError(f"{text}: no .tar shards in there; megamug data shards packs images into some")
         return shards
     if Path(text).is_file():
+        if Path(text).suffix.lower() in TABLES:
+            raise UserError(f"{text}: not a .tar shard; megamug data shards packs the images that a .tsv of paths and"
+                            " captions names, or a folder of both")
         return [Path(text)]
     if any(character in text for character in "*?["):
         matches = map(Path, glob.glob(text, recursive=True))
@@ -119,5 +125,6 @@ def _open_source(path: str, weight: float | None) -> Source:
     shards = [Shard(shard) for shard in paths]
     starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
     if starts[-1] == 0:
-        raise UserError(f"{path}: no usable sample in {len(shards)} shards; {index_command([path])} lists the reasons")
+        held = counted(len(shards), "shard")
+        raise UserError(f"{path}: no usable sample in {held}; {index_command([path])} lists the reasons")
     return Source(path, shards, weight, starts)

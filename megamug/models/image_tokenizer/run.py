@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamug.command_line.arguments import world_size
+from megamug.command_line.console import counted
 from megamug.data.order import Cursor
 from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources
@@ -169,7 +170,7 @@ class _Run:
         c = trainer.config
         self._say(
             f"image tokenizer: {parameters:,} parameters, {c.image_size} pixels a side -> {c.grid} x {c.grid} of "
-            f"{c.codes} codes; {self.size} process(es), {trainer.device}"
+            f"{c.codes} codes; {counted(self.size, 'process')}, {trainer.device}"
         )
         bad, since, started = 0, trainer.step, time.perf_counter()
         while trainer.step < trainer.options.steps:
