@@ -7,9 +7,11 @@
     megamug generate RUN --prompt TEXT [--image PATH]    (language models)
     megamug plan CONFIG.yaml --gpus N --gpu h100|h200|a100 [section.key=value ...]
     megamug doctor
+    megamug data shards|index|tokenizer|image-tokenizer|vocabulary|documents|demo|demo-documents ...
+    megamug convert|inspect|fuse|benchmark ...           (see `megamug.commands`)
 
 Exit codes: 0 finished; 2 the user's mistake, told in one sentence before any process group exists; 3 stopped on request
-with a checkpoint saved; 1 failure. Checks come before torch is imported wherever they can.
+with a checkpoint saved; 130 ended by Ctrl-C; 1 failure. Checks come before torch is imported wherever they can.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import megamug
+from megamug import commands
 from megamug.command_line import console, launcher
 from megamug.command_line.arguments import Parser
 from megamug.command_line.launcher import world_size
+from megamug.command_line.tool import INTERRUPTED, STOPPED, of_a_file
 from megamug.configuration import validate
-from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
 from megamug.evaluate import DECODERS, TASKS, check_kind
@@ -44,28 +49,46 @@ PATIENCE_SECONDS = 10.0  # how much later than the others a process may come to 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; `argv` without the program's name."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = commands.split(argv)
     try:
-        with console.own():
-            arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-            return arguments.run(arguments)
+        with console.own(), console.interruptible():
+            if command is not None:
+                name, work = command[1], lambda: _command(*command)
+            else:
+                arguments = _parse(argv)
+                name, work = f"megamug {argv[0]}", lambda: arguments.run(arguments)
+            with console.announcing(name) if _speaks() else nullcontext():
+                return work()
     except UserError as error:
         _tell(f"megamug: error: {error}")
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if command is not None and _speaks():
+            print(STOPPED, file=sys.stderr)
+        return INTERRUPTED
+
+
+def _command(module: str, prog: str, argv: list[str]) -> int:
+    try:
+        return commands.run(module, argv, prog)
+    except OSError as error:
+        raise UserError(of_a_file(error)) from None
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("megamug", description=megamug.__doc__)
     parser.add_argument("--version", action="version", version=f"megamug {megamug.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands_of = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = commands.add_parser("train", help="train, or go on from the newest complete checkpoint")
+    train = commands_of.add_parser("train", help="train, or go on from the newest complete checkpoint")
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
     train.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="win over the file")
     train.add_argument("--dry-run", action="store_true", help="check, print layout, parameters, memory, FLOPs")
     train.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as on N processes elsewhere")
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("evaluate", help="measure a trained model on held-out data")
+    evaluate = commands_of.add_parser("evaluate", help="measure a trained model on held-out data")
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
     evaluate.add_argument("--samples", type=int, metavar="N",
@@ -76,15 +99,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
-    _add_generate(commands.add_parser(
+    _add_generate(commands_of.add_parser(
         "generate", help="repaint and caption pictures, or write documents of text and images"
     ))  # fmt: skip
 
-    _add_plan(commands.add_parser("plan", help="the layouts that fit so many GPUs, fastest first"))
+    _add_plan(commands_of.add_parser("plan", help="the layouts that fit so many GPUs, fastest first"))
 
-    doctor = commands.add_parser("doctor", help="what of this machine and its packages can be used")
+    doctor = commands_of.add_parser("doctor", help="what of this machine and its packages can be used")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(run=_doctor)
+
+    # these are for the list of `--help` and for words that are none of them: `main` has run those that are
+    data = commands_of.add_parser("data", help="prepare data; `megamug data --help` lists how")
+    for where, names in ((commands_of, commands.COMMANDS), (data.add_subparsers(metavar="COMMAND", required=True),
+                                                            commands.DATA)):  # fmt: skip
+        for name, (_, what) in names.items():
+            where.add_parser(name, help=what)
 
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no positionals behind an option: `train CONFIG.yaml --dry-run train.steps=5`
@@ -141,6 +171,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run folder (run_dir of its configuration)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest complete one")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures and figures go (default: in RUN)")
+    parser.add_argument("--json", action="store_true", help="print what was found even where stdout is a terminal")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -153,6 +184,7 @@ def _train(arguments: argparse.Namespace) -> int:
         launcher.adopt()
     size = arguments.world_size if elsewhere else world_size()
     config = resolve(load_config(arguments.config, arguments.overrides))
+    check_own_folder(arguments.config, config, arguments.overrides)
     validate.validate(config, size, here=not elsewhere)
     if arguments.dry_run:
         from megamug.planner import dry_run
@@ -200,8 +232,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
         output=arguments.output,
     )
-    if _speaks():
-        print(json.dumps(figures, indent=2, default=str))
+    _print_json(figures, arguments.json)
     return 0
 
 
@@ -226,8 +257,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if value is not None and not allowed(value):
             raise UserError(f"{_option(name)} is {value:g}; it must be {wanted}")
     figures = (_generate_from_images if kind == "mug" else _generate_documents)(arguments)
-    if _speaks():
-        print(json.dumps(figures, indent=2, default=str))
+    _print_json(figures, arguments.json)
     return 0
 
 
@@ -304,6 +334,12 @@ def _check_run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{run} has no checkpoint of step {step}; the nearest is --checkpoint {nearest}")
     if problem := folder_problem(arguments.output or run):
         raise UserError(f"--output: {problem}; name another folder")
+
+
+def _print_json(figures: dict, asked: bool) -> None:
+    """For programs: on a terminal the table or the list on stderr has said it, and a file holds it."""
+    if _speaks() and (asked or not sys.stdout.isatty()):
+        print(json.dumps(figures, indent=2, default=str))
 
 
 def _speaks() -> bool:

@@ -1,11 +1,16 @@
-"""Writes that survive a crash: beside the target, fsync, rename, fsync of the folder. And the hash of a file."""
+"""Writes that survive a crash: beside the target, fsync, rename, fsync of the folder. And what is read back:
+the hash of a file, and records in JSON whose every value is of its type."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import types
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,3 +72,58 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_record(text: str | bytes, kind: type) -> object:
+    """The dataclass `kind` that JSON `text` holds; lists become tuples where the field is one.
+
+    Raises ValueError, saying which value is wrong, for anything else: no mapping, a key that is missing or unknown, a
+    value of another type than the field's, a whole number below zero or beyond 63 bits (none of our files has such).
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return as_record(values, kind)
+
+
+def as_record(values: object, kind: type) -> object:
+    """The dataclass `kind` of the mapping `values`. Raises ValueError, see `read_record`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a mapping wanted, found {_shown(values)}")
+    hints, known = typing.get_type_hints(kind), {entry.name: entry for entry in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown key {_shown(name)}")
+    for name, entry in known.items():
+        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ValueError(f"{name} is missing")
+    return kind(**{name: _typed(value, hints[name], name) for name, value in values.items()})
+
+
+def _typed(value: object, hint: object, name: str) -> object:
+    """`value` as `hint`: int, float, str, bool, dict, list[...], tuple[...], or a union of those and None."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    plain, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if plain is float and number:
+        return float(value)
+    if plain is int and number and isinstance(value, int) and 0 <= value < 2**63:
+        return value
+    if plain in (str, bool, dict) and isinstance(value, plain):
+        return value
+    if plain in (list, tuple) and isinstance(value, list | tuple):
+        kinds = [inner[0]] * len(value) if plain is list or inner[-1:] == (...,) else inner
+        if len(kinds) == len(value):
+            return plain(_typed(value[i], kinds[i], f"{name}[{i}]") for i in range(len(value)))
+    wanted = {int: "a whole number from 0 to 2^63", float: "a number", str: "text", bool: "true or false",
+              dict: "a mapping"}.get(plain, str(hint))  # fmt: skip
+    raise ValueError(f"{name}: {wanted} wanted, found {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -133,7 +133,7 @@ BAD = [  # overrides, WORLD_SIZE, what the sentence must hold
     (["parallel.tensor=3"], 3, ["model.heads(4) is not divisible by parallel.tensor(3)", "set parallel.tensor"]),
     (["parallel.tensor=2", "parallel.sequence=true"], 2, ["= 5 is not divisible by parallel.tensor(2)", "tokens=1"]),
     (["data.train=/absent/shards"], 1, ["data.train: /absent/shards: no such file or folder"]),
-    (["data.tokenizer=/absent.model"], 1, ["data.tokenizer: there is no file /absent.model", "train_tokenizer.py"]),
+    (["data.tokenizer=/absent.model"], 1, ["data.tokenizer: there is no file /absent.model", "megamug data tokenizer"]),
     (["data.tokenizer=pyproject.toml"], 1, ["data.tokenizer: ", "not a SentencePiece model"]),
 ]
 
@@ -161,8 +161,8 @@ def test_shards_without_an_index_or_with_a_stale_one(recipe, tmp_path):
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
         assert not (tmp_path / "run").exists()
         _, _, fix = result.stderr.strip().rpartition("run: ")
-        python, *words = fix.split()
-        assert python == "python" and program(*words).returncode == 0
+        name, *words = fix.split()
+        assert name == "megamug" and program("-m", name, *words).returncode == 0
         assert len(resolve_sources(str(shard.parent))[0]) == 8
 
     refused(f"data.train: {shard.parent}: 1 of 1 shards have no index (the first is {shard})")
@@ -179,7 +179,7 @@ def test_a_shard_that_is_no_tar(recipe, tmp_path):
     assert indexing.returncode == 2 and "0 samples" in indexing.stdout and "x.tar" in indexing.stdout
     assert "not one usable sample in 1 shard: the reasons stand above" in indexing.stderr
     result = program("-m", "megamug", "train", recipe, f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'new'}")
-    assert result.returncode == 2 and "no usable sample in 1 shards" in result.stderr
+    assert result.returncode == 2 and "no usable sample in 1 shard;" in result.stderr
     missing = program("tools/index_shards.py", "/absent")
     assert missing.returncode == 2 and "/absent: no such file or folder" in missing.stderr
 

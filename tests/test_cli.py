@@ -242,6 +242,15 @@ def test_generate_calls_the_generator(finished_run, capsys, stand_in):
     assert "a red square" in capsys.readouterr().out
 
 
+def test_figures_in_json_are_for_programs(finished_run, capsys, stand_in, monkeypatch):
+    """On a terminal, 60 to 80 lines of them hid the table."""
+    stand_in("evaluate", "run_task", {"exact_match": 0.5})
+    words = ["evaluate", str(finished_run), "--task", "captioning"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(words) == 0 and capsys.readouterr().out == ""
+    assert cli.main([*words, "--json"]) == 0 and "exact_match" in capsys.readouterr().out
+
+
 def test_what_evaluate_and_generate_refuse(finished_run, tmp_path, capsys):
     task = ["--task", "reconstruction"]
     images = ["--images", finished_run.parent / "picture.png"]

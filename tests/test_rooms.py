@@ -24,7 +24,8 @@ def sources() -> list[Path]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip(f"not a git checkout: {listed.stderr.strip()}")
-    return [Path(line) for line in listed.stdout.splitlines() if line.endswith(SOURCES) and (ROOT / line).exists()]
+    found = sorted(set(listed.stdout.splitlines()))
+    return [Path(line) for line in found if line.endswith(SOURCES) and (ROOT / line).exists()]
 
 
 def contracts(folder: Path) -> subprocess.CompletedProcess:

@@ -1,101 +1,11 @@
-"""Converts between megamug's checkpoints and other libraries'.
+"""python tools/convert_checkpoint.py ...: `megamug convert ...` for those who call it by its path."""
 
-    python tools/convert_checkpoint.py --from mae --to megamug mae_pretrain_vit_base.pth runs/mae_b
-    python tools/convert_checkpoint.py --from megamug --to hf_vit runs/mug exported
-
-See docs/conversion.md.
-"""
-
-from __future__ import annotations
-
-import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megamug.command_line.console import import_megatron  # noqa: E402
-
-import_megatron()  # without its advice
-
-from megamug.checkpoint.tensors import TensorReader, write_run  # noqa: E402
-from megamug.command_line.arguments import Parser, output_folder  # noqa: E402
-from megamug.command_line.tool import run_tool  # noqa: E402
-from megamug.convert.conversion import (  # noqa: E402
-    from_megamug,
-    image_tokenizer_from_megamug,
-    image_tokenizer_to_megamug,
-    read_configuration,
-    to_megamug,
-)
-from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named  # noqa: E402
-from megamug.convert.shown import shown  # noqa: E402
-from megamug.errors import UserError  # noqa: E402
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def size(text: str) -> int:
-    """5GB, 200MB, 1000000 -> bytes. Raises UserError."""
-    match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", text.strip().upper())
-    if not match or int(match[1]) == 0:
-        raise UserError(f"--max-shard-size {text}: a size such as 5GB or 200MB wanted")
-    return int(match[1]) * UNITS[match[2]]
-
-
-def main(argv: list[str]) -> None:
-    formats = "\n".join(f"  {name:<12} {form.what}" for name, form in FORMATS.items())
-    parser = Parser(
-        prog="convert_checkpoint", description=__doc__.split("\n")[0],
-        epilog=f"formats:\n  {MEGAMUG:<12} a run folder, or the folder of an image tokenizer\n{formats}\n"
-               f"image tokenizers:\n  {' '.join(IMAGE_TOKENIZERS)}",
-    )  # fmt: skip
-    parser.add_argument("source", help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")
-    parser.add_argument("output", type=output_folder, help="a folder that does not exist yet")
-    parser.add_argument("--from", dest="source_format", required=True, metavar="FORMAT")
-    parser.add_argument("--to", dest="output_format", required=True, metavar="FORMAT")
-    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="of the run that is written")
-    parser.add_argument("--allow-missing", nargs="+", default=[], metavar="KEY",
-                        help="missing keys, or unknown ones of the tensors or of config.json, to go on without; *"
-                             " stands for any text")  # fmt: skip
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
-    options = parser.parse_intermixed_args(argv)
-    try:
-        remarks = convert(options)
-    except UserError as error:  # it may quote what a file holds
-        raise UserError(shown(str(error))) from None
-    for remark in remarks:
-        print(shown(remark))
-    print(f"written: {options.output}")
-
-
-def convert(options: argparse.Namespace) -> list[str]:
-    source, output = options.source_format, options.output_format
-    if output != MEGAMUG and options.config:
-        raise UserError(f"--config describes the run that is written, but --to is {output}; leave it out")
-    if source == output == MEGAMUG:
-        reader = TensorReader(options.source)
-        state = reader.state()
-        config, changes = read_configuration(reader)
-        write_run(options.output, config, reader.tensors(), state["identity"], state.get("origin"))
-        return [*changes, "only the weights: no optimizer state"]
-    if source == MEGAMUG and output in IMAGE_TOKENIZERS:
-        layout = IMAGE_TOKENIZERS[output]
-        return image_tokenizer_from_megamug(layout, options.source, options.output, size(options.max_shard_size))
-    if output == MEGAMUG and source in IMAGE_TOKENIZERS:
-        layout = IMAGE_TOKENIZERS[source]
-        return image_tokenizer_to_megamug(
-            layout, options.source, options.output, options.config, options.allow_missing
-        )  # fmt: skip
-    if output == MEGAMUG:
-        form = format_named(source)
-        return to_megamug(form, options.source, options.output, options.config, options.allow_missing)
-    form = format_named(output)
-    if source != MEGAMUG:
-        raise UserError(f"--from {source} --to {output}: convert to megamug first, then from megamug")
-    return from_megamug(form, options.source, options.output, options.allow_missing, size(options.max_shard_size))
-
+from megamug.commands import door  # noqa: E402
 
 if __name__ == "__main__":
-    run_tool(lambda: main(sys.argv[1:]))
+    door("convert")

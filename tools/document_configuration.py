@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the configuration dataclasses and the comments beside their keys.
 
-    python tools/document_configuration.py
+    python tools/document_configuration.py [--check]
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
+from megamug.command_line.arguments import Parser  # noqa: E402
+from megamug.command_line.tool import run_tool  # noqa: E402
 from megamug.configuration.presets import BY_KIND, DEFAULT, PRESETS, TOWERS  # noqa: E402
 from megamug.configuration.sections import Config  # noqa: E402
 
@@ -82,6 +84,17 @@ def _sizes(presets: dict[str, dict]) -> str:
     return "".join(rows)
 
 
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is out of date")
+    options = parser.parse_args(argv)
+    page, text = ROOT / "docs" / "configuration.md", document()
+    if options.check:
+        return int(not page.is_file() or page.read_text(encoding="utf-8") != text)
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    return 0
+
+
 if __name__ == "__main__":
-    (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs" / "configuration.md").write_text(document(), encoding="utf-8")
+    run_tool(lambda: sys.exit(main(sys.argv[1:])))

@@ -1,32 +1,11 @@
-"""Render image-caption pairs to train on: python tools/make_demo_data.py OUTPUT
+"""python tools/make_demo_data.py ...: `megamug data demo ...` for those who call it by its path."""
 
-Writes OUTPUT/train/*.tar and OUTPUT/heldout/*.tar with their indexes: scenes of two coloured shapes with one-sentence
-captions. The same arguments give the same bytes; an interrupted call is continued by repeating it.
-"""
+import sys
+from pathlib import Path
 
-from __future__ import annotations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megamug.command_line.arguments import COUNT, Parser
-from megamug.command_line.tool import run_tool
-from megamug.data.demo.arguments import add_output, add_scenes
-from megamug.data.demo.scenes import DemoParameters, make_demo_data
-from megamug.data.shards.indexing import index_paths, summary
-
-
-def main() -> None:
-    parser = Parser(description=__doc__)
-    default = DemoParameters()
-    add_output(parser)
-    parser.add_argument("--train", type=COUNT, default=default.train, help="scenes to train on (default %(default)s)")
-    add_scenes(parser, default)
-    parser.add_argument("--no-index", action="store_true", help="do not index the shards")
-    args = parser.parse_args()
-    parameters = DemoParameters(args.train, args.heldout, args.seed, args.size, args.tidy)
-    shards = make_demo_data(args.output, parameters, args.processes)
-    print(f"{args.output}: {args.train} scenes to train on, {args.heldout} held out, in {len(shards)} shards")
-    if not args.no_index:
-        print(summary(index_paths(shards, processes=args.processes)))
-
+from megamug.commands import door  # noqa: E402
 
 if __name__ == "__main__":
-    run_tool(main)
+    door("demo_data")

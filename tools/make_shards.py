@@ -1,38 +1,11 @@
-"""Pack images and captions into shards: python tools/make_shards.py SOURCE --output FOLDER
+"""python tools/make_shards.py ...: `megamug data shards ...` for those who call it by its path."""
 
-SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the same name, or a .tsv file with lines
-`path of the image<TAB>caption` (paths relative to the file). Images are stored as they are; the shards are indexed.
-"""
+import sys
+from pathlib import Path
 
-from __future__ import annotations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megamug.command_line.arguments import COUNT, Parser, output_folder
-from megamug.command_line.tool import run_tool
-from megamug.data.shards.indexing import check_usable, index_paths, summary
-from megamug.data.shards.packing import make_shards
-from megamug.errors import printable
-
-
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images and captions, or a .tsv file")
-    parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="where the shards go")
-    parser.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar (default %(default)s)")
-    parser.add_argument("--shard-size", type=COUNT, default=10000, metavar="N", help="pairs each (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards of this prefix in FOLDER")
-    parser.add_argument("--no-index", action="store_true", help="do not index the shards")
-    args = parser.parse_args()
-    shards, skipped = make_shards(
-        args.source, args.output, prefix=args.prefix, shard_size=args.shard_size, overwrite=args.overwrite
-    )
-    for path, reason in skipped[:20]:
-        print(printable(f"  left out: {path}: {reason}"))
-    print(printable(f"{args.output}: {len(shards)} shards; {len(skipped):,} images left out"))
-    if not args.no_index:
-        reports = index_paths(shards)
-        print(summary(reports))
-        check_usable(reports)
-
+from megamug.commands import door  # noqa: E402
 
 if __name__ == "__main__":
-    run_tool(main)
+    door("shards")

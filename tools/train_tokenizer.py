@@ -1,59 +1,11 @@
-"""Train a SentencePiece tokenizer on the texts in shards:
-python tools/train_tokenizer.py PATH... --output FILE --vocab-size N
+"""python tools/train_tokenizer.py ...: `megamug data tokenizer ...` for those who call it by its path."""
 
-PATH is a folder of .tar shards, a glob or a shard: captions where a shard is indexed, else the texts of its documents.
-The same texts give the same file. Ids: padding 0, begin 1, end 2, unknown 3; bytes stand in for characters without a
-piece.
-"""
+import sys
+from pathlib import Path
 
-from __future__ import annotations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import itertools
-
-from megamug.command_line.arguments import COUNT, Parser, output_file
-from megamug.command_line.tool import run_tool
-from megamug.data.documents.reading import iterate_texts, open_shard
-from megamug.data.pairs.text import MAX_TRAINING_CAPTIONS, iterate_captions, train_tokenizer
-from megamug.data.shards.index_file import find_index, index_command
-from megamug.data.shards.sources import find_shards, resolve_sources
-from megamug.data.tooling import Progress
-from megamug.errors import UserError
-
-
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="a folder of .tar shards, a glob or a shard")
-    parser.add_argument("--output", type=output_file, required=True, metavar="FILE", help="the model to write")
-    parser.add_argument("--vocab-size", type=COUNT, required=True, metavar="N", help="pieces at most, with 256 bytes")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE where it is another model")
-    args = parser.parse_args()
-    shards = list(dict.fromkeys(shard for path in args.paths for shard in find_shards(path)))
-    indexed = [shard for shard in shards if find_index(shard) is not None]
-    sources = resolve_sources(indexed) if indexed else []
-    documents = [open_shard(shard) for shard in shards if shard not in indexed]
-    total = sum(len(source) for source in sources) + sum(shard.count for shard in documents)
-    progress = Progress("samples", min(total, MAX_TRAINING_CAPTIONS))
-    count = 0
-
-    def texts():
-        nonlocal count
-        captions = ([caption] for caption in iterate_captions(sources)) if sources else ()
-        for sample in itertools.chain(captions, iterate_texts(documents)):
-            for text in sample[: MAX_TRAINING_CAPTIONS - count]:
-                yield text
-                count += 1
-            progress.update()
-            if count == MAX_TRAINING_CAPTIONS:
-                return
-
-    first = next(found := texts(), None)
-    if first is None:
-        command = index_command(args.paths)
-        raise UserError(f"{shards[0]}: no text; a shard of image-caption pairs needs its index: {command}")
-    size = train_tokenizer(itertools.chain([first], found), args.output, args.vocab_size, overwrite=args.overwrite)
-    asked = "" if size == args.vocab_size else f" (of {args.vocab_size} asked for: the texts have no more pieces)"
-    print(f"{args.output}: {size} pieces{asked}, from {count:,} texts")
-
+from megamug.commands import door  # noqa: E402
 
 if __name__ == "__main__":
-    run_tool(main)
+    door("tokenizer")

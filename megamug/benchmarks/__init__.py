@@ -1,1 +1,1 @@
-"""Benchmarks, one module each, run by `tools/benchmark.py NAME`; each prints its figures beside its floor."""
+"""Benchmarks, one module each, run by `megamug benchmark NAME`; each prints its figures beside its floor."""

@@ -14,26 +14,15 @@ A benchmark's JSON:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-import megamug
-from megamug.command_line.arguments import Parser, new_file
+from megamug.command_line.arguments import Parser, new_file, typed_command
 from megamug.durable import replace_text
 from megamug.errors import UserError
+from megamug.telemetry.environment import hardware, versions
 
-PACKAGES = (
-    "torch", "megatron-core", "nvidia-dali-cuda130", "numpy", "transformers", "transformer-engine", "pillow",
-    "webdataset", "sentencepiece",
-)  # fmt: skip
 PLACES = ("json", "compare", "profile")  # options that say where something lies: no settings
 UNCERTAINTY = ("spread", "megamug_times_low", "megamug_times_high")  # of figures: not compared themselves
 ONE_PROCESS = {"processes": 1, "tensor": 1, "pipeline": 1, "virtual": 1, "data": 1}
@@ -41,7 +30,7 @@ ONE_PROCESS = {"processes": 1, "tensor": 1, "pipeline": 1, "virtual": 1, "data":
 
 def parser(name: str, description: str) -> Parser:
     """A parser with the options of every benchmark."""
-    made = Parser(f"benchmark.py {name}", description=description)
+    made = Parser(f"megamug benchmark {name}", description=description)
     made.add_argument("--json", type=new_file, metavar="PATH", help="write figures, hardware and versions")
     made.add_argument("--compare", type=_run_of(name), metavar="PATH.json", help="print ratios to that run's figures")
     made.add_argument("--profile", type=_folder, metavar="FOLDER",
@@ -58,7 +47,7 @@ def _run_of(name: str):
         except (OSError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"{text} cannot be read: {error}") from None
         if not isinstance(run, dict) or run.get("benchmark") != name or not isinstance(run.get("results"), list):
-            raise argparse.ArgumentTypeError(f"{text} was not written by `benchmark.py {name} --json`")
+            raise argparse.ArgumentTypeError(f"{text} was not written by `megamug benchmark {name} --json`")
         return {**run, "path": text}
 
     return stored_run
@@ -72,37 +61,6 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def hardware() -> dict:
-    """Processor, CPUs that this process may use, memory, GPUs."""
-    return {
-        "processor": processor(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-    }
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of Python, megamug and those of `PACKAGES` that are installed."""
-    found = {"python": platform.python_version(), "megamug": megamug.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
 class Report:
     """The figures of one run, on the process that reports (rank 0); on the others nothing is printed or written."""
 
@@ -111,7 +69,7 @@ class Report:
         settings = {key: value for key, value in vars(options).items() if key not in PLACES}
         self.content = {
             "benchmark": benchmark,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": typed_command(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "hardware": hardware(),
             "versions": versions(),

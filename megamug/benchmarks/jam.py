@@ -1,4 +1,4 @@
-"""python tools/benchmark.py jam [section.key=value ...] [--layers 8 --width 512 ...] [--dtypes fp32 bf16 fp8] ...
+"""megamug benchmark jam [section.key=value ...] [--layers 8 --width 512 ...] [--dtypes fp32 bf16 fp8] ...
 
 Tokens/s of a whole training step (forward, backward, AdamW) of DecoderLM with LLaMA's block, against transformers'
 LlamaForCausalLM of the same sizes, and of JAM-Cross with two such towers. With --generate also tokens/s of greedy
@@ -11,7 +11,7 @@ with fp32 main weights and gradients. It writes in `local` layers, which alone h
 generate` does.
 
 `section.key=value` changes ours, and under torchrun ours alone runs, in the layout that is asked for, one type and
-one model a run (--model jam_cross for two towers); see `benchmark.py mug --help`.
+one model a run (--model jam_cross for two towers); see `megamug benchmark mug --help`.
 
 Floor: the step's matrix products (3 x forward, attention counted as a full square) at the rate of one large product
 (2048^3) measured in the same run. JAM-Cross should reach the rate of its towers: its cost is then that of its FLOPs.

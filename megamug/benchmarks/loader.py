@@ -1,4 +1,4 @@
-"""python tools/benchmark.py loader [--data PATH] [--workers 2] [--batch 64] [--batches 16] [--repeats 5] ...
+"""megamug benchmark loader [--data PATH] [--workers 2] [--batch 64] [--batches 16] [--repeats 5] ...
 
 Images/s of the whole path of image-caption pairs (order, bytes, decoding, random crop, flip, tokens, batch) against a
 PyTorch DataLoader with Pillow and one with webdataset and its decoder: the same shards, the same distribution of crops,
@@ -7,7 +7,7 @@ the same number of decoding threads and worker processes, tensors of the same sh
 cache. With a GPU the loader decodes there (`mixed`), and all batches end up there.
 
 --data: shards as data.train takes them (without an index they are indexed in a temporary folder), or what
-tools/make_shards.py takes (a folder of images and captions, a .tsv). Default: $MEGAMUG_PHOTOS, else the folder
+megamug data shards takes (a folder of images and captions, a .tsv). Default: $MEGAMUG_PHOTOS, else the folder
 ../shared/data/photos beside the repository.
 """
 

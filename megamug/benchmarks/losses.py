@@ -1,4 +1,4 @@
-"""python tools/benchmark.py losses [--device cpu|cuda] [--only cross-entropy|masked-patch|linear] [--json PATH] ...
+"""megamug benchmark losses [--device cpu|cuda] [--only cross-entropy|masked-patch|linear] [--json PATH] ...
 
 Forward and gradient of each loss, against eager torch, torch.compile and (on CUDA, where importable) the kernels of
 others. The contestants take turns in every repetition, so that a busy machine slows all of them; medians are printed.
@@ -330,7 +330,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     if not getattr(libraries(), arguments.device):
-        raise UserError(f"losses: {libraries().reason}; build them with pip install -e .")
+        raise UserError(f"losses: {libraries().reason}")
     torch.set_num_threads(arguments.threads)
     log = Report("losses", arguments)
     log.say(f"# {libraries().reason}")

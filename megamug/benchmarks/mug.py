@@ -1,4 +1,4 @@
-"""python tools/benchmark.py mug [section.key=value ...] [--preset vit_b16] [--batch 32] [--dtypes fp32 bf16 fp8] ...
+"""megamug benchmark mug [section.key=value ...] [--preset vit_b16] [--batch 32] [--dtypes fp32 bf16 fp8] ...
 
 Images/s of a whole training step (forward, backward, AdamW) of MUG without captions, which is MAE, against the public
 ViTMAE of `transformers` with the same sizes, on this device. Each contestant is a process of its own and does one step
@@ -13,7 +13,7 @@ it writes captions, too (drawn ones, of a vocabulary of --vocabulary words), and
 images come from there by the loader, and the share of the step that waits for them is told. Under torchrun ours alone
 runs, in the layout that is asked for, one type a run:
 
-    torchrun --nproc-per-node 8 tools/benchmark.py mug --preset vit_l16 --batch 1024 --dtypes bf16 parallel.tensor=2
+    torchrun --nproc-per-node 8 -m megamug benchmark mug --preset vit_l16 --batch 1024 --dtypes bf16 parallel.tensor=2
 
 Floor: the step's matrix products (3 x forward) at the rate of one large product (2048^3) measured in the same run; MFU
 is against the device's peak where that is known.

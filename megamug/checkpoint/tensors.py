@@ -35,7 +35,7 @@ from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import FILE as METADATA
 from megamug.checkpoint.metadata import hole_of
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore
-from megamug.configuration.reading import save_config, to_yaml
+from megamug.configuration.reading import absolute, save_config, to_yaml
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
@@ -117,7 +117,7 @@ class TensorReader:
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._stored:
-            raise UserError(f"{self.folder} has no tensor {name}; see python tools/inspect_checkpoint.py {self.folder}")
+            raise UserError(f"{self.folder} has no tensor {name}; see megamug inspect {self.folder}")
         return self._stored[name]
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
@@ -183,7 +183,7 @@ def write_run(
     run_dir = Path(run_dir)
     config = dataclasses.replace(config, run_dir=str(run_dir))
     path, store = run_dir / "config.yaml", CheckpointStore(run_dir, keep=0)
-    other = path.is_file() and path.read_text(encoding="utf-8") != to_yaml(config)
+    other = path.is_file() and path.read_text(encoding="utf-8") != to_yaml(absolute(config))
     if other or any(store.root.glob("step-*")):
         raise UserError(f"{run_dir} holds a run already; choose a folder that does not exist")
     save_config(config)

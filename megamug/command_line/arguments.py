@@ -11,6 +11,8 @@ import argparse
 import math
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +115,10 @@ def device(text: str) -> str:
         seen = f"{gpus} GPUs" if gpus else "no GPU"
         raise argparse.ArgumentTypeError(f"{text}: torch sees {seen} on this machine; give cpu, or see megamug doctor")
     return text
+
+
+def typed_command() -> str:
+    """The command line of this process, as one can type it again."""
+    program = Path(sys.argv[0])
+    ours = program.name == "megamug" or program.parts[-2:] == ("megamug", "__main__.py")
+    return shlex.join([*(["megamug"] if ours else ["python", sys.argv[0]]), *sys.argv[1:]])

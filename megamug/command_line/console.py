@@ -14,7 +14,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +93,11 @@ def own() -> Iterator[None]:
         _end()
 
 
+def counted(number: int, name: str) -> str:
+    """1, shard -> 1 shard; 2, process -> 2 processes"""
+    return f"{number:,} {name}" + ("" if number == 1 else "es" if name.endswith("s") else "s")
+
+
 def take() -> None:
     """`own` until this process ends."""
     _begin()
@@ -100,3 +107,53 @@ def import_megatron() -> None:
     """Imports Megatron-core without its advice about packages that are optional here (`megamug doctor` names them)."""
     with own():
         importlib.import_module("megatron.core")
+
+
+class _Torch:
+    """A finder that finds nothing, first in line: when torch is asked for it says so, once, and leaves."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+            print(self.line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def announcing(command: str) -> Iterator[None]:
+    """Inside, the import of torch (with Megatron-core 10 s and more on a slow machine) is told on stderr as it begins;
+    not where torch is there already, and not where a mistake is found before it is needed."""
+    finder = _Torch(f"{command}: loading torch and Megatron-core ...")
+    if "torch" not in sys.modules:
+        sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path[:] = [other for other in sys.meta_path if other is not finder]
+
+
+def _interrupted(_number: int, frame: object) -> None:
+    """Ctrl-C. An import that is torn apart tells so in forty lines, or takes it for a package that is missing and goes
+    on without: where one is under way, with nothing begun, the process ends here."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + signal.SIGINT)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C during imports ends the process with exit code 130 and no traceback; else it is KeyboardInterrupt.
+    Does nothing outside of the main thread, and where somebody else handles the signal."""
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _interrupted)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,21 +15,30 @@ _REMEDIES = {
 }  # fmt: skip
 
 
-def run_tool(main: Callable[[], None]) -> None:
+STOPPED = "stopped; what was finished is kept, run the same command to continue"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def run_tool(main: Callable[[], None], said: str = "error") -> None:
     """Run a tool: a `UserError`, or a file that cannot be read or written, becomes one line on stderr, exit code 2."""
     console.take()
     try:
-        main()
+        with console.interruptible():
+            main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{said}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
-            raise
-        remedy = _REMEDIES.get(error.errno, "look at it")
-        print(f"error: {printable(error.filename)}: {error.strerror}; {remedy}, then repeat the command",
-              file=sys.stderr)  # fmt: skip
+        print(f"{said}: {of_a_file(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, run the same command to continue", file=sys.stderr)
-        sys.exit(130)
+        print(STOPPED, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def of_a_file(error: OSError) -> str:
+    """The sentence about a file that cannot be read or written. Raises `error` again where it is of no file."""
+    if error.filename is None:
+        raise error
+    remedy = _REMEDIES.get(error.errno, "look at it")
+    return f"{printable(error.filename)}: {error.strerror}; {remedy}, then repeat the command"

@@ -50,6 +50,7 @@ CHOICES = {
     "precision.layers": ("auto", "local", "te"),
     "precision.compile": ("auto", "always", "never"),
     "optimizer.fused": ("auto", "te", "apex", "torch"),
+    "log.trackers": ("tensorboard", "wandb"),
 }
 
 for _tower in ("lm", "text_tower", "image_tower"):
@@ -61,6 +62,7 @@ for _tower in ("lm", "text_tower", "image_tower"):
     CHOICES[f"{_tower}.activation"] = ("gelu", "relu", "swiglu")
     CHOICES[f"{_tower}.positions"] = ("learned", "rotary", "rotary_grid")
 
+LARGEST = 2**31 - 1  # of whole numbers: what C++ underneath takes everywhere
 LENGTHS = {"data.crop_scale": 2, "data.background": 3, "data.mean": 3, "data.std": 3}
 
 
@@ -68,9 +70,18 @@ def check_values(config: Config) -> None:
     """Every number in its range, every word one of its choices, every list of its length; else UserError."""
     for key in keys():
         value = get(config, key)
-        if key in CHOICES and value is not None and value not in CHOICES[key]:
-            choices = CHOICES[key]
-            raise UserError(f"{key}: {value!r} is none of {', '.join(choices)}; set {key}={nearest(value, choices)}")
+        if isinstance(value, int) and value > LARGEST:
+            raise UserError(f"{key}({value}) must be at most {LARGEST}")
+        for text in _texts(value):
+            if not text.strip():
+                raise UserError(f"{key} is empty; leave it out, or set {key}=null where it may be unset")
+            if any(ord(character) < 32 for character in text):
+                raise UserError(f"{key}: {text!r} holds a control character; write it without")
+        for word in value if isinstance(value, list) else [value]:
+            if key in CHOICES and word is not None and word not in CHOICES[key]:
+                choices, near = CHOICES[key], nearest(word, CHOICES[key])
+                near = f"[{near}]" if isinstance(value, list) else near
+                raise UserError(f"{key}: {word!r} is none of {', '.join(choices)}; set {key}={near}")
         if key in LENGTHS and len(value) != LENGTHS[key]:
             raise UserError(f"{key}: {LENGTHS[key]} numbers wanted, found {len(value)}: {value}")
         if key in RANGES and value is not None:
@@ -80,6 +91,13 @@ def check_values(config: Config) -> None:
     low, high = config.data.crop_scale
     if low > high:
         raise UserError(f"data.crop_scale: {low} is above {high}; set data.crop_scale=[{high}, {low}]")
+
+
+def _texts(value: object) -> list[str]:
+    """The texts of a value: itself, or the paths of its data sets."""
+    if isinstance(value, list):
+        return [text for entry in value for text in _texts(entry.get("path") if isinstance(entry, dict) else entry)]
+    return [value] if isinstance(value, str) else []
 
 
 # What only models of some kinds read; the rest of `model` belongs to mug.

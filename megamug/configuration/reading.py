@@ -3,7 +3,8 @@
 `megamug train CONFIG.yaml section.key=value ...`: the YAML file holds the sections of `sections`, overrides win over it
 (the last one of a key wins), and what comes out is written to `RUN/config.yaml`.
 
-Reading is strict: a key that is unknown or given twice and a value of another type are a `UserError`.
+Reading is strict: a key that is unknown or given twice, a value of another type, and a number that YAML 1.1 reads as
+another one than a person does (`010` is 8, `1:30` is 90) are a `UserError`.
 Whether the values make sense together is the business of `validate`.
 """
 
@@ -12,6 +13,9 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import os
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -94,11 +98,40 @@ def to_yaml(config: Config) -> str:
 
 
 def save_config(config: Config) -> Path:
-    """Write RUN/config.yaml whole or not at all; returns its path. One process of a run calls it."""
+    """Write RUN/config.yaml whole or not at all, with `absolute` paths; returns its path. One process of a run calls
+    it."""
     path = Path(config.run_dir, "config.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, to_yaml(config))
+    replace_text(path, to_yaml(absolute(config)))
     return path
+
+
+def absolute(config: Config) -> Config:
+    """A copy whose paths of data, tokenizer and initial weights hold from any folder; `run_dir` stays as it is."""
+    config = copy.deepcopy(config)
+    for section, key in (("data", "train"), ("data", "validation"), ("data", "tokenizer"), ("model", "initial")):
+        value = getattr(getattr(config, section), key)
+        if isinstance(value, list):
+            value = [{**entry, "path": _absolute(entry["path"])} for entry in value]
+        setattr(getattr(config, section), key, _absolute(value) if isinstance(value, str) else value)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return "::".join(os.path.abspath(os.path.expanduser(part)) for part in path.split("::"))  # `::` joins several
+
+
+def check_own_folder(path: Path, config: Config, overrides: Iterable[str]) -> None:
+    """Raises UserError where `path` is the config.yaml of a run that lies elsewhere than its `run_dir` says: the run
+    was moved, or another folder is meant by the same words here. It would begin anew at the old place."""
+    here = path.absolute().parent
+    if path.name != "config.yaml" or not (here / "checkpoints").is_dir():
+        return
+    if any(override.partition("=")[0].strip() == "run_dir" for override in overrides):
+        return
+    if os.path.realpath(config.run_dir) != os.path.realpath(here):
+        raise UserError(f"{path} is of the run in {here}, but its run_dir is {config.run_dir}; to go on with that run"
+                        f" set run_dir={here}, to begin another one set run_dir to a new folder")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -118,7 +151,20 @@ def keys() -> dict[str, object]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass (the last one would win)."""
+    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass (the last one would win), and
+    numbers that YAML 1.1 takes for octal or counts in sixties, or whose digits it lets `_` divide."""
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        value = self.standard[node.tag](self, node)
+        if _NUMBER.fullmatch(node.value):
+            return value
+        problem = f"{node.value} is {value} to YAML; write {value}, or \"{node.value}\" in quotes where text is meant"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+    standard = {
+        "tag:yaml.org,2002:int": yaml.SafeLoader.construct_yaml_int,
+        "tag:yaml.org,2002:float": yaml.SafeLoader.construct_yaml_float,
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = {}
@@ -130,6 +176,16 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen[key_node.value] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+for _tag in _StrictLoader.standard:
+    _StrictLoader.add_constructor(_tag, _StrictLoader.number)
+
+# What YAML 1.1 and a person read alike; hexadecimal and binary numbers say themselves what they are.
+_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+|0b[01]+|([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+                     r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)")  # fmt: skip
+# Of text that stands for a number: `1e-3` is text to YAML 1.1.
+_DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def _read_yaml(path: Path) -> dict:
@@ -219,11 +275,16 @@ def _coerce(value: object, kind: object, name: str) -> object:
                 return [_source(entry, f"{name}[{position}]") for position, entry in enumerate(value)]
             return [_coerce(entry, item, f"{name}[{position}]") for position, entry in enumerate(value)]
     wanted = " or ".join(_KIND_NAMES[option] for option in _alternatives(kind))
-    raise UserError(f"{name}: {wanted} wanted, found {_describe(value)}")
+    quotes = ""
+    if str in _alternatives(kind) and value is not None and not isinstance(value, list | dict):
+        quotes = "; YAML takes words such as yes, no, on and off, numbers and dates for that: put text in quotes"
+    raise UserError(f"{name}: {wanted} wanted, found {_describe(value)}{quotes}")
 
 
 def _as_float(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
         return None
     try:
         number = float(value)
@@ -247,7 +308,8 @@ def _source(entry: object, name: str) -> dict:
 
 _KIND_NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
-    list[int]: "a list of whole numbers", list[float]: "a list of numbers", list[dict]: "a list of {path, weight}",
+    list[int]: "a list of whole numbers", list[float]: "a list of numbers", list[str]: "a list of names",
+    list[dict]: "a list of {path, weight}",
 }  # fmt: skip
 
 
@@ -259,10 +321,14 @@ def _example(section: str) -> str:
     return next(key for key in keys() if key.startswith(f"{section}."))
 
 
+_shortened = reprlib.Repr()  # a few aliases in a YAML file make a value whose whole text fills the memory
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 60
+
+
 def _describe(value: object) -> str:
     if value is None:
         return "nothing (null)"
-    text = repr(value)
+    text = _shortened.repr(value)
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
             dict: "a mapping"}.get(type(value), type(value).__name__)  # fmt: skip
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"

@@ -151,7 +151,7 @@ class OptimizerConfig:
     """AdamW with a cosine schedule. Biases, norms and tokens do not decay."""
 
     learning_rate: float = 1.5e-4  # at the end of warm-up, as it stands: not scaled by the batch
-    min_learning_rate: float = 0.0  # at the last step
+    min_learning_rate: float = 0.0  # that the cosine falls towards; reached one step after the last
     warmup_steps: int = 0  # linear from 0
     weight_decay: float = 0.05  # decoupled
     beta1: float = 0.9  # decay of the first moment
@@ -168,7 +168,7 @@ class TrainConfig:
 
     steps: int = 1000  # optimizer steps
     validate_every: int = 0  # steps; 0: only after the last step
-    pictures_every: int = 0  # steps; 0: only with the last validation
+    pictures_every: int | None = None  # steps; null: a tenth of the run, at least 100; 0: only after the last step
     compare_replicas_every: int = 100  # steps between comparisons of the parameters that ranks share; 0: never
 
 
@@ -187,7 +187,8 @@ class LogConfig:
     """What is written down while training runs."""
 
     every: int = 10  # steps between console lines and flushes of metrics.jsonl
-    tensorboard: bool = True  # write RUN/tensorboard
+    tensorboard: bool = True  # write RUN/tensorboard; where `trackers` is set, that says it
+    trackers: list[str] | None = None  # of tensorboard and wandb (Weights & Biases); null: what `tensorboard` says
 
 
 @dataclass
@@ -195,7 +196,7 @@ class Config:
     """A run. The sections follow the two keys that belong to none."""
 
     seed: int = 1234  # of initialisation, sample order, crops, flips and masks
-    run_dir: str = "runs/mug"  # holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/, pictures/, log/
+    run_dir: str = "runs/mug"  # holds config.yaml, metrics.jsonl, environment.json, tensorboard/, checkpoints/, log/
     model: ModelConfig = field(default_factory=ModelConfig)
     lm: TowerConfig = field(default_factory=TowerConfig)
     text_tower: TowerConfig = field(default_factory=TowerConfig)

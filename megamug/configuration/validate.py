@@ -7,8 +7,10 @@ The formula for blocks is that of `megamug.models.mug.plan`, which needs torch; 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import sys
 from pathlib import Path
 
 from megamug.configuration import validate_lm, validate_precision
@@ -36,6 +38,7 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     """
     config = resolve(config)
     sizes(config, world_size)
+    trackers(config)
     for check in (files, run_folder, vocabulary) if config.model.kind == "mug" else (validate_lm.files, run_folder):
         check(config)
     if here:
@@ -235,6 +238,18 @@ def pipeline(config: Config, world_size: int) -> None:
         )
 
 
+def trackers(config: Config) -> None:
+    """The package of every tracker that is asked for by name."""
+    log = config.log
+    for name in log.trackers or []:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed here; pip install {name}, or take it out of"
+                            " log.trackers (metrics.jsonl holds the same)")
+    if log.trackers and "tensorboard" in log.trackers and not log.tensorboard:
+        raise UserError("log.tensorboard is false and log.trackers has tensorboard; set log.tensorboard=true, or take"
+                        " it out of log.trackers")
+
+
 def files(config: Config) -> None:
     """Data sets are there and indexed, and the tokenizer is there."""
     data = config.data
@@ -250,11 +265,11 @@ def files(config: Config) -> None:
             raise UserError(f"{key}: {error}") from None
     if config.model.caption_loss_weight > 0 and data.tokenizer is None:
         raise UserError(f"data.tokenizer is not set and model.caption_loss_weight is"
-                        f" {config.model.caption_loss_weight:g}; make one with `python tools/train_tokenizer.py SHARDS"
+                        f" {config.model.caption_loss_weight:g}; make one with `megamug data tokenizer SHARDS"
                         f" --output FILE --vocab-size N`, or set model.caption_loss_weight=0")
     if data.tokenizer is not None and not Path(data.tokenizer).is_file():
         raise UserError(f"data.tokenizer: there is no file {data.tokenizer}; make it with"
-                        f" `python tools/train_tokenizer.py SHARDS --output {data.tokenizer} --vocab-size N`")
+                        f" `megamug data tokenizer SHARDS --output {data.tokenizer} --vocab-size N`")
 
 
 def vocabulary(config: Config) -> None:

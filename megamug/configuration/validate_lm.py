@@ -110,9 +110,9 @@ def files(config: Config) -> None:
     data, tensor = config.data, config.parallel.tensor
     if data.tokenizer is None:
         raise UserError("data.tokenizer is not set; a language model needs a vocabulary folder: python"
-                        " tools/make_vocabulary.py --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER")
+                        " megamug data vocabulary --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER")
     if data.train is None:
-        raise UserError("data.train is not set; give it a folder of tokenised documents (tools/tokenize_documents.py),"
+        raise UserError("data.train is not set; give it a folder of tokenised documents (megamug data documents),"
                         " or a list of {path, weight}")
     from megamug.data.documents.indexed import document_folders, read_header
     from megamug.data.documents.vocabulary import Vocabulary
@@ -150,7 +150,7 @@ def reading(config: Config, run_dir: Path) -> None:
     if config.model.kind != "mug" and config.data.tokenizer is None:
         raise UserError(
             f"data.tokenizer is not set in {run_dir / 'config.yaml'}; write the vocabulary folder of the model there"
-            " (tools/make_vocabulary.py makes one), or convert the model again with --config data.tokenizer=FOLDER"
+            " (megamug data vocabulary makes one), or convert the model again with --config data.tokenizer=FOLDER"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import time
 
 import torch
 
@@ -21,13 +23,17 @@ class StopRequest:
                     save(); break
 
     Schedulers warn before they kill (SLURM: `--signal=USR1@300`; torchrun hands on SIGTERM and waits 30 s). Signals
-    that come while the run is already stopping are ignored with a line.
+    that come while the run is already stopping are ignored with a line, but for a person's patience: the third Ctrl-C
+    ends the process at once with exit code 130. What was last saved is whole, as after any kill.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ENOUGH = 3  # Ctrl-C
+    ONE_PRESS = 0.3  # seconds: a launcher hands on what the terminal has sent to all processes, too
 
     def __init__(self):
         self.requested = False  # by a signal to this process
+        self._presses, self._pressed = 0, -math.inf
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -41,13 +47,20 @@ class StopRequest:
         self._previous.clear()
 
     def _handle(self, number: int, _frame) -> None:
-        name = signal.Signals(number).name
-        if self.requested:
-            line = f"{name}: already stopping; a checkpoint is being written, please wait\n"
+        name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT and now - self._pressed > self.ONE_PRESS:
+            self._presses, self._pressed = self._presses + 1, now
+        if self._presses >= self.ENOUGH:
+            line = f"{name}: ending at once; the same command goes on from what was last saved\n"
+        elif self.requested:
+            line = f"{name}: already stopping; a checkpoint is being written, please wait"
+            line += " (Ctrl-C three times ends at once)\n" if number == signal.SIGINT else "\n"
         else:
             line = f"{name}: stopping after this step, with a checkpoint\n"
         self.requested = True
         os.write(sys.__stderr__.fileno(), line.encode())  # not logging: the handler may interrupt a write to the log
+        if self._presses >= self.ENOUGH:
+            os._exit(128 + signal.SIGINT)  # no exception: it would wait for ranks and threads that may not answer
 
     def agreed(self, group: torch.distributed.ProcessGroup | None = None) -> bool:
         """Whether any rank of `group` was asked to stop. A collective: every rank calls it once a step.

@@ -72,7 +72,9 @@ def run_task(
             return figures
     path = folder / f"{task}.json"
     write_atomically(path, (json.dumps(figures, indent=1) + "\n").encode())
-    lines = [*table(figures), f"figures: {path}", *(f"picture: {picture}" for picture in figures.get("pictures", []))]
+    lines = [*table(figures), f"figures: {path}"]
+    lines += [f"every sample: {figures['results']}"] if "results" in figures else []
+    lines += [*(f"picture: {picture}" for picture in figures.get("pictures", []))]
     print("\n".join(lines), file=sys.stderr)
     return figures
 

@@ -6,6 +6,7 @@ decoder that only knows what captions are like has the same loss with both.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megamug.data.pairs.text import PAD
+from megamug.durable import write_atomically
 from megamug.errors import UserError
 from megamug.generation.captions import all_visible, encode, generate_tokens
 from megamug.generation.pictures import columns, held_out, sample_rows, select
@@ -20,6 +22,7 @@ from megamug.models.mug.model import MugBatch
 from megamug.telemetry.pictures import save_grid
 
 EXAMPLES = 12  # samples listed and shown
+RESULTS = "captioning.jsonl"  # every sample: its true caption and what was written, a line each
 
 
 @dataclass
@@ -36,8 +39,8 @@ class View:
     written: list[str] = field(default_factory=list)
     spare: Tensor | None = None  # the latent [., 1, h] of an image of the batch before
 
-    def add(self, model, tokenizer, batch: MugBatch) -> None:
-        """Counts the pairs of `batch`."""
+    def add(self, model, tokenizer, batch: MugBatch) -> list[dict]:
+        """Counts the pairs of `batch`; returns what was written of each."""
         latent = encode(model, batch)
         other = latent.roll(1, dims=1) if latent.shape[1] > 1 else self.spare
         if other is None:
@@ -50,9 +53,14 @@ class View:
         self.right_tokens += right_tokens(written, true)
         self.tokens += int((true != PAD).sum())
         texts = [tokenizer.decode(row) for row in written.tolist()]
-        self.exact += sum(text == tokenizer.decode(row) for text, row in zip(texts, true.tolist(), strict=True))
+        exact = [text == tokenizer.decode(row) for text, row in zip(texts, true.tolist(), strict=True)]
+        self.exact += sum(exact)
         self.pairs += len(texts)
         self.written += texts[: EXAMPLES - len(self.written)]
+        return [
+            {"caption": text, "exact": same, "right_tokens": right_tokens(written[i : i + 1], true[i : i + 1])}
+            for i, (text, same) in enumerate(zip(texts, exact, strict=True))
+        ]
 
     def figures(self) -> dict:
         loss, other = self.loss / self.tokens, self.other_loss / self.tokens
@@ -64,7 +72,7 @@ class View:
 
 
 def measure(run, samples: int, folder: Path) -> dict:
-    """Figures of at most `samples` held-out pairs, examples, and a picture of them.
+    """Figures of at most `samples` held-out pairs, examples, and a picture of them; FOLDER/captioning.jsonl has all.
 
     `masked`: with the patches hidden that training hides; `all_visible`: with none hidden. In each: `caption_loss` and
     `caption_loss_other_image` in nat a token, the end token included, `gap` between them; of the likeliest captions
@@ -73,11 +81,15 @@ def measure(run, samples: int, folder: Path) -> dict:
     """
     model, plan, tokenizer = run.model, run.task.plan, run.task.tokenizer
     masked, whole = View(plan.visible), View(plan.patches)
-    captions, rows = [], []
+    captions, rows, results = [], [], []
     with torch.inference_mode():
         for batch, true in held_out(run.task, run.world, samples):
-            masked.add(model, tokenizer, batch)
-            whole.add(model, tokenizer, all_visible(batch, plan.patches))
+            seen = masked.add(model, tokenizer, batch)
+            unmasked = whole.add(model, tokenizer, all_visible(batch, plan.patches))
+            for place, caption in enumerate(true):
+                tokens = int((batch.tokens[place, 1:] != PAD).sum())
+                results.append({"sample": len(results), "caption": caption, "tokens": tokens,
+                                "all_visible": unmasked[place], "masked": seen[place]})  # fmt: skip
             missing = EXAMPLES - len(rows)
             if missing > 0:
                 first, start = select(batch, torch.arange(min(missing, len(true)))), len(rows)
@@ -91,10 +103,13 @@ def measure(run, samples: int, folder: Path) -> dict:
         {"caption": true, "all_visible": a, "masked": b}
         for true, a, b in zip(captions, whole.written, masked.written, strict=True)
     ]
+    lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+    write_atomically(folder / RESULTS, lines.encode())
     return {
         "samples": masked.pairs, "tokens": masked.tokens, "patches": plan.patches,
         "units": "losses in nat a token; the other image is the pair before in the batch",
         "masked": masked.figures(), "all_visible": whole.figures(), "examples": examples,
+        "results": str(folder / RESULTS),
         "pictures": [str(save_grid(rows, columns(model), folder / "captioning.png"))],
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megamug.configuration import validate_lm
-from megamug.configuration.reading import load_config, resolve, towers
+from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 from megamug.configuration.shapes import positions_of
 from megamug.data.documents.reading import Picture
@@ -110,10 +110,9 @@ def generate_documents(
 
 
 def _read_config(run_dir: Path) -> Config:
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give run_dir of the configuration")
-    config = resolve(load_config(path))
+    from megamug.generation.loading import read_config
+
+    config = read_config(run_dir)
     if config.model.kind == "mug":
         raise UserError(f"{run_dir} is a run of MUG, which writes no documents; give it pictures with --images")
     if config.model.kind not in WRITERS:

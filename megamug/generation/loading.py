@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megamug.checkpoint import configured
+from megamug.checkpoint import configured, tokenizer_copy
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import stored_shapes
@@ -143,7 +143,12 @@ def find_checkpoint(run_dir: Path, step: int | None) -> tuple[int, Path]:
 
 
 def read_config(run_dir: Path) -> Config:
+    """Of a run folder, resolved; its tokenizer is the copy in there, where there is one. Raises `UserError`."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give run_dir of the configuration")
-    return resolve(load_config(path))
+    config = resolve(load_config(path))
+    own = tokenizer_copy.kept(run_dir)
+    if own is not None and config.data.tokenizer is not None:
+        config.data.tokenizer = str(own)
+    return config

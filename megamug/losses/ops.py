@@ -53,7 +53,8 @@ def libraries() -> Libraries:
 def _load() -> Libraries:
     cpu, cuda = FOLDER / "megamug_cpu.so", FOLDER / "megamug_cuda.so"
     if not cpu.exists():
-        return Libraries(False, False, "the compiled kernels are not built (pip install -e .); torch stands in")
+        return Libraries(False, False, "the compiled kernels are not built (in the checkout of megamug: pip install"
+                         " --no-build-isolation -e .); torch stands in")  # fmt: skip
     try:
         torch.ops.load_library(cpu)
     except OSError as error:  # built for another system or a torch older than 2.10

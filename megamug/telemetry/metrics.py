@@ -1,4 +1,4 @@
-"""One record a step: console, metrics.jsonl and TensorBoard.
+"""One record a step: console, metrics.jsonl and trackers (TensorBoard, Weights & Biases).
 
     step   120/1600 | loss 1.234 | image 0.980 | caption 2.540 | grad norm 0.80 | lr 1.0e-3 | 312 images/s | ...
 
@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 
 from megamug.command_line import console
 from megamug.durable import replace_text
+from megamug.telemetry.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ CONSOLE = (  # key, how the console line says it
     ("lm_loss", "language {:.4g}"),
     ("grad_norm", "grad norm {:.3g}"),
 )
-# Keys of a record that TensorBoard shows under perf/, and their names there; all others are under train/.
+# Keys of a record that trackers show under perf/, and their names there; all others are under train/.
 PERF_TAGS = {"tflops_per_device": "tflops_per_gpu", "mfu": "mfu", "data_wait": "data_wait", "memory": "memory_gib"}
-NOT_IN_TENSORBOARD = ("step", "samples_per_second")
+NOT_TRACKED = ("step", "samples_per_second")
 
 
 class MetricsLogger:
@@ -48,7 +49,9 @@ class MetricsLogger:
     Args:
         run_dir: the run folder.
         log_every: steps between two groups.
-        tensorboard: also write `RUN/tensorboard`; without the package this is said once and left out.
+        trackers: where curves and pictures go as well, see `megamug.telemetry.trackers`; one without its package is
+            said once and left out.
+        settings: of the run, by key, which the trackers show.
         is_writer: whether this rank writes; on the others every method does nothing.
         total_steps: steps of the whole run, for the time left.
         world_size: devices that share the work.
@@ -63,7 +66,7 @@ class MetricsLogger:
         run_dir: str | Path,
         *,
         log_every: int,
-        tensorboard: bool,
+        trackers: Sequence[str],
         is_writer: bool,
         total_steps: int,
         world_size: int,
@@ -72,6 +75,7 @@ class MetricsLogger:
         peak_flops: float | None = None,
         resume_step: int = 0,
         unit: tuple[str, int] = ("images", 1),
+        settings: dict[str, object] | None = None,
     ):
         self.run_dir = Path(run_dir)
         self.log_every = log_every
@@ -83,13 +87,13 @@ class MetricsLogger:
         self.peak_flops = peak_flops
         self.unit = unit
         self._kept: list[tuple[int, dict[str, Any]]] = []
-        self._tensorboard = None
+        self._trackers: Trackers | None = None  # where there is none to feed
         if is_writer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             truncate_metrics(self.run_dir, resume_step)
             self._file = open(self.run_dir / METRICS, "a", encoding="utf-8")
-            if tensorboard:
-                self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard", resume_step)
+            if trackers:
+                self._trackers = Trackers(trackers, self.run_dir, resume_step, settings or {})
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -124,8 +128,8 @@ class MetricsLogger:
         self._file.flush()
         last = records[-1]
         logger.info(console_line(last, self.total_steps, self.world_size, seconds, self.unit))
-        if self._tensorboard is not None:
-            self._to_tensorboard(records, rates)
+        if self._trackers:
+            self._track(records, rates)
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -143,7 +147,7 @@ class MetricsLogger:
             self.restart_clock()
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
-        """Write the result of a validation: a line `{"step": ..., "validation": {...}}`, the console, TensorBoard."""
+        """Write the result of a validation: a line `{"step": ..., "validation": {...}}`, the console, the trackers."""
         if not self.is_writer:
             return
         self.flush()
@@ -153,16 +157,14 @@ class MetricsLogger:
         self._file.flush()
         shown = " | ".join(f"{k.replace('_', ' ')} {v:.4g}" if _is_number(v) else f"{k} {v}" for k, v in host.items())
         logger.info("validation after step %d | %s", step, shown)
-        if self._tensorboard is not None:
-            for name, value in host.items():
-                if _is_number(value):
-                    self._tensorboard.add_scalar(f"validation/{name}", value, step)
-            self._tensorboard.flush()
+        if self._trackers:
+            self._trackers.scalars(step, {f"validation/{name}": v for name, v in host.items() if _is_number(v)})
+            self._trackers.flush()
         self.restart_clock()
 
     def picture(self, step: int, picture: Any, tag: str = "picture") -> None:
-        """Show a picture in TensorBoard: the path of an image file, or an array [height, width, 3] of uint8."""
-        if self._tensorboard is None:
+        """Show a picture in the trackers: the path of an image file, or an array [height, width, 3] of uint8."""
+        if not self._trackers:
             return
         if isinstance(picture, (str, Path)):
             import numpy
@@ -170,8 +172,8 @@ class MetricsLogger:
 
             with Image.open(picture) as image:
                 picture = numpy.asarray(image.convert("RGB"))
-        self._tensorboard.add_image(tag, picture, step, dataformats="HWC")
-        self._tensorboard.flush()
+        self._trackers.picture(step, picture, tag)
+        self._trackers.flush()
 
     def close(self) -> None:
         """Write what is left and close the files. May be called twice."""
@@ -180,9 +182,8 @@ class MetricsLogger:
         self.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._trackers:
+            self._trackers.close()
 
     def _rates(self, seconds: float, data_seconds: float) -> dict[str, float | None]:
         """Rates of a step that took `seconds`, of which it waited `data_seconds` for its batch."""
@@ -196,19 +197,17 @@ class MetricsLogger:
             "memory": _memory_gib(),
         }
 
-    def _to_tensorboard(self, records: list[dict], rates: dict) -> None:
-        for record in records:
-            for name, value in record.items():
-                if name not in rates and name not in NOT_IN_TENSORBOARD and _is_number(value):
-                    self._tensorboard.add_scalar(f"train/{name}", value, record["step"])
-        step = records[-1]["step"]
+    def _track(self, records: list[dict], rates: dict) -> None:
         name, per_sample = self.unit
-        per_device = rates["samples_per_second"] * per_sample / self.world_size
-        self._tensorboard.add_scalar(f"perf/{name}_per_second_per_gpu", per_device, step)
-        for name, tag in PERF_TAGS.items():
-            if rates[name] is not None:
-                self._tensorboard.add_scalar(f"perf/{tag}", rates[name], step)
-        self._tensorboard.flush()
+        perf = {f"perf/{name}_per_second_per_gpu": rates["samples_per_second"] * per_sample / self.world_size}
+        perf |= {f"perf/{tag}": rates[name] for name, tag in PERF_TAGS.items() if rates[name] is not None}
+        for record in records:
+            shown = {
+                f"train/{name}": value for name, value in record.items()
+                if name not in rates and name not in NOT_TRACKED and _is_number(value)
+            }  # fmt: skip
+            self._trackers.scalars(record["step"], shown | (perf if record is records[-1] else {}))
+        self._trackers.flush()
 
 
 def setup_logging(run_dir: str | Path, rank: int) -> Path:
@@ -344,12 +343,3 @@ def _memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-def _open_tensorboard(folder: Path, resume_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        logger.warning("no TensorBoard files: %s. metrics.jsonl holds the same; pip install tensorboard", error)
-        return None
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)

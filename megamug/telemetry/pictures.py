@@ -15,6 +15,7 @@ from megamug.durable import write_atomically
 MARGIN = 8  # pixels around images and text
 TEXT_SIZE = 16
 SMALLEST_SIDE = 192  # smaller images are enlarged by a whole factor
+SCREEN = (1920, 1080)  # width and height of what a page is looked at on
 _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
@@ -55,6 +56,27 @@ def draw_grid(rows: Sequence[PictureRow], columns: Sequence[str]) -> Image.Image
     return page
 
 
+def draw_page(rows: Sequence[PictureRow], columns: Sequence[str]) -> Image.Image:
+    """Grids of the rows side by side, read downwards, as many as make the page largest on a screen: twelve rows in one
+    grid are five times as high as wide."""
+    one = draw_grid(rows, columns)
+
+    def share(across: int) -> float:
+        """What of the page's size is left of it on a screen that shows it whole."""
+        deep = -(-len(rows) // across)
+        return min(SCREEN[0] / (one.width * across), SCREEN[1] / (one.height * deep / len(rows)), 1.0)
+
+    across = max(range(1, len(rows) + 1), key=lambda number: (share(number), -number))
+    if across == 1:
+        return one
+    deep = -(-len(rows) // across)
+    grids = [draw_grid(rows[first : first + deep], columns) for first in range(0, len(rows), deep)]
+    page = Image.new("RGB", (sum(grid.width for grid in grids), max(grid.height for grid in grids)), _PAPER)
+    for number, grid in enumerate(grids):
+        page.paste(grid, (number * one.width, 0))
+    return page
+
+
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """`text` in lines of at most `width` pixels, cut between words, and inside a word only where it is too long."""
     lines = [""]
@@ -69,8 +91,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def save_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -> Path:
-    """Draws the grid into `path` (PNG), whole or not at all; makes its folder. Returns `path`."""
+    """Draws the page into `path` (PNG), whole or not at all; makes its folder. Returns `path`."""
     buffer = io.BytesIO()
-    draw_grid(rows, columns).save(buffer, "PNG")
+    draw_page(rows, columns).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
     return path

@@ -32,14 +32,16 @@ from megamug.training.spikes import SpikeGuard
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
-    """Rate of step `step` (1, 2, ...): linear warm-up, then half a cosine to `min_learning_rate` at the last step.
+    """Rate of step `step` (1, 2, ...): linear warm-up, then half a cosine towards `min_learning_rate`, which it would
+    reach one step after the last: an update of rate 0 would be none.
 
     A pure function of the step: nothing of the schedule needs saving. MAE's schedule, per step.
     """
     peak, low, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     if step <= warmup:
         return peak * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, train.steps - warmup))
+    peaked = max(1, warmup)  # the step of the whole rate
+    progress = min(1.0, (step - peaked) / max(1, train.steps - peaked + 1))
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
-from megamug.configuration.reading import load_config, resolve, save_config
+from megamug.configuration.reading import absolute, load_config, resolve, save_config
 from megamug.configuration.sections import Config
 from megamug.durable import replace_text
 from megamug.errors import UserError
@@ -48,6 +48,12 @@ def choose(config: Config, task, store: CheckpointStore, first: bool) -> Complet
         raise UserError(
             f"run_dir: {run} holds weights alone (converted or fused), which no training can go on from; set run_dir to"
             f" a new folder and model.initial={run}"
+        )
+    if isinstance(contents.get("step"), int) and contents["step"] > config.train.steps:
+        raise UserError(
+            f"train.steps is {config.train.steps}, but {store.root.parent} holds a checkpoint of step"
+            f" {contents['step']}; set train.steps to {contents['step']} or more to go on with it, or run_dir to a new"
+            " folder"
         )
     task.check_resumable(contents)
     return found
@@ -86,7 +92,7 @@ def keep_history(config: Config, step: int) -> None:
     path = Path(config.run_dir, "config.yaml")
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        before, now = (_flat(c) for c in (resolve(load_config(path)), config))
+        before, now = (_flat(absolute(c)) for c in (resolve(load_config(path)), config))
         changed = [f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
         if changed:
             replace_text(path.with_name(f"config-step-{step:08d}.yaml"), text)

@@ -12,13 +12,15 @@ from contextlib import nullcontext
 
 import torch
 
-from megamug.checkpoint import configured
-from megamug.checkpoint.lock import RunLock
+from megamug.checkpoint import configured, tokenizer_copy
 from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
+from megamug.command_line.console import counted
 from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
+from megamug.distributed.lock import RunLock
 from megamug.distributed.stopping import StopRequest
 from megamug.errors import UserError
+from megamug.telemetry import environment, trackers
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
 from megamug.training import adam, replicas, resuming
@@ -51,8 +53,14 @@ def train(config: Config) -> int:
         with Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
             try:
                 world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
-                with StopRequest() as stop, tensor_overlap(config):
-                    return Trainer(config, task, store, found, world, stop, watchdog).run()
+                with StopRequest() as stop, tensor_overlap(config), environment.life(config.run_dir, world) as life:
+                    trainer = Trainer(config, task, store, found, world, stop, watchdog)
+                    life["from_step"] = trainer.step
+                    try:
+                        life["code"] = trainer.run()
+                    finally:
+                        life["to_step"] = trainer.step
+                    return life["code"]
             except UserError as error:
                 logger.error("the run ends: %s", error)
                 return FAILED
@@ -82,6 +90,7 @@ class Trainer:
         found = saver.share(found, world)
         if world.is_first:
             resuming.keep_history(config, 0 if found is None else found[0])
+            tokenizer_copy.keep(config)
         fresh = found is None and config.model.initial is None
         self.chunks = task.build(world, initialised=fresh)
         if found is None and config.model.initial is not None:
@@ -108,7 +117,8 @@ class Trainer:
         self.metrics = MetricsLogger(
             config.run_dir,
             log_every=config.log.every,
-            tensorboard=config.log.tensorboard,
+            trackers=trackers.names(config),
+            settings=trackers.settings(config),
             is_writer=world.is_first,
             total_steps=config.train.steps,
             world_size=world.size,
@@ -121,7 +131,10 @@ class Trainer:
 
     def run(self) -> int:
         config, last = self.config, self.config.train.steps
-        saved, owed = self.step, False
+        pictures_every = config.train.pictures_every
+        if pictures_every is None:
+            pictures_every = max(100, last // 10)
+        saved, owed, begun = self.step, False, self.step
         stopped = False
         try:
             self.metrics.restart_clock()
@@ -148,7 +161,10 @@ class Trainer:
                     saved = self.step
                 if validates:
                     with self.metrics.paused():
-                        self._validate(pictures=done or _due(self.step, config.train.pictures_every))
+                        self._validate()
+                if done or (not stopped and _due(self.step, pictures_every)):
+                    with self.metrics.paused():
+                        self._draw()
             self.saver.wait()
         finally:
             self.loader.close()
@@ -161,6 +177,9 @@ class Trainer:
         if stopped and self.step < last:
             logger.info("stopped on request after step %d; start the same command again to go on", saved)
             return STOPPED
+        if begun == last:
+            logger.info("this run was finished before: set train.steps above %d to go on, run_dir to begin another one,"
+                        " or look at it by: megamug evaluate %s", last, config.run_dir)  # fmt: skip
         logger.info("finished: step %d of %d, run folder %s", self.step, last, config.run_dir)
         return FINISHED
 
@@ -205,8 +224,8 @@ class Trainer:
         weighted = sum(self.task.plan.loss_weights[name] * value for name, value in parts.items())
         return {"loss": weighted, **{f"{name}_loss": value for name, value in parts.items()}}
 
-    def _validate(self, pictures: bool) -> None:
-        """Losses on held-out data, and a picture. Data that cannot be read are told, and training goes on."""
+    def _validate(self) -> None:
+        """Losses on held-out data. Data that cannot be read are told, and training goes on."""
         if self.config.data.validation is None:
             return
         from megamug.training import validation
@@ -220,10 +239,15 @@ class Trainer:
         (losses,) = self._read(sums)
         seconds = time.perf_counter() - started
         self.metrics.validation(self.step, {**losses, "samples": samples, "seconds": seconds})
-        if pictures:
-            picture = self.pictures.draw(self.chunks[0], self.world, self.step)
-            if picture is not None:
-                self.metrics.picture(self.step, picture)
+
+    def _draw(self) -> None:
+        """A picture of held-out pairs, where there are any; a drawing takes no part in training."""
+        if self.config.data.validation is None:
+            return
+        picture = self.pictures.draw(self.chunks[0], self.world, self.step)
+        self.watchdog.beat()
+        if picture is not None:
+            self.metrics.picture(self.step, picture)
 
     def _save(self) -> None:
         self.saver.save(self.step, self.chunks, self.optimizer, {
@@ -276,9 +300,9 @@ class Trainer:
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         stages = str(world.pp_size) + (f" x {len(self.chunks)} virtual" if len(self.chunks) > 1 else "")
         logger.info(
-            "%d process(es): tensor %d%s x pipeline %s x data %d; %s",
-            world.size, world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "", stages,
-            world.dp_size, world.reason,
+            "%s: tensor %d%s x pipeline %s x data %d; %s",
+            counted(world.size, "process"), world.tp_size, " (sequence parallel)" if plan.sequence_parallel else "",
+            stages, world.dp_size, world.reason,
         )  # fmt: skip
         task, how = self.task, "compiled" if self.task.compiled else "not compiled"
         logger.info("layers: %s (%s), %s (%s)", task.spec, task.spec_reason, how, task.compiled_reason)

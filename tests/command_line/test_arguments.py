@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard.tar"))
 
-    monkeypatch.setattr("megamug.data.demo.scenes.make_demo_data", full)
+    monkeypatch.setattr("megamug.commands.demo_data.make_demo_data", full)
     assert refused("make_demo_data", tmp_path / "new") == (
         f"error: {tmp_path / 'shard.tar'}: No space left on device; make room, then repeat the command\n"
     )

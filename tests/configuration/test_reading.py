@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,9 @@ def test_resolving_leaves_its_argument_alone():
         ("optimizer: {clip_grad: 1}", "optimizer.clip_grad", 1.0),
         ("data: {tokenizer: null}", "data.tokenizer", None),
         ("data: {train: shards/*.tar}", "data.train", "shards/*.tar"),
+        ("data: {train: '010'}", "data.train", "010"),
+        ("data: {threads: 0x10}", "data.threads", 16),
+        ("optimizer: {weight_decay: 00.5}", "optimizer.weight_decay", 0.5),
         ("data: {crop_scale: [1, 1e0]}", "data.crop_scale", [1.0, 1.0]),
         ("data: {train: [a, {path: b, weight: 3}]}", "data.train",
          [{"path": "a"}, {"path": "b", "weight": 3.0}]),
@@ -153,6 +157,19 @@ def test_text_overrides_stand_as_they_are(override, value):
         ("? [a]\n: 1", "a key must be a name"),
         ("seed: 2024-99-99", "not YAML"),
         ("seed: \x07", "not YAML"),
+        # each was taken for another number than it says, or for one where none stands
+        ("train:\n  steps: 010", "line 2: 010 is 8 to YAML; write 8, or \"010\" in quotes"),
+        ("train: {steps: -010}", "-010 is -8 to YAML"),
+        ("train: {steps: 1:30}", "1:30 is 90 to YAML; write 90"),
+        ("optimizer: {clip_grad: 1:30.5}", "1:30.5 is 90.5 to YAML"),
+        ("data: {tokenizer: 10:20}", "10:20 is 620 to YAML; write 620, or \"10:20\" in quotes"),
+        ("train: {steps: 1_000}", "1_000 is 1000 to YAML; write 1000"),
+        ("data: {crop_scale: [0_1, 1]}", "0_1 is 1 to YAML"),
+        ("optimizer: {clip_grad: 1_0.5}", "1_0.5 is 10.5 to YAML"),
+        ("optimizer: {clip_grad: 1_0e3}", "a number wanted, found '1_0e3' (text)"),
+        ("optimizer: {clip_grad: '١'}", "a number wanted"),
+        ("data: {tokenizer: no}", "text or null wanted, found False (true or false); YAML takes words such as yes, no"),
+        ("data: {tokenizer: 2024-01-01}", "text or null wanted, found datetime.date(2024, 1, 1) (date); YAML takes"),
     ],
 )
 def test_refused_files(tmp_path, text, said):
@@ -178,6 +195,13 @@ def test_refused_overrides(override, said):
     assert said in message and message.startswith(f"override {override}: ")
 
 
+def test_a_value_that_aliases_made_endless_is_told_in_a_line(tmp_path):
+    """A billion laughs: a few lines whose whole text would be of 9^9 words."""
+    lines = ["a: &a [x]"] + [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghij")]
+    laughs = "model:\n  preset:\n" + "".join(f"    {line}\n" for line in lines)
+    assert len(refusal(written(tmp_path, laughs))) < 400
+
+
 def test_unreadable_files(tmp_path):
     assert "does not exist" in refusal(tmp_path / "absent.yaml")
     assert "cannot be read" in refusal(tmp_path)
@@ -191,7 +215,7 @@ def test_unknown_preset_names_the_nearest():
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    overrides = [f"run_dir={tmp_path / 'run'}", "data.train=[{path: é, weight: 1e-7}]", "optimizer.eps=1e-20"]
+    overrides = [f"run_dir={tmp_path / 'run'}", "data.train=[{path: /é, weight: 1e-7}]", "optimizer.eps=1e-20"]
     config = resolve(load_config(None, overrides))
     path = save_config(config)
     assert path == tmp_path / "run" / "config.yaml"

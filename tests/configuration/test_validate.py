@@ -64,6 +64,25 @@ def refusal(inputs: dict[str, str], overrides: str, world_size: int = 1) -> str:
     return message
 
 
+@pytest.mark.parametrize("key, value, said", [
+    ("train.steps", 2**63, "train.steps(9223372036854775808) must be at most 2147483647"),
+    ("train.steps", -5, "train.steps(-5) must be at least 1"),
+    ("data.threads", 2**31, "data.threads(2147483648) must be at most"),
+    ("run_dir", " ", "run_dir is empty; leave it out, or set run_dir=null where it may be unset"),
+    ("data.tokenizer", "", "data.tokenizer is empty"),
+    ("run_dir", "a\0b", "run_dir: 'a\\x00b' holds a control character"),
+    ("data.train", [{"path": "a"}, {"path": ""}], "data.train is empty"),
+    ("data.train", [{"path": "a\nb"}], "holds a control character"),
+])  # fmt: skip
+def test_values_that_no_key_can_hold(key, value, said):
+    """Of the right type: the first and the last ones ended in tracebacks of C++ and of paths."""
+    config, (section, _, name) = configured({}), key.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, value)
+    with pytest.raises(UserError) as caught:
+        ranges.check_values(config)
+    assert said in str(caught.value)
+
+
 # overrides of the demo model at 64 pixels (64 patches, 16 visible), processes, what the message must hold
 BAD = [
     ("parallel.tensor=2 parallel.pipeline=2 parallel.data=4", 8,

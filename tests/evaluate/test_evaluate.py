@@ -88,7 +88,7 @@ def test_reconstruction_figures(run_dir, capsys):
     assert json.loads((folder / "reconstruction.json").read_text()) == figures
     assert figures["pictures"] == [str(folder / "reconstruction.png")]
     with Image.open(folder / "reconstruction.png") as picture:
-        assert picture.width > 3 * 192 and picture.height > 12 * 192
+        assert picture.width * picture.height > 3 * 192 * 12 * 192 and picture.width > picture.height
     told = capsys.readouterr().err
     assert f"{figures['ratio']:.3f}" in told and str(folder / "reconstruction.json") in told
 
@@ -128,6 +128,13 @@ def test_captioning_figures(run_dir, tmp_path, capsys):
     assert figures["all_visible"]["visible_patches"] == 16 and len(figures["examples"]) == 12
     assert json.loads((tmp_path / "out" / "captioning.json").read_text()) == figures
     assert (tmp_path / "out" / "captioning.png").is_file()
+    results = [json.loads(line) for line in (tmp_path / "out" / "captioning.jsonl").read_text().splitlines()]
+    assert [result["sample"] for result in results] == list(range(figures["samples"]))
+    for view in ("masked", "all_visible"):
+        right = sum(result[view]["right_tokens"] for result in results) / sum(r["tokens"] for r in results)
+        assert right == pytest.approx(figures[view]["token_accuracy"])
+        assert np.mean([result[view]["exact"] for result in results]) == pytest.approx(figures[view]["exact_match"])
+    assert [result["masked"]["caption"] for result in results][:12] == [e["masked"] for e in figures["examples"]]
     assert "captions exactly right" in capsys.readouterr().err
 
 

@@ -17,12 +17,12 @@ VOCABULARY = 32000
 
 
 def mug_options(*overrides: str, preset: str = "vit_b16", batch: int = 64) -> argparse.Namespace:
-    """Of `tools/benchmark.py mug`: MAE."""
+    """Of `megamug benchmark mug`: MAE."""
     return argparse.Namespace(preset=preset, batch=batch, vocabulary=VOCABULARY, overrides=list(overrides))
 
 
 def lm_options(*overrides: str, layers: int = 8, width: int = 1024, batch: int = 8) -> argparse.Namespace:
-    """Of `tools/benchmark.py jam`: LLaMA's block."""
+    """Of `megamug benchmark jam`: LLaMA's block."""
     return argparse.Namespace(
         layers=layers, width=width, heads=width // 64, ffn_width=width * 11 // 4, vocabulary=VOCABULARY, tokens=1024,
         batch=batch, overrides=list(overrides),

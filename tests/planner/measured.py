@@ -4,7 +4,7 @@
     python -m tests.planner.measured --fit      fits FREE to the rows, and prints the constants that it finds
     python -m tests.planner.measured --write    puts figures and constants into the tables of docs/layouts.md
 
-A new figure is a new `Row`; `python tools/benchmark.py` measures them (docs/benchmarks/gpu.md has the commands).
+A new figure is a new `Row`; `megamug benchmark` measures them (docs/benchmarks/gpu.md has the commands).
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Row:
 
 
 def mug(preset: str, batch: int, *overrides: str) -> list[str]:
-    """Of `tools/benchmark.py mug --preset PRESET --batch BATCH OVERRIDES`."""
+    """Of `megamug benchmark mug --preset PRESET --batch BATCH OVERRIDES`."""
     return [f"model.preset={preset}", "model.caption_loss_weight=0", f"data.global_batch_size={batch}", *overrides]
 
 
 def language(kind: str, batch: int, *overrides: str) -> list[str]:
-    """Of `tools/benchmark.py jam --layers 24 --width 2048 --heads 16 --ffn-width 5632 --tokens 2048 --batch BATCH`."""
+    """Of `megamug benchmark jam --layers 24 --width 2048 --heads 16 --ffn-width 5632 --tokens 2048 --batch BATCH`."""
     tower = dict(
         layers=24, width=2048, heads=16, query_groups=16, ffn_width=5632, norm="rmsnorm", activation="swiglu",
         bias=False, positions="rotary", tie_vocabulary=False,

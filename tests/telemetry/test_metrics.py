@@ -17,7 +17,7 @@ from megamug.telemetry.metrics import MetricsLogger, console_line, setup_logging
 
 def make(run_dir, **changes) -> MetricsLogger:
     arguments = dict(
-        log_every=5, tensorboard=False, is_writer=True, total_steps=20, world_size=1, samples_per_step=64,
+        log_every=5, trackers=[], is_writer=True, total_steps=20, world_size=1, samples_per_step=64,
         flops_per_sample=1e9,
     )  # fmt: skip
     return MetricsLogger(run_dir, **{**arguments, **changes})
@@ -146,7 +146,7 @@ def test_not_finite_is_null(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = make(tmp_path, is_writer=False, tensorboard=True, log_every=1)
+    metrics = make(tmp_path, is_writer=False, trackers=["tensorboard"], log_every=1)
     metrics.record(1, values(1))
     metrics.validation(1, {"loss": 1.0})
     metrics.picture(1, numpy.zeros((2, 2, 3), dtype=numpy.uint8))
@@ -171,7 +171,7 @@ def test_console_line():
 
 def test_tensorboard(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
-    metrics = make(tmp_path, tensorboard=True, world_size=2, peak_flops=1e15)
+    metrics = make(tmp_path, trackers=["tensorboard"], world_size=2, peak_flops=1e15)
     for step in range(1, 8):
         metrics.record(step, values(step))
     metrics.validation(7, {"loss": 1.5, "note": "x"})
@@ -184,7 +184,7 @@ def test_tensorboard(tmp_path):
     assert events.Scalars("validation/loss")[0].value == 1.5
     assert set(events.Tags()["images"]) == {"picture", "from file"}
     time.sleep(1.1)  # event files are named by the second
-    metrics = make(tmp_path, tensorboard=True, resume_step=5, log_every=1)
+    metrics = make(tmp_path, trackers=["tensorboard"], resume_step=5, log_every=1)
     metrics.record(6, values(6))
     metrics.close()
     events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -198,7 +198,7 @@ def test_tensorboard(tmp_path):
 
 def test_tensorboard_absent_is_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    metrics = make(tmp_path, tensorboard=True, log_every=1)
+    metrics = make(tmp_path, trackers=["tensorboard"], log_every=1)
     for step in (1, 2):
         metrics.record(step, values(step))
     metrics.picture(2, numpy.zeros((2, 2, 3), dtype=numpy.uint8))

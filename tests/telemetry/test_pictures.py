@@ -52,3 +52,17 @@ def test_a_picture_is_written_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
     with Image.open(path) as image:
         assert (image.format, image.mode, image.width) == ("PNG", "RGB", MARGIN + 192 + MARGIN)
+
+
+def test_a_page_is_as_large_on_a_screen_as_it_can_be(tmp_path):
+    """Twelve samples stood below one another: 704 x 3,710 pixels, of which a screen shows a third."""
+    rows = [PictureRow([noise(3 * r + c, 224) for c in range(3)], ["a ring", "a star"]) for r in range(12)]
+    with Image.open(save_grid(rows, ["original", "visible", "reconstruction"], tmp_path / "grid.png")) as image:
+        page = np.asarray(image)
+    one = draw_grid(rows, ["original", "visible", "reconstruction"])
+    assert page.shape[1] == 3 * one.width and page.shape[0] < 1300 and page.shape[1] / page.shape[0] < 2
+    for number, row in enumerate(rows):  # each once, downwards and then across
+        left = number // 4 * one.width + MARGIN
+        strip = page[:, left : left + 224]
+        found = [t for t in range(page.shape[0] - 223) if np.array_equal(strip[t : t + 224], row.images[0])]
+        assert len(found) == 1 and abs(found[0] - number % 4 * page.shape[0] / 4) < 60

@@ -12,6 +12,7 @@ import torch
 
 from megamug.distributed.stopping import StopRequest
 from megamug.training.resilience import BadStepGuard, TooManyBadSteps, Watchdog
+from tests.distributed.launch import environment
 
 
 def run(script: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
@@ -125,3 +126,37 @@ def test_watchdog_leaves_a_living_process_alone(tmp_path):
             watchdog.beat()
     time.sleep(0.8)  # left: nothing is due any more
     assert (tmp_path / "log").read_text() == ""
+
+
+PATIENT = """
+import sys, time
+from megamug.distributed.stopping import StopRequest
+with StopRequest() as stop:
+    print("begun", flush=True)
+    time.sleep(60)
+    time.sleep(60)
+    time.sleep(60)
+"""
+
+
+def test_the_third_ctrl_c_ends_at_once():
+    """Nothing but a kill ended a run whose last checkpoint hung. What a launcher hands on at the same moment, and other
+    signals, count as none."""
+    process = subprocess.Popen([sys.executable, "-c", PATIENT], env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert process.stdout.readline() == "begun\n"
+        said = []
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, None, signal.SIGINT, None):
+            if number is None:
+                time.sleep(StopRequest.ONE_PRESS + 0.1)
+            else:
+                process.send_signal(number)
+                said.append(process.stderr.readline())
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert "stopping after this step" in said[0] and "Ctrl-C three times ends at once" in said[-1]
+        assert process.stderr.read() == "SIGINT: ending at once; the same command goes on from what was last saved\n"
+    finally:
+        process.kill()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megamug import cli
-from megamug.configuration.reading import to_yaml
+from megamug.configuration.reading import load_config, to_yaml
 from tests.distributed.launch import ROOT, environment
 from tests.evaluate.tiny_run import HELD_OUT, make_data, tiny_config
 from tests.training.runs import checkpoints, consumed, fingerprint, hooked, metrics
@@ -309,3 +309,20 @@ def test_damaged_checkpoints(recipe, straight, tmp_path, damaged, said):
     assert train(recipe, run) == 0
     assert said.format(run=run) in log_of(run)
     assert_same_end(run, straight)
+
+
+def test_a_finished_run_started_again(recipe, straight, tmp_path, capsys):
+    """It says what to do; with fewer steps than it has done it ended with "finished: step 8 of 6" and exit code 0. And
+    its folder, moved, holds all that its evaluation needs, and tells of both of its lives."""
+    run = tmp_path / "run"
+    shutil.copytree(straight / "run", run)
+    assert train(recipe, run) == 0
+    assert f"this run was finished before: set train.steps above {STEPS} to go on" in log_of(run)
+    told = json.loads((run / "environment.json").read_text())["lives"]
+    assert [(life["from_step"], life["to_step"], life["outcome"]) for life in told] == [
+        (0, STEPS, "finished"), (STEPS, STEPS, "finished")]  # fmt: skip
+    capsys.readouterr()
+    assert train(recipe, run, f"train.steps={STEPS - 1}") == 2
+    assert f"train.steps is {STEPS - 1}, but {run} holds a checkpoint of step {STEPS}" in capsys.readouterr().err
+    original = Path(load_config(run / "config.yaml").data.tokenizer)
+    assert original.is_absolute() and (run / "tokenizer.model").read_bytes() == original.read_bytes()

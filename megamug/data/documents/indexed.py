@@ -28,7 +28,7 @@ import numpy as np
 from megamug.command_line.console import import_megatron
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.shards.sources import expand, parse_sets
-from megamug.durable import file_sha256, fsync_folder, write_atomically
+from megamug.durable import as_record, file_sha256, fsync_folder, write_atomically
 from megamug.errors import UserError
 
 DOCUMENTS_VERSION = 2
@@ -56,9 +56,16 @@ class DocumentsHeader:
     index_sha256: str = ""  # of documents.idx
     version: int = DOCUMENTS_VERSION
 
+    def shards(self) -> list[dict]:
+        """What was tokenised, each with its `path`. Raises ValueError where `request` says none of it."""
+        found = self.request.get("shards", [])
+        if not isinstance(found, list):
+            raise ValueError("request: its shards are no list")
+        return found
+
 
 def tokenize_command(shards: str, vocabulary: Path, output: Path | str) -> str:
-    return f"python tools/tokenize_documents.py {shards} --vocabulary {vocabulary} --output {output}"
+    return f"megamug data documents {shards} --vocabulary {vocabulary} --output {output}"
 
 
 class Part:
@@ -153,14 +160,13 @@ def read_header(folder: Path) -> DocumentsHeader:
         checksum = values.pop("checksum", None)
         if values.get("version") != 1 and checksum != _checksum(values):
             raise ValueError("it does not agree with its checksum")
-        header = DocumentsHeader(**values)
-        for name in ("documents", "text_segments", "images", "responses", "tokens", "quarantined", "bytes"):
-            if type(getattr(header, name)) is not int or getattr(header, name) < 0:
-                raise ValueError(f"{name} is {getattr(header, name)!r}")
+        header = as_record(values, DocumentsHeader)
+        if not all(isinstance(x, dict) and isinstance(x.get("path"), str) for x in header.shards()):
+            raise ValueError("request: its shards have no path")
         return header
     except UserError:
         raise
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / MARKER}: broken ({error}); tokenise the documents again") from error
 
 
@@ -260,7 +266,7 @@ class DocumentSet:
         """
         self.folder, self.weight, self.name = Path(folder), weight, str(folder)
         self.header = read_header(self.folder)
-        shards = " ".join(shard["path"] for shard in self.header.request.get("shards", [])) or "SHARDS"
+        shards = " ".join(shard["path"] for shard in self.header.shards()) or "SHARDS"
         again = tokenize_command(shards, vocabulary.folder, "NEW_FOLDER")
         if self.header.vocabulary != vocabulary.fingerprint():
             raise UserError(

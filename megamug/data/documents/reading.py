@@ -1,6 +1,6 @@
 """Documents in tar shards: text and images in turn, read by offset, with a reason for each that cannot be used.
 
-Two kinds of shard. An indexed one (tools/index_shards.py) holds image-caption pairs: a document is the image and its
+Two kinds of shard. An indexed one (megamug data index) holds image-caption pairs: a document is the image and its
 caption. One without an index holds documents; the members of one key (WebDataset: the name up to its first dot) are
   - `KEY.json` with `{"segments": [{"text": "..."}, {"image": "0.jpg"}, ...]}`, the images being members `KEY.0.jpg` of
     the same sample; a segment may have `"role": "prompt"` or `"role": "response"`;
@@ -165,7 +165,7 @@ def _parse(file, sample: Sample, limits: Limits) -> Document:
         return Document(sample.key, [Segment(text=_text(value["text"]))])
     if "txt" in sample.members:
         if any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in sample.members):
-            raise Rejected("an image-caption pair in a shard without index; run tools/index_shards.py on it")
+            raise Rejected("an image-caption pair in a shard without index; run megamug data index on it")
         data = _read(file, sample.members["txt"], TEXT_LIMIT)
         try:
             return Document(sample.key, [Segment(text=_text(data.decode("utf-8").removeprefix("\ufeff")))])

@@ -4,7 +4,7 @@ Ids: text pieces [0, T) as SentencePiece numbers them (padding 0, begin of a doc
 codes [T, T + K), then `<break>` (between text and image), `<eoss>` (end of a masked span), `<mask>` (stands for text in
 unconditional guidance), and the sentinels of masked spans. A vocabulary is a folder: `vocabulary.json`, `text.model`
 and, where it knows images, `image_tokenizer/`. Made by
-tools/make_vocabulary.py (`megamug.models.image_tokenizer.vocabulary`).
+megamug data vocabulary (`megamug.models.image_tokenizer.vocabulary`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from megamug.data.padding import padded_vocabulary
 from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
-from megamug.durable import file_sha256
+from megamug.durable import file_sha256, read_record
 from megamug.errors import UserError
 
 VOCABULARY_VERSION = 1
@@ -61,7 +61,7 @@ class Vocabulary:
     @staticmethod
     def load(folder: str | Path | None) -> Vocabulary:
         """Open a vocabulary folder. Raises `UserError` where it is none, is incomplete, or its files were changed."""
-        remedy = "run: python tools/make_vocabulary.py --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER"
+        remedy = "run: megamug data vocabulary --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER"
         if folder is None:
             raise UserError(f"data.tokenizer is not set; set it to the vocabulary folder of the model, or {remedy}")
         folder = Path(folder)
@@ -70,10 +70,8 @@ class Vocabulary:
         if not (folder / FILE).is_file():
             raise UserError(f"{folder}: no vocabulary in there ({FILE} is missing); {remedy}")
         try:
-            fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            fields["image_grid"] = tuple(fields["image_grid"])
-            spec = VocabularySpec(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+            spec = read_record((folder / FILE).read_bytes(), VocabularySpec)
+        except ValueError as error:
             raise UserError(f"{folder / FILE}: not a vocabulary ({error}); {remedy}") from error
         if spec.version != VOCABULARY_VERSION:
             raise UserError(f"{folder / FILE}: version {spec.version}, this program reads {VOCABULARY_VERSION}")

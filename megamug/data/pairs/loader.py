@@ -138,7 +138,7 @@ class PairLoader:
         assert 0 <= dp_rank < dp_size and prefetch >= 1
         assert train or state is None, "a validation pass always starts at its first sample"
         if need_captions and tokenizer is None:
-            raise UserError("data.tokenizer is not set, but captions are trained on; run tools/train_tokenizer.py")
+            raise UserError("data.tokenizer is not set, but captions are trained on; run megamug data tokenizer")
         if need_images:
             load_dali()  # its absence is told here, not by the background thread
         self.sources, self.tokenizer, self.device = sources, tokenizer, torch.device(device)

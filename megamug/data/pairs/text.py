@@ -10,13 +10,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from megamug.data.shards.sources import Source
 from megamug.durable import write_atomically
 from megamug.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 MAX_TRAINING_CAPTIONS = 2_000_000  # SentencePiece holds them in memory
@@ -39,7 +42,7 @@ class Tokenizer:
         """Raises `UserError` where `path` is not a SentencePiece model with the ids above."""
         self.path = Path(path)
         if not self.path.is_file():
-            command = f"python tools/train_tokenizer.py SHARDS --output {path} --vocab-size 8000"
+            command = f"megamug data tokenizer SHARDS --output {path} --vocab-size 8000"
             raise UserError(f"{path}: no such tokenizer; run: {command}")
         self._model = _sentencepiece().SentencePieceProcessor()
         try:
@@ -83,6 +86,8 @@ class Tokenizer:
         for row, ids in zip(tokens, map(self.encode, captions), strict=True):
             ids = [BOS, *ids, EOS][: caption_length + 1]
             row[: len(ids)] = ids
+        import torch  # a tokenizer is looked at before torch is loaded
+
         return torch.from_numpy(tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:

@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+from megamug.command_line.console import counted
 from megamug.data.dali import load_dali
 from megamug.data.shards.sources import compressed, find_shards
 from megamug.data.shards.tar_members import described
@@ -30,7 +31,7 @@ def index_paths(
         if problem := compressed(shard):
             raise UserError(problem)
         if shard.suffix != ".tar":
-            raise UserError(f"{shard}: not a .tar shard; tools/make_shards.py packs images and captions into shards")
+            raise UserError(f"{shard}: not a .tar shard; megamug data shards packs images and captions into shards")
     progress = Progress("shards", len(shards))
     reports = {}
     work = functools.partial(index_shard, limits=limits)
@@ -59,8 +60,8 @@ def summary(reports: list[ShardReport], shown: int = 20) -> str:
     quarantine = [(report.shard, entry) for report in reports for entry in report.quarantine]
     actions = [report.action for report in reports]
     counts = ", ".join(f"{actions.count(action)} {action}" for action in dict.fromkeys(actions))
-    shards = f"{len(reports)} shard{'s' * (len(reports) != 1)}"
-    lines = [f"{shards} ({counts}): {samples:,} samples, {len(quarantine):,} quarantined"]
+    total = f"{counted(len(reports), 'shard')} ({counts}): {counted(samples, 'sample')}"
+    lines = [f"{total}, {len(quarantine):,} quarantined"]
     for shard, entry in quarantine[:shown]:
         lines.append(f"  {printable(shard)}: {described(entry)}")
     if len(quarantine) > shown:

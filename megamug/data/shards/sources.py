@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import counted
 from megamug.data.shards.index_file import find_index, index_command
 from megamug.data.shards.reading import Shard
 from megamug.errors import UserError
 
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip")  # what people also give
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
 _MOST = 1_000_000  # paths that braces may stand for
 _DECOMPRESS = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
@@ -108,9 +110,12 @@ def _named(text: str) -> list[Path]:
             if (problem := compressed(path)) and not path.with_name(_COMPRESSED.sub(".tar", path.name)).exists():
                 raise UserError(problem)
         if not shards:
-            raise UserError(f"{text}: no .tar shards in there; python tools/make_shards.py packs images into some")
+            raise UserError(f"{text}: no .tar shards in there; megamug data shards packs images into some")
         return shards
     if Path(text).is_file():
+        if Path(text).suffix.lower() in TABLES:
+            raise UserError(f"{text}: not a .tar shard; megamug data shards packs the images that a .tsv of paths and"
+                            " captions names, or a folder of both")
         return [Path(text)]
     if any(character in text for character in "*?["):
         matches = map(Path, glob.glob(text, recursive=True))
@@ -182,5 +187,6 @@ def _open_source(path: str, weight: float | None, verify: bool) -> Source:
     shards = [Shard(shard, verify) for shard in paths]
     starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
     if starts[-1] == 0:
-        raise UserError(f"{path}: no usable sample in {len(shards)} shards; {index_command([path])} lists the reasons")
+        held = counted(len(shards), "shard")
+        raise UserError(f"{path}: no usable sample in {held}; {index_command([path])} lists the reasons")
     return Source(path, shards, weight, starts)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamug.data.dali import WHITE
-from megamug.durable import fsync_folder, replace_text
+from megamug.durable import as_record, fsync_folder, replace_text
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.vq import Codebook
 
@@ -95,7 +95,8 @@ class ImageTokenizerConfig:
 
     @staticmethod
     def from_dict(values: dict, where: str = "image tokenizer") -> ImageTokenizerConfig:
-        """The configuration that `values` (as in config.json) hold. Raises `UserError`: unknown or missing key."""
+        """The configuration that `values` (as in config.json) hold. Raises `UserError`: unknown or missing key, a value
+        of another type."""
         names = [f.name for f in fields(ImageTokenizerConfig)]
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -105,7 +106,10 @@ class ImageTokenizerConfig:
         missing = [name for name in names if name not in values]
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing; all of {', '.join(names)} must be there")
-        return ImageTokenizerConfig(**values)
+        try:
+            return as_record(values, ImageTokenizerConfig)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 class ResidualBlock(nn.Module):
@@ -350,7 +354,7 @@ def read_config(folder: str | Path) -> ImageTokenizerConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; tools/train_image_tokenizer.py makes an image tokenizer") from None
+        raise UserError(f"{path}: no such file; megamug data image-tokenizer makes an image tokenizer") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:

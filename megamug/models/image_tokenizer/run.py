@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamug.command_line.console import counted
 from megamug.command_line.launcher import world_size
 from megamug.data.dali import WHITE
 from megamug.data.order import Cursor
@@ -171,7 +172,7 @@ class _Run:
         c = trainer.config
         self._say(
             f"image tokenizer: {parameters:,} parameters, {c.image_size} pixels a side -> {c.grid} x {c.grid} of "
-            f"{c.codes} codes; {self.size} process(es), {trainer.device}"
+            f"{c.codes} codes; {counted(self.size, 'process')}, {trainer.device}"
         )
         bad, since, started = 0, trainer.step, time.perf_counter()
         while trainer.step < trainer.options.steps:

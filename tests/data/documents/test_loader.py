@@ -139,7 +139,7 @@ def test_another_vocabulary_is_told_with_what_to_run(folders, vocabulary, tmp_pa
     other = tiny_vocabulary(tmp_path, sentinels=9)
     with pytest.raises(UserError) as told:
         open_documents(str(folders[0]), other)
-    wanted = [vocabulary.fingerprint()[:12], other.fingerprint()[:12], "tools/tokenize_documents.py", str(folders[0])]
+    wanted = [vocabulary.fingerprint()[:12], other.fingerprint()[:12], "megamug data documents", str(folders[0])]
     assert all(part in str(told.value) for part in wanted)
 
 
@@ -165,7 +165,7 @@ def test_damaged_folders_are_told(vocabulary, tmp_path):
 
     broken("i", edited(tokens=7), "broken .it does not agree with its checksum")
     broken("j", edited(version=99), "version 99, this program reads 2")
-    broken("k", edited(version=1, bytes=-5), "broken .*bytes is -5")
+    broken("k", edited(version=1, bytes=-5), "broken .*bytes: .*found -5")
     broken("l", lambda f: (f / "documents.json").write_text("[]"), "no JSON object")
 
     def flip(name, place):

@@ -132,7 +132,7 @@ def test_what_is_broken_is_quarantined_with_its_reason(vocabulary, helpers, tmp_
     wanted = {
         "0002": "does not decode", "c": "not JSON", "d": "has no such member", "e": "prompt or response",
         "f": "text is empty", "g": "neither a list", "h": "not a list", "i": "exactly one", "j": "not UTF-8",
-        "k": "index_shards.py", "l": "no .json", "m": "not a JPEG, PNG",
+        "k": "megamug data index", "l": "no .json", "m": "not a JPEG, PNG",
     }  # fmt: skip
     assert set(reasons) == set(wanted) and all(wanted[key] in reasons[key] for key in wanted), reasons
     assert report.header.documents == 1 and report.header.quarantined == len(wanted)

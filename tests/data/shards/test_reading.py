@@ -197,7 +197,7 @@ def test_json_captions_and_names_in_folders(helpers, tmp_path):
 
 def test_index_is_repeatable_and_stale_ones_are_found(helpers, tmp_path):
     path = helpers.write_tar(tmp_path / "x.tar", helpers.good_members(3))
-    with pytest.raises(UserError, match=r"no index.*python tools/index_shards.py"):
+    with pytest.raises(UserError, match=r"no index.*megamug data index"):
         resolve_sources(str(path))
     assert index_shard(path).action == "indexed"
     first = find_index(path).read_bytes()
@@ -249,7 +249,7 @@ def test_summary_and_quarantine_file(helpers, tmp_path):
     path = helpers.write_tar(tmp_path / "x.tar", [*helpers.good_members(1), ("bad.jpg", b"<html>"), ("bad.txt", b"c")])
     reports = index_paths([path], processes=1)
     text = summary(reports)
-    assert "1 samples, 1 quarantined" in text and "bad.jpg: not a JPEG" in text
+    assert text.startswith("1 shard (1 indexed): 1 sample, 1 quarantined") and "bad.jpg: not a JPEG" in text
     write_quarantine(tmp_path / "q.jsonl", reports)
     entry = json.loads((tmp_path / "q.jsonl").read_text())
     assert entry["shard"] == str(path) and entry["member"] == "bad.jpg"

@@ -1,8 +1,7 @@
-"""tools/convert_checkpoint.py and tools/inspect_checkpoint.py as they are called; mistakes end in a sentence."""
+"""`megamug convert` and `megamug inspect` as they are called; mistakes end in a sentence."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -14,6 +13,8 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
+from megamug.commands import convert as convert_command
+from megamug.commands import inspect as inspect_command
 from megamug.configuration.reading import load_config, resolve
 from megamug.convert.conversion import from_megamug
 from megamug.convert.registry import FORMATS
@@ -22,17 +23,7 @@ from megamug.errors import UserError
 from megamug.models.blocks.positions import sincos_positions
 from tests.convert.common import assert_same_bits, tensors_in
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-convert, inspect = tool("convert_checkpoint").main, tool("inspect_checkpoint").main
+convert, inspect = convert_command.main, inspect_command.main
 
 
 def mae(layers: int = 2, width: int = 16) -> dict[str, torch.Tensor]:

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from megamug.checkpoint import lock
+from megamug.distributed import lock
 from megamug.errors import UserError
 from tests.distributed.launch import environment
 
 HOLD = """
 import sys, time
-from megamug.checkpoint.lock import RunLock
+from megamug.distributed.lock import RunLock
 with RunLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

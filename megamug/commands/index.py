@@ -1,0 +1,34 @@
+"""Verify shards and write their indexes: megamug data index PATH...
+
+PATH is a folder of .tar shards, a glob or a shard. Each image is decoded in full; what fails is quarantined with its
+reason and never trained on. Shards that are up to date cost nothing, so repeat this after any change. An index lies
+beside its shard; where that folder is read-only, under $MEGAMUG_INDEX_DIRECTORY (default: ~/.cache/megamug/index).
+"""
+
+from __future__ import annotations
+
+from megamug.command_line.arguments import COUNT, Parser, Range, new_file, number
+from megamug.data.shards.indexing import check_usable, index_paths, summary, write_quarantine
+from megamug.data.shards.verify import LARGEST, Limits
+
+
+def main(argv: list[str], prog: str | None = None) -> None:
+    parser = Parser(prog, description=__doc__)
+    limits = Limits()
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="a folder of .tar shards, a glob or a shard")
+    parser.add_argument("--processes", type=COUNT, help="shards verified at the same time (default: one per core)")
+    parser.add_argument("--quarantine", type=new_file, metavar="FILE", help="write the quarantine list as JSON lines")
+    parser.add_argument("--max-pixels", type=number(int, Range(1, LARGEST)), default=limits.pixels,
+                        help="of an image (default %(default)s)")  # fmt: skip
+    parser.add_argument("--max-pixels-per-byte", type=COUNT, default=limits.pixels_per_byte,
+                        help="of its file, in images above a million pixels (default %(default)s)")  # fmt: skip
+    parser.add_argument("--max-caption-bytes", type=COUNT, default=limits.caption_bytes, help="(default %(default)s)")
+    args = parser.parse_args(argv)
+    chosen = Limits(
+        pixels=args.max_pixels, pixels_per_byte=args.max_pixels_per_byte, caption_bytes=args.max_caption_bytes
+    )
+    reports = index_paths(args.paths, limits=chosen, processes=args.processes)
+    if args.quarantine:
+        write_quarantine(args.quarantine, reports)
+    print(summary(reports))
+    check_usable(reports)
