@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megamug.command_line import console
-from megamug.durable import replace_text
+from megamug.durable import disk_words, free_words, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class MetricsLogger:
         self.unit = unit
         self._kept: list[tuple[int, dict[str, Any]]] = []
         self._tensorboard = None
+        self._told_full = False
         if is_writer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             truncate_metrics(self.run_dir, resume_step)
@@ -120,12 +121,12 @@ class MetricsLogger:
         rates = self._rates(seconds, sum(record.pop("data_seconds", 0.0) for record in records) / len(records))
         for record in records:
             record.update(rates)
-            self._file.write(_json_line(record))
-        self._file.flush()
+        self._to_file(*records)
         last = records[-1]
         logger.info(console_line(last, self.total_steps, self.world_size, seconds, self.unit))
         if self._tensorboard is not None:
-            self._to_tensorboard(records, rates)
+            with self._tensorboard_may_fail():
+                self._to_tensorboard(records, rates)
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -136,7 +137,7 @@ class MetricsLogger:
         """
         self.flush()
         if self.is_writer:
-            os.fsync(self._file.fileno())
+            self._to_file(durable=True)
         try:
             yield
         finally:
@@ -149,15 +150,15 @@ class MetricsLogger:
         self.flush()
         (host,) = _to_host([(step, values)])
         del host["step"]
-        self._file.write(_json_line({"step": step, "validation": host}))
-        self._file.flush()
+        self._to_file({"step": step, "validation": host})
         shown = " | ".join(f"{k.replace('_', ' ')} {v:.4g}" if _is_number(v) else f"{k} {v}" for k, v in host.items())
         logger.info("validation after step %d | %s", step, shown)
         if self._tensorboard is not None:
-            for name, value in host.items():
-                if _is_number(value):
-                    self._tensorboard.add_scalar(f"validation/{name}", value, step)
-            self._tensorboard.flush()
+            with self._tensorboard_may_fail():
+                for name, value in host.items():
+                    if _is_number(value):
+                        self._tensorboard.add_scalar(f"validation/{name}", value, step)
+                self._tensorboard.flush()
         self.restart_clock()
 
     def picture(self, step: int, picture: Any, tag: str = "picture") -> None:
@@ -170,19 +171,46 @@ class MetricsLogger:
 
             with Image.open(picture) as image:
                 picture = numpy.asarray(image.convert("RGB"))
-        self._tensorboard.add_image(tag, picture, step, dataformats="HWC")
-        self._tensorboard.flush()
+        with self._tensorboard_may_fail():
+            self._tensorboard.add_image(tag, picture, step, dataformats="HWC")
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Write what is left and close the files. May be called twice."""
         if not self.is_writer or self._file.closed:
             return
         self.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._to_file(durable=True)
+        with contextlib.suppress(OSError):  # told by then
+            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._tensorboard_may_fail():
+                self._tensorboard.close()
             self._tensorboard = None
+
+    def _to_file(self, *records: dict, durable: bool = False) -> None:
+        """Appends the records, and fsyncs if `durable`. On a full disk they stay in the file's buffer, which the next
+        call tries again: a line of figures is no reason to end a run whose next checkpoint may find room."""
+        try:
+            for record in records:
+                self._file.write(_json_line(record))
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            if not self._told_full:
+                logger.warning("%s: %s; %s. Its lines are kept until there is room", self.run_dir / METRICS,
+                               disk_words(error), free_words(self.run_dir))  # fmt: skip
+            self._told_full = True
+
+    @contextlib.contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Its files are for looking at: where they cannot be written, training goes on without."""
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            logger.warning("no more TensorBoard files: %s; %s", disk_words(error), free_words(self.run_dir))
 
     def _rates(self, seconds: float, data_seconds: float) -> dict[str, float | None]:
         """Rates of a step that took `seconds`, of which it waited `data_seconds` for its batch."""
@@ -220,7 +248,7 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
     """
     path = Path(run_dir) / "log" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _LogFile(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler(sys.stdout)
     screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
@@ -238,6 +266,21 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
     logging.captureWarnings(True)
     console.to_file(file)
     return path
+
+
+class _LogFile(logging.FileHandler):
+    """That a line could not be written is said once, and not with a traceback for each."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            folder = Path(self.baseFilename).parent
+            sys.stderr.write(f"{self.baseFilename}: {disk_words(error)}; {free_words(folder)}\n")
 
 
 def truncate_metrics(run_dir: Path, step: int) -> None:
