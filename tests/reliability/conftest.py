@@ -15,6 +15,7 @@ from tests.distributed.launch import ROOT, environment, launch_forked
 from tests.reliability.recipe import STEPS, make_recipe
 from tests.training.runs import fingerprint
 
+LOGGED = str(ROOT / "tests" / "training" / "runs.py")
 WORKER = str(ROOT / "tests" / "reliability" / "faulty.py")
 
 
@@ -35,6 +36,11 @@ class Runs:
     def ranks(self, run: Path, processes: int, *overrides: str, faults: list[dict] = (), timeout: float = 120.0):
         """[(exit code, output)] of each rank."""
         return launch_forked(self.words(run, *overrides, faults=faults), processes, timeout)
+
+    def logged(self, run: Path, ids: Path, processes: int, *overrides: str, **hooks) -> list[tuple[int, str]]:
+        """As `ranks`, with each rank's samples written to `ids` and the hooks of tests/training/runs.py."""
+        words = [LOGGED, json.dumps({"ids": str(ids), **hooks}), "train", str(self.recipe), f"run_dir={run}"]
+        return launch_forked([*words, *overrides], processes, 120.0)
 
     def torchrun(self, run: Path, processes: int, *overrides: str, faults: list[dict] = (), restarts: int = 2):
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),

@@ -8,9 +8,10 @@ ranks hold alike); just before the update: `nan_gradient`, `spike` (gradients ti
 under torchrun (TORCHELASTIC_RESTART_COUNT).
 
 Further kinds: `terminate` (SIGTERM to itself), `full` (no file may grow beyond `bytes`, as on a full disk), `room`
-(there is again), `full_lock` (no room for the lock of the run folder), `remove` (the file `path`), `replace` (the file
-`path` by the file `with`), `children` (writes this process's children into the file `path`), `no_space` (the system
-says that the disk is full).
+(there is again), `no_space` (the system says that the disk is full), `full_lock` (no room for the lock of the run
+folder), `sleep` (for `seconds`), `pause` (SIGSTOP, and SIGCONT after `seconds`), `absent` (this rank ends before it
+meets the others), `held_out` (held-out data cannot be read from now on, on this rank), `remove` (the file `path`),
+`replace` (the file `path` by the file `with`), `children` (writes this process's children into the file `path`).
 
 With `at`, it happens not before a step but at a point of the save of `step`: `begin`, `shards` (before this rank's part
 is written), `written` (after it), `metadata` (before what describes all parts), `commit`, `pointer` (before it moves),
@@ -27,7 +28,9 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,6 +45,20 @@ def _act(fault: dict, trainer=None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     elif kind == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
+    elif kind == "sleep":
+        time.sleep(fault["seconds"])
+    elif kind == "pause":
+        subprocess.Popen(["sh", "-c", f"sleep {fault['seconds']}; kill -CONT {os.getpid()}"], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "held_out":
+        loader_of = trainer.task.loader
+
+        def loader(world, train, **options):
+            if not train:
+                raise OSError(errno.EIO, "Input/output error", "held-out")
+            return loader_of(world, train, **options)
+
+        trainer.task.loader = loader
     elif kind == "room":
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     elif kind == "no_space":
@@ -208,7 +225,10 @@ def main() -> int:
 
     os.setpgid(0, 0)
     print("faulty", os.getpid(), os.environ.get("MASTER_PORT", ""), flush=True)
-    with hooked(json.loads(sys.argv[1])):
+    faults = json.loads(sys.argv[1])
+    if any(f["kind"] == "absent" and f["rank"] == int(os.environ.get("RANK", 0)) for f in faults):
+        return 9
+    with hooked(faults):
         return main(sys.argv[2:])
 
 
