@@ -3,9 +3,11 @@ the hash of a file, and records in JSON whose every value is of its type."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import types
 import typing
 from collections.abc import Iterator
@@ -25,6 +27,39 @@ def folder_problem(path: Path) -> str | None:
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} is not writable by this user"
     return None
+
+
+def disk_words(error: Exception) -> str:
+    """What went wrong as a file was written, in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if isinstance(error.filename, (str, Path)) else "")
+    lines = str(error).splitlines()
+    # torch's zip writer finds out at its end that the system took less than it was given, and says this much.
+    cut = any(word in str(error) for word in ("unexpected pos", "PytorchStreamWriter", "inline_container"))
+    return "a file was cut short" if cut else (lines[0][:300] if lines else type(error).__name__)
+
+
+def free_words(path: Path) -> str:
+    """How much room there is where `path` lies or shall lie: `3.2 MB of 1.0 GB are free in runs/mug`."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return f"{_bytes(usage.free)} of {_bytes(usage.total)} are free in {path} (a quota may leave less)"
+
+
+def _bytes(number: int) -> str:
+    """1234567 -> 1.2 MB"""
+    for power, unit in enumerate(("B", "kB", "MB", "GB")):
+        if number < 1000 ** (power + 1):
+            return f"{number} B" if power == 0 else f"{number / 1000**power:.1f} {unit}"
+    return f"{number / 1000**4:.1f} TB"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room: of the disk, of a quota, or of what one file may hold."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fsync_folder(path: Path) -> None:

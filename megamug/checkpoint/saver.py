@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from megamug.checkpoint import state
-from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
+from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint, NotSaved
+from megamug.durable import disk_words, free_words
 
 logger = logging.getLogger(__name__)
+details = logging.getLogger("details.checkpoint")  # to the log file alone
 
 STATE = "state.json"
 
@@ -37,30 +40,62 @@ class Saver:
         self.pending: _Pending | None = None
 
     def save(self, step: int, chunks: list[torch.nn.Module], optimizer, contents: dict) -> None:
-        """Starts (and, unless asynchronous, ends) the checkpoint of `step`. `contents` becomes `state.json`."""
+        """Starts (and, unless asynchronous, ends) the checkpoint of `step`. `contents` becomes `state.json`.
+
+        Raises NotSaved on all ranks where one could not write, here or in `poll` or `wait`.
+        """
         self.wait()
-        on_first(self.world, lambda: self._begin(step, contents))
+        self._together(step, lambda: self._begin(step, contents), first_only=True)
         with record_function("checkpoint: gather"):
             tensors = state.sharded_state(chunks, optimizer, self.world)
         folder = self.store.partial_path(step) / "model"
-        if not self.asynchronous:
-            with record_function("checkpoint: write"):
-                state.save_tensors(tensors, folder)
-            self._commit(step)
+        if self.asynchronous:
+            with record_function("checkpoint: copy to the host"):
+                tensors = _copied(tensors)
+        writing = state.TensorWrite(tensors, folder)
+        if self.asynchronous:
+            self.pending = _Pending(step, writing)
+            self.pending.thread.start()
             return
-        with record_function("checkpoint: copy to the host"):
-            tensors = _copied(tensors)
-        self.pending = _Pending(step, state.TensorWrite(tensors, folder))
-        self.pending.thread.start()
+        with record_function("checkpoint: write"):
+            self._together(step, writing.write)
+            self._together(step, writing.finish)
+        self._commit(step)
 
     def _begin(self, step: int, contents: dict) -> None:
         (self.store.begin(step) / STATE).write_text(json.dumps(contents, indent=1))
 
     def _commit(self, step: int) -> None:
-        dist.barrier()  # all have written
         with record_function("checkpoint: hash, fsync, rename"):
-            path = on_first(self.world, lambda: str(self.store.commit(step)))
-        logger.info("checkpoint saved: %s", path)
+            self._together(step, lambda: self.store.commit(step), first_only=True)
+        logger.info("checkpoint saved: %s", self.store.path(step))
+
+    def _together(self, step: int, action: Callable[[], object], first_only: bool = False) -> None:
+        """Runs `action` on all ranks, or on rank 0 alone; where it fails on one, NotSaved is raised on every one: a
+        rank that went on would wait for the others for ever."""
+        problem = None
+        if self.world.is_first or not first_only:
+            try:
+                action()
+            except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError of a file that was cut short
+                problem = disk_words(error)
+                details.warning("checkpoint of step %d: the error in full", step, exc_info=error)
+        told = [problem]
+        if self.world.size > 1:
+            told = [None] * self.world.size
+            dist.all_gather_object(told, problem)
+        problems: dict[str, list[str]] = {}
+        for rank, words in enumerate(told):
+            if words is not None:
+                problems.setdefault(words, []).append(str(rank))
+        if not problems:
+            return
+        root = self.store.root
+        said = "; ".join(f"rank {', '.join(ranks)}: {words}" for words, ranks in problems.items())
+        sentence = f"the checkpoint of step {step} could not be written: {said}; {free_words(root)}"
+        if self.world.is_first:
+            self.store.abandon(step)
+        raise NotSaved(f"{sentence}. Make room, then start the same command again")
 
     def poll(self) -> None:
         if self.pending is None:
@@ -76,8 +111,8 @@ class Saver:
             return
         pending, self.pending = self.pending, None
         pending.thread.join()
-        dist.barrier()
-        pending.writing.finish()
+        self._together(pending.step, pending.outcome)
+        self._together(pending.step, pending.writing.finish)
         self._commit(pending.step)
 
 
@@ -87,12 +122,18 @@ class _Pending:
     def __init__(self, step: int, writing: state.TensorWrite):
         self.step, self.writing = step, writing
         self.thread = threading.Thread(target=self._write, name="megamug-checkpoint")
+        self._error: Exception | None = None
 
     def _write(self) -> None:
         try:
             self.writing.write()
-        except Exception:
-            logger.exception("checkpoint of step %d: this rank could not write its part", self.step)  # `finish` raises
+        except Exception as error:  # of the main thread, when it asks
+            self._error = error
+
+    def outcome(self) -> None:
+        """Raises what `TensorWrite.write` raised in the thread."""
+        if self._error is not None:
+            raise self._error
 
 
 def _copied(tensors: dict) -> dict:

@@ -11,17 +11,18 @@ import dataclasses
 import inspect
 import queue
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megamug.checkpoint.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.checkpoint.guarded import guarded_loading
@@ -113,20 +114,25 @@ class TensorWrite:
             # Megatron's own is in a helper process, so that its writer may be another process. Ours is not, and a
             # signal to all processes of a job, as schedulers send it, must not end what the last save needs.
             filesystem_async._results_queue = queue.Queue()
+        self._errors: list[Exception] = []  # of what rank 0 writes for all
         options = {"validate_access_integrity": True, "async_sharded_save": True}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # Megatron-core above 0.16
             options["async_strategy"] = "mcore"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.request = dist_checkpointing.save(state, str(folder), ("torch_dist", 1), **options)
+            with _kept(self._errors):
+                self.request = dist_checkpointing.save(state, str(folder), ("torch_dist", 1), **options)
 
     def write(self) -> None:
-        """Writes this rank's part. An error in it is raised by `finish`, on all ranks.
+        """Writes this rank's part. Raises OSError or RuntimeError where it cannot, on this rank alone: then no rank may
+        call `finish`.
 
         In threads of this process: one that Megatron forked would outlive a rank that is killed, and keep what it
         inherited, the port that ranks meet at among it. The file system takes the time, and the interpreter's lock is
         free meanwhile.
         """
+        if self._errors:
+            raise self._errors[0]
         request = self.request
         if request.async_fn is None:  # nothing to write on this rank
             return
@@ -146,16 +152,48 @@ class TensorWrite:
             list(pool.map(write_bucket, range(len(buckets))))
         found = dict(written.get() for _ in buckets)
         failed = next((outcome for outcome in found.values() if isinstance(outcome, Exception)), None)
-        results.put(found if failed is None else failed)
+        if failed is not None:
+            raise failed
+        results.put(found)
 
     def finish(self) -> None:
-        """Writes what describes all parts. A collective. Raises RuntimeError on all ranks if one could not write."""
-        try:
+        """Writes what describes all parts. A collective. Raises OSError or RuntimeError on rank 0 if it cannot."""
+        with _kept(self._errors):
             for finalize in self.request.finalize_fns:
                 finalize()
-        except CheckpointException as error:  # not an Exception
-            failures = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
-            raise RuntimeError(f"the checkpoint could not be written: {failures} (see log/rank-N.log)") from error
+        if self._errors:
+            raise self._errors[0]
+
+
+@contextmanager
+def _kept(errors: list[Exception]) -> Iterator[None]:
+    """Inside, a file that Megatron has rank 0 alone write fails into `errors`, between two collectives: raised there,
+    it would leave the other ranks waiting."""
+
+    def quiet(write):
+        def wrapped(*arguments, **options):
+            try:
+                return write(*arguments, **options)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        return wrapped
+
+    originals = [(owner, name, getattr(owner, name)) for owner, name in _BY_RANK_0]
+    for owner, name, write in originals:
+        setattr(owner, name, quiet(write))
+    try:
+        yield
+    finally:
+        for owner, name, write in originals:
+            setattr(owner, name, write)
+
+
+_BY_RANK_0 = (
+    (common.TorchCommonSaveStrategy, "save_common"),
+    (filesystem_async.FileSystemWriterAsync, "finish"),
+    (serialization, "save_config"),
+)
 
 
 def save_tensors(state: dict, folder: Path) -> None:

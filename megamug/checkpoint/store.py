@@ -40,6 +40,10 @@ HASH_THREADS = 8  # hashlib releases the GIL
 BLOCK_BYTES = 4 << 20
 
 
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written: a full disk, most often. One sentence, the same on all ranks."""
+
+
 class CompleteCheckpoint(NamedTuple):
     """The checkpoint to resume from, and a sentence that says why this one."""
 
@@ -120,6 +124,10 @@ class CheckpointStore:
             shutil.rmtree(replaced)
         self._retain()
         return final
+
+    def abandon(self, step: int) -> None:
+        """Gives back the room of a temporary folder that could not be filled (rank 0 only)."""
+        shutil.rmtree(self.partial_path(step), ignore_errors=True)
 
     def newest_complete(self) -> CompleteCheckpoint | None:
         """The newest checkpoint whose every byte agrees with its manifest, or None where there is none.

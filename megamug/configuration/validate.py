@@ -291,17 +291,24 @@ def vocabulary(config: Config) -> None:
 
 
 def run_folder(config: Config) -> None:
-    """RUN can be written, and holds no run of another model."""
+    """RUN can be written, and holds no run of another model, nor one that computes another thing from its weights."""
     run = Path(config.run_dir)
     if problem := folder_problem(run):
         raise UserError(f"run_dir: {problem}; set run_dir to another folder")
     written = run / "config.yaml"
     if written.exists() and any((run / "checkpoints").glob("step-*")):
-        before, now = model_identity(resolve(load_config(written))), model_identity(config)
+        saved = resolve(load_config(written))
+        before, now = model_identity(saved), model_identity(config)
         for key in now:
             if before.get(key) != now[key]:
                 raise UserError(f"run_dir: {run} holds checkpoints of another model: {key} was {before.get(key)} and is"
                                 f" now {now[key]}; set run_dir to a new folder, or {key} as it was")
+        before, now = meaning(saved), meaning(config)
+        for key in now:
+            if before[key] != now[key]:
+                raise UserError(f"run_dir: {run} holds checkpoints whose loss or function is another: {key} was"
+                                f" {before[key]} and is now {now[key]}; set {key} as it was, or run_dir to a new folder"
+                                f" and model.initial={run} to start from these weights")
 
 
 def devices(config: Config) -> None:
@@ -345,3 +352,15 @@ def model_identity(config: Config) -> dict[str, object]:
         "data.caption_length": config.data.caption_length if model.caption_loss_weight > 0 else None,
     }
     return found | {f"model.{name}": getattr(model, name) for name in sizes}
+
+
+def meaning(config: Config) -> dict[str, object]:
+    """What the same weights compute something else under, or are trained for something else: a run that went on with
+    another value would have one curve of two losses. New runs may start from its weights (`model.initial`)."""
+    model, data = config.model, config.data
+    if model.kind != "mug":
+        return validate_lm.meaning(config)
+    found = {"model.layer_norm_eps": model.layer_norm_eps, "data.mean": data.mean, "data.std": data.std}
+    if model.image_loss_weight > 0:
+        found["model.norm_pix_loss"] = model.norm_pix_loss
+    return found

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megamug.command_line import console
-from megamug.durable import replace_text
+from megamug.durable import disk_words, free_words, replace_text
 from megamug.telemetry.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ class MetricsLogger:
         self.unit = unit
         self._kept: list[tuple[int, dict[str, Any]]] = []
         self._trackers: Trackers | None = None  # where there is none to feed
+        self._told_full = False
         if is_writer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             truncate_metrics(self.run_dir, resume_step)
@@ -124,8 +125,7 @@ class MetricsLogger:
         rates = self._rates(seconds, sum(record.pop("data_seconds", 0.0) for record in records) / len(records))
         for record in records:
             record.update(rates)
-            self._file.write(_json_line(record))
-        self._file.flush()
+        self._to_file(*records)
         last = records[-1]
         logger.info(console_line(last, self.total_steps, self.world_size, seconds, self.unit))
         if self._trackers:
@@ -140,7 +140,7 @@ class MetricsLogger:
         """
         self.flush()
         if self.is_writer:
-            os.fsync(self._file.fileno())
+            self._to_file(durable=True)
         try:
             yield
         finally:
@@ -153,8 +153,7 @@ class MetricsLogger:
         self.flush()
         (host,) = _to_host([(step, values)])
         del host["step"]
-        self._file.write(_json_line({"step": step, "validation": host}))
-        self._file.flush()
+        self._to_file({"step": step, "validation": host})
         shown = " | ".join(f"{k.replace('_', ' ')} {v:.4g}" if _is_number(v) else f"{k} {v}" for k, v in host.items())
         logger.info("validation after step %d | %s", step, shown)
         if self._trackers:
@@ -180,10 +179,26 @@ class MetricsLogger:
         if not self.is_writer or self._file.closed:
             return
         self.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._to_file(durable=True)
+        with contextlib.suppress(OSError):  # told by then
+            self._file.close()
         if self._trackers:
             self._trackers.close()
+
+    def _to_file(self, *records: dict, durable: bool = False) -> None:
+        """Appends the records, and fsyncs if `durable`. On a full disk they stay in the file's buffer, which the next
+        call tries again: a line of figures is no reason to end a run whose next checkpoint may find room."""
+        try:
+            for record in records:
+                self._file.write(_json_line(record))
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            if not self._told_full:
+                logger.warning("%s: %s; %s. Its lines are kept until there is room", self.run_dir / METRICS,
+                               disk_words(error), free_words(self.run_dir))  # fmt: skip
+            self._told_full = True
 
     def _rates(self, seconds: float, data_seconds: float) -> dict[str, float | None]:
         """Rates of a step that took `seconds`, of which it waited `data_seconds` for its batch."""
@@ -219,7 +234,7 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
     """
     path = Path(run_dir) / "log" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _LogFile(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler(sys.stdout)
     screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
@@ -237,6 +252,21 @@ def setup_logging(run_dir: str | Path, rank: int) -> Path:
     logging.captureWarnings(True)
     console.to_file(file)
     return path
+
+
+class _LogFile(logging.FileHandler):
+    """That a line could not be written is said once, and not with a traceback for each."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            folder = Path(self.baseFilename).parent
+            sys.stderr.write(f"{self.baseFilename}: {disk_words(error)}; {free_words(folder)}\n")
 
 
 def truncate_metrics(run_dir: Path, step: int) -> None:

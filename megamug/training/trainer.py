@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 
@@ -19,13 +19,12 @@ from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
 from megamug.distributed.lock import RunLock
 from megamug.distributed.stopping import StopRequest
-from megamug.errors import UserError
+from megamug.distributed.tensor_overlap import tensor_overlap
 from megamug.telemetry import environment, trackers
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
-from megamug.training import adam, replicas, resuming
+from megamug.training import adam, endings, replicas, resuming
 from megamug.training.resilience import BadStepGuard, Watchdog
-from megamug.training.tensor_overlap import tensor_overlap
 
 logger = logging.getLogger(__name__)
 
@@ -45,30 +44,34 @@ def train(config: Config) -> int:
     task.check_data()
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
     rank = resuming.rank_of_this_process()
-    with RunLock(config.run_dir) if rank == 0 else nullcontext():
-        log_path = setup_logging(config.run_dir, rank)
-        found = resuming.choose(config, task, store, first=rank == 0)
-        if found is None and config.model.initial is not None:
-            initial.check(config, task)
-        with Watchdog(60 * config.parallel.timeout_minutes, log_path) as watchdog:
-            try:
-                world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
-                with StopRequest() as stop, tensor_overlap(config), environment.life(config.run_dir, world) as life:
-                    trainer = Trainer(config, task, store, found, world, stop, watchdog)
-                    life["from_step"] = trainer.step
-                    try:
-                        life["code"] = trainer.run()
-                    finally:
-                        life["to_step"] = trainer.step
-                    return life["code"]
-            except UserError as error:
-                logger.error("the run ends: %s", error)
-                return FAILED
-            except Exception:
-                logger.exception("the run ends with an error")
+    with ExitStack() as stack:
+        with endings.before_the_start(config.run_dir):
+            if rank == 0:
+                stack.enter_context(RunLock(config.run_dir))
+            log_path = setup_logging(config.run_dir, rank)
+            found = resuming.choose(config, task, store, first=rank == 0)
+            if found is None and config.model.initial is not None:
+                initial.check(config, task)
+            watchdog = stack.enter_context(Watchdog(60 * config.parallel.timeout_minutes, log_path))
+        try:
+            world = setup.start(config.parallel, config.seed, task.plan.vocabulary_stages)
+            with StopRequest() as stop, tensor_overlap(config), environment.life(config.run_dir, world) as life:
+                trainer = Trainer(config, task, store, found, world, stop, watchdog)
+                life["from_step"] = trainer.step
+                try:
+                    life["code"] = trainer.run()
+                finally:
+                    life["to_step"] = trainer.step
+                return life["code"]
+        except Exception as error:
+            told = endings.in_a_sentence(error, config.run_dir, log_path)
+            endings.keep_traceback(error)
+            if told is None:
                 raise
-            finally:
-                setup.stop()
+            logger.error("the run ends: %s", told)
+            return FAILED
+        finally:
+            setup.stop()
 
 
 class Trainer:

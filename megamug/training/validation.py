@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamug.training.pipeline import bare, reduce_losses, run_batch
 
-logger = logging.getLogger(__name__)
+details = logging.getLogger("details.validation")  # to the log file alone; the trainer says it in a line
 
 
 class DataFailed(RuntimeError):
@@ -52,7 +52,7 @@ def _together(read: Callable, world) -> object:
         result = read()
     except Exception as error:  # of whatever kind: no rank may leave the others waiting
         problem = error
-        logger.error("held-out data could not be read", exc_info=True)
+        details.warning("held-out data could not be read", exc_info=error)
     failed = torch.tensor(0 if problem is None else world.rank + 1, device=world.device)
     if world.size > 1:
         dist.all_reduce(failed, dist.ReduceOp.MAX)

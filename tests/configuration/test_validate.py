@@ -245,6 +245,21 @@ def test_run_folder_of_another_model(inputs, tmp_path):
     validate.validate(configured(inputs, *(here + "parallel.tensor=2 parallel.pipeline=2").split()), 4)  # moved
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ("model.norm_pix_loss=false", "model.norm_pix_loss was True and is now False"),
+    ("model.layer_norm_eps=1e-5", "model.layer_norm_eps was 1e-06 and is now 1e-05"),
+    ("data.mean=[0.5,0.5,0.5]", "data.mean was [0.485, 0.456, 0.406] and is now [0.5, 0.5, 0.5]"),
+    ("data.std=[0.5,0.5,0.5]", "data.std was [0.229, 0.224, 0.225] and is now [0.5, 0.5, 0.5]"),
+])  # fmt: skip
+def test_run_folder_whose_weights_would_mean_something_else(inputs, tmp_path, change, said):
+    save_config(resolve(configured(inputs, f"run_dir={tmp_path}")))
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    told = refusal(inputs, f"run_dir={tmp_path} {change}")
+    assert f"holds checkpoints whose loss or function is another: {said}; set" in told
+    assert f"run_dir to a new folder and model.initial={tmp_path} to start from these weights" in told
+    validate.validate(configured(inputs, f"run_dir={tmp_path / 'new'}", change), 1)
+
+
 def test_more_processes_than_gpus(inputs, monkeypatch):
     import torch
 

@@ -146,3 +146,15 @@ def test_block_counts_are_those_of_the_models():
     for kind, plan in ((LM, LmPlan), (JAM + "image_tower.layers=9", JamPlan)):
         config = resolve(load_config(None, kind.split()))
         assert validate.block_count(config) == len(plan(config, 300).blocks)
+
+
+@pytest.mark.parametrize(("model", "change", "said"), [
+    (LM, "lm.norm_eps=1e-3", "lm.norm_eps was 1e-05 and is now 0.001"),
+    (LM, "data.loss_on=text", "data.loss_on was all and is now text"),
+    (JAM, "image_tower.norm_eps=1e-3", "image_tower.norm_eps was 1e-05 and is now 0.001"),
+])  # fmt: skip
+def test_run_folder_whose_weights_would_mean_something_else(inputs, tmp_path, model, change, said):
+    save_config(resolve(configured(inputs, f"{model}run_dir={tmp_path}")))
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    told = refusal(inputs, f"{model}run_dir={tmp_path} {change}")
+    assert f"holds checkpoints whose loss or function is another: {said}; set" in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.reliability.conftest import STEPS
+from tests.reliability.recipe import STEPS
 from tests.training.runs import fingerprint
 
 

@@ -273,10 +273,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_last_on
 
     monkeypatch.setattr(state.TensorWrite, "write", full)
     run = killed_after(4, straight, tmp_path / "run")
-    error = RuntimeError if asynchronous == "true" else OSError
-    with pytest.raises(error, match="No space left|the checkpoint could not be written: rank 0: "):
-        train(recipe, run, "checkpoint.every=2", f"checkpoint.asynchronous={asynchronous}")
-    assert "No space left on device" in log_of(run) and "the run ends with an error" in log_of(run)
+    assert train(recipe, run, "checkpoint.every=2", f"checkpoint.asynchronous={asynchronous}") == 1
+    said = "the run ends: the checkpoint of step 6 could not be written: rank 0: No space left on device"
+    assert said in log_of(run) and "the run ends with an error" in log_of(run)
     assert (run / "checkpoints" / "latest").read_text() == "step-00000004\n"
     monkeypatch.undo()
     assert train(recipe, run) == 0

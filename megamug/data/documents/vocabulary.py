@@ -19,7 +19,7 @@ import numpy as np
 
 from megamug.data.padding import padded_vocabulary
 from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
-from megamug.durable import file_sha256, read_record
+from megamug.durable import read_record
 from megamug.errors import UserError
 
 VOCABULARY_VERSION = 1
@@ -76,7 +76,7 @@ class Vocabulary:
         if spec.version != VOCABULARY_VERSION:
             raise UserError(f"{folder / FILE}: version {spec.version}, this program reads {VOCABULARY_VERSION}")
         text = Tokenizer(folder / TEXT_MODEL)
-        found = file_sha256(folder / TEXT_MODEL)
+        found = text.sha256
         if (text.vocab_size, found) != (spec.text_pieces, spec.text_sha256):
             raise UserError(
                 f"{folder / TEXT_MODEL}: another model (SHA-256 {found[:12]}) than the vocabulary was made of "

@@ -7,6 +7,7 @@ gives back to the byte what was encoded. (One that was made elsewhere may normal
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,7 +47,9 @@ class Tokenizer:
             raise UserError(f"{path}: no such tokenizer; run: {command}")
         self._model = _sentencepiece().SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(self.path.read_bytes())
+            read = self.path.read_bytes()
+            self.sha256 = hashlib.sha256(read).hexdigest()  # of what is used, whatever becomes of the file
+            self._model.LoadFromSerializedProto(read)
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from error
         ids = (self._model.pad_id(), self._model.bos_id(), self._model.eos_id(), self._model.unk_id())

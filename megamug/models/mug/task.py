@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
@@ -14,7 +12,6 @@ from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks
 from megamug.data.shards.sources import resolve_sources
-from megamug.durable import file_sha256
 from megamug.models.mug.model import PAD, Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
 from megamug.models.task import Task
@@ -63,9 +60,7 @@ class MugTask(Task):
         return order_of(resolve_sources(self.config.data.train), self.config.seed)
 
     def identity(self) -> dict:
-        tokenizer = None
-        if self.tokenizer is not None:
-            tokenizer = file_sha256(Path(self.config.data.tokenizer))[:16]
+        tokenizer = None if self.tokenizer is None else self.tokenizer.sha256[:16]
         return {"data.tokenizer": tokenizer, "precision.dtype": self.config.precision.dtype}
 
     def batch(self, pairs: PairBatch) -> MugBatch:

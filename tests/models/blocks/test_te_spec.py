@@ -123,7 +123,7 @@ from megamug.distributed import cpu_backend
 cpu_backend.apply()
 from transformer_engine.pytorch.module import base
 from megamug.configuration.reading import load_config, resolve
-from megamug.training.tensor_overlap import tensor_overlap
+from megamug.distributed.tensor_overlap import tensor_overlap
 signature, calls = inspect.signature(base.initialize_ub), []
 base.initialize_ub = lambda *a, **k: calls.append(signature.bind(*a, **k).arguments)
 base.destroy_ub = lambda: calls.append("gone")
