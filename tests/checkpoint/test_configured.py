@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from megamug.checkpoint import configured, initial
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
+from megamug.commands import convert
 from megamug.configuration.reading import load_config, resolve, to_yaml
 from megamug.convert.conversion import from_megamug, read_configuration
 from megamug.convert.registry import FORMATS
@@ -41,13 +41,6 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def readers(run: Path, folder: Path):
     """Everything that reads a run."""
     def generate():
@@ -64,7 +57,7 @@ def readers(run: Path, folder: Path):
 
     return {
         "export": lambda: from_megamug(FORMATS["timm"], run, folder / "out"),
-        "convert": lambda: tool("convert_checkpoint")(
+        "convert": lambda: convert.main(
             ["--from", "megamug", "--to", "megamug", str(run), str(folder / "copy")]),
         "generate, evaluate": generate,
         "model.initial": lambda: initial.check(config, Task()),
@@ -76,7 +69,7 @@ def test_a_whole_configuration_is_read_without_a_word(run, tmp_path, capsys):
     for name, read in readers(run, tmp_path).items():
         read()
         assert "config.yaml" not in capsys.readouterr().out, name
-    assert tool("inspect_checkpoint")([str(run)]) == 0
+    assert inspect.main([str(run)]) == 0
     assert "configuration: as in config.yaml" in capsys.readouterr().out
 
 
@@ -99,7 +92,7 @@ def test_a_configuration_that_was_cut_or_changed_is_refused_wherever_a_run_is_re
             read()
             pytest.fail(name)
     assert not (tmp_path / "out").exists() and not (tmp_path / "copy").exists()
-    assert tool("inspect_checkpoint")([str(run)]) == 1
+    assert inspect.main([str(run)]) == 1
     assert "configuration: " in capsys.readouterr().out
 
 

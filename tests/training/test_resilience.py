@@ -78,8 +78,8 @@ HANGING = {
     "sleep": "def hang():\n    time.sleep(60)",
     # gloo: rank 0 of two waits for a rank that never comes to the barrier
     "collective": """
+import threading, torch.distributed as dist
 def hang():
-    import threading, torch.distributed as dist
     store = dist.HashStore()
     def other():
         group = dist.distributed_c10d.ProcessGroupGloo(store, 1, 2)
@@ -89,7 +89,7 @@ def hang():
     group.barrier().wait()
 """,
     # a C call that keeps the GIL, so that no other Python thread runs
-    "GIL": "def hang():\n    import ctypes\n    ctypes.PyDLL(None).sleep(60)",
+    "GIL": "import ctypes\ndef hang():\n    ctypes.PyDLL(None).sleep(60)",
 }
 WATCHED = """
 import sys, time

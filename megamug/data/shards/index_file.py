@@ -60,7 +60,7 @@ class IndexHeader:
 
 
 def index_command(paths: list) -> str:
-    return "python tools/index_shards.py " + " ".join(str(p) for p in paths)
+    return "megamug data index " + " ".join(str(p) for p in paths)
 
 
 def index_candidates(shard: Path) -> list[Path]:

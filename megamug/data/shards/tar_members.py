@@ -30,7 +30,7 @@ class Member:
     name: str
     offset: int
     size: int
-    source: str | None = None  # what the user calls it, where it was packed by tools/make_shards.py
+    source: str | None = None  # what the user calls it, where `megamug data shards` packed it
 
 
 @dataclass
@@ -157,7 +157,7 @@ def scan(path: Path) -> TarContents:
             continue
         reason = (
             f"a key ends at the first dot of the file name, so this is {extension!r} of the key "
-            f"{key.rpartition('/')[2]!r}; give it a name with one dot (make_shards.py does)"
+            f"{key.rpartition('/')[2]!r}; give it a name with one dot (megamug data shards does)"
         )
         contents.quarantine.append(problem(key, name, reason))
     for key, image in images.items():

@@ -209,7 +209,7 @@ def test_index_is_repeatable_and_stale_ones_are_found(helpers, tmp_path):
     assert index_shard(path, Limits(pixels=100)).action == "indexed"  # other limits
     assert len(Shard(path)) == 0
     helpers.write_tar(path, helpers.good_members(4))  # other contents
-    with pytest.raises(UserError, match=r"stale index.*python tools/index_shards.py"):
+    with pytest.raises(UserError, match=r"stale index.*megamug data index"):
         resolve_sources(str(path))
     assert index_shard(path).action == "indexed" and len(Shard(path)) == 4
     index = find_index(path)
