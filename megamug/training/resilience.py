@@ -1,4 +1,4 @@
-"""Skipping bad steps, and ending a run that hangs."""
+"""Skipping bad steps, ending a run that hangs, and what is said of one that ends before its last step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from megamug.checkpoint.store import NotSaved
+from megamug.durable import disk_words, free_words, is_full
+from megamug.errors import UserError
+
 logger = logging.getLogger(__name__)
+details = logging.getLogger("details.training")  # to the log file alone
+
+# What gloo and NCCL say where the process at the other end is gone.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 class TooManyBadSteps(RuntimeError):
@@ -121,3 +131,31 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)
         os._exit(self.EXIT_CODE)
+
+
+@contextmanager
+def before_the_start(run_dir: str) -> Iterator[None]:
+    """Inside, a full disk is a UserError: nothing has been begun."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise UserError(f"run_dir: {disk_words(error)}; {free_words(Path(run_dir))}; make room, or set run_dir to"
+                        " another folder") from error  # fmt: skip
+
+
+def in_a_sentence(error: Exception, run_dir: str, log_path: Path) -> str | None:
+    """What a reader of the console is told of `error`; None for what nobody foresaw, which wants its traceback."""
+    if isinstance(error, UserError | NotSaved):
+        return str(error)
+    if is_full(error):
+        return f"{disk_words(error)}; {free_words(Path(run_dir))}. Make room, then start the same command again"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE):
+        return f"another rank is gone; what it said last is in {log_path.parent}, by rank"
+    return None
+
+
+def keep_traceback(error: Exception) -> None:
+    """In the log file of this rank."""
+    details.warning("the run ends with an error", exc_info=error)

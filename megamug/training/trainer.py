@@ -23,8 +23,14 @@ from megamug.distributed.tensor_overlap import tensor_overlap
 from megamug.telemetry import environment, trackers
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
-from megamug.training import adam, endings, replicas, resuming
-from megamug.training.resilience import BadStepGuard, Watchdog
+from megamug.training import adam, replicas, resuming
+from megamug.training.resilience import (
+    BadStepGuard,
+    Watchdog,
+    before_the_start,
+    in_a_sentence,
+    keep_traceback,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +51,7 @@ def train(config: Config) -> int:
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
     rank = resuming.rank_of_this_process()
     with ExitStack() as stack:
-        with endings.before_the_start(config.run_dir):
+        with before_the_start(config.run_dir):
             if rank == 0:
                 stack.enter_context(RunLock(config.run_dir))
             log_path = setup_logging(config.run_dir, rank)
@@ -64,8 +70,8 @@ def train(config: Config) -> int:
                     life["to_step"] = trainer.step
                 return life["code"]
         except Exception as error:
-            told = endings.in_a_sentence(error, config.run_dir, log_path)
-            endings.keep_traceback(error)
+            told = in_a_sentence(error, config.run_dir, log_path)
+            keep_traceback(error)
             if told is None:
                 raise
             logger.error("the run ends: %s", told)

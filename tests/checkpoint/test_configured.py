@@ -11,7 +11,7 @@ import torch
 
 from megamug.checkpoint import configured, initial
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
-from megamug.commands import convert
+from megamug.commands import convert, inspect
 from megamug.configuration.reading import load_config, resolve, to_yaml
 from megamug.convert.conversion import from_megamug, read_configuration
 from megamug.convert.registry import FORMATS

@@ -223,7 +223,8 @@ def _save_hooked(faults: list[dict]) -> Iterator[None]:
 def main() -> int:
     from megamug.cli import main
 
-    os.setpgid(0, 0)
+    if os.getsid(0) != os.getpid():  # torchrun has made each rank the leader of a session
+        os.setpgid(0, 0)
     print("faulty", os.getpid(), os.environ.get("MASTER_PORT", ""), flush=True)
     faults = json.loads(sys.argv[1])
     if any(f["kind"] == "absent" and f["rank"] == int(os.environ.get("RANK", 0)) for f in faults):

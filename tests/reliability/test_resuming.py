@@ -97,10 +97,9 @@ def test_t9_a_stopped_rank_is_noticed_within_the_limit_and_the_others_print_thei
     began = time.monotonic()
     faults = [{"kind": "pause", "rank": 1, "step": 5, "seconds": 25}]
     results = runs.ranks(tmp_path / "run", 2, "parallel.timeout_minutes=0.1", faults=faults)
-    assert results[0][0] == 1 and results[1][0] != 0, results
+    assert [code for code, _ in results] == [1, 1], results
     log = (tmp_path / "run" / "log" / "rank-0.log").read_text()
-    assert "watchdog: no step was finished for" in log or "the run ends" in log, log[-3000:]
-    assert "most recent call first" in log or "Traceback" in log  # where it hung
+    assert "watchdog: no step was finished for" in log and "in totals" in log, log[-3000:]  # where it waited
     assert time.monotonic() - began < 60
     assert traces(results) == []
 
@@ -112,7 +111,7 @@ def test_t9_a_rank_that_never_arrives_ends_the_others_within_the_limit(runs, tmp
     assert [code for code, _ in results] == [1, 9], results
     assert time.monotonic() - began < 30
     log = (tmp_path / "run" / "log" / "rank-0.log").read_text()
-    assert "in start" in log, log[-3000:]  # the stack of setup.start
+    assert "watchdog: no step was finished for" in log and "in start" in log, log[-3000:]  # in setup.start
 
 
 def test_t12_two_one_and_four_replicas_take_the_one_order_in_turn(runs, recipe, tmp_path):
