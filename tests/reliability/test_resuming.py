@@ -95,7 +95,7 @@ def test_t2_a_checkpoint_of_one_layout_goes_on_under_any_other(runs, tmp_path):
 
 def test_t9_a_stopped_rank_is_noticed_within_the_limit_and_the_others_print_their_stacks(runs, tmp_path):
     began = time.monotonic()
-    faults = [{"kind": "pause", "rank": 1, "step": 5, "seconds": 25}]
+    faults = [{"kind": "pause", "rank": 1, "step": 5, "seconds": 14}]
     results = runs.ranks(tmp_path / "run", 2, "parallel.timeout_minutes=0.1", faults=faults)
     assert [code for code, _ in results] == [1, 1], results
     log = (tmp_path / "run" / "log" / "rank-0.log").read_text()
