@@ -189,11 +189,9 @@ def _kept(errors: list[Exception]) -> Iterator[None]:
             setattr(owner, name, write)
 
 
-_BY_RANK_0 = (
-    (common.TorchCommonSaveStrategy, "save_common"),
-    (filesystem_async.FileSystemWriterAsync, "finish"),
-    (serialization, "save_config"),
-)
+_BY_RANK_0 = [(filesystem_async.FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+if hasattr(common, "TorchCommonSaveStrategy"):  # Megatron-core 0.16; later ones write no file of their own for it
+    _BY_RANK_0.append((common.TorchCommonSaveStrategy, "save_common"))
 
 
 def save_tensors(state: dict, folder: Path) -> None:

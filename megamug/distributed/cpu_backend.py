@@ -204,6 +204,9 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
         "save": "async_sharded_save=True returns the request and writes nothing; async_strategy (above 0.16) `mcore` "
         "is Megatron's own writer",
     },
+    "megatron.core.dist_checkpointing.core": {
+        "save_config": "writes metadata.json and communicates with nobody",
+    },
     "megatron.core.dist_checkpointing.strategies.torch": {
         "TorchDistSaveShardedStrategy.async_save": "plans on all ranks; finalize_fns gather the results and write "
         ".metadata",
@@ -215,6 +218,7 @@ MEGATRON_SOURCES: dict[str, dict[str, str]] = {
         "function is partial, the transforms its first argument",
         "FileSystemWriterAsync.write_preloaded_data": "writes one bucket and puts (its number, results or an "
         "exception) into the first queue, whatever happens; takes one item from the second",
+        "FileSystemWriterAsync.finish": "writes .metadata, on rank 0 alone, and communicates with nobody",
         "FileSystemWriterAsync.retrieve_write_results": "raises what a writer could not write",
     },
 }
