@@ -20,6 +20,7 @@ from megamug.distributed import cpu_backend, setup
 from megamug.distributed.lock import RunLock
 from megamug.distributed.stopping import StopRequest
 from megamug.distributed.tensor_overlap import tensor_overlap
+from megamug.errors import UserError
 from megamug.telemetry import environment, trackers
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
@@ -253,7 +254,11 @@ class Trainer:
         """A picture of held-out pairs, where there are any; a drawing takes no part in training."""
         if self.config.data.validation is None:
             return
-        picture = self.pictures.draw(self.chunks[0], self.world, self.step)
+        try:
+            picture = self.pictures.draw(self.chunks[0], self.world, self.step)
+        except (UserError, OSError, RuntimeError) as error:  # drawn by one rank alone, for which nobody waits
+            logger.error("no picture after step %d: %s; training goes on", self.step, error)
+            return
         self.watchdog.beat()
         if picture is not None:
             self.metrics.picture(self.step, picture)
