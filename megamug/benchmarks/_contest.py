@@ -176,6 +176,7 @@ class Worker:
         command += [module, name, dtype, json.dumps(plain)]
         root = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        self.name = name
         # A group of this session: if this process is killed, the system sends its halted members HUP and CONT.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, process_group=0
@@ -194,7 +195,9 @@ class Worker:
         for text in self.process.stdout:
             if text.startswith("ANSWER "):
                 return json.loads(text[7:])
-        raise RuntimeError("a contestant of the benchmark ended with an error, see above")
+        code = self.process.wait()
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}, see above"
+        raise RuntimeError(f"the contestant {self.name} of the benchmark {how}")
 
     def _ask(self, *words: str | None) -> dict:
         os.killpg(self.process.pid, signal.SIGCONT)

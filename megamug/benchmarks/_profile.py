@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from megamug.data import spans
+
 # The first part whose pattern a name matches. Those above the line are looked for in the whole chain of operators
 # (an addition in the backward of a norm is the norm's), those below it in the innermost names first.
 AROUND = (
@@ -64,29 +66,30 @@ def profile(
 ) -> dict:
     """Runs `step` once to warm the profiler up and `STEPS` times under it; writes FOLDER/NAME.trace.json.
 
-    `ranges`: the parts are the ranges (`torch.profiler.record_function`) whose names begin so, and not operators.
+    `ranges`: the parts are the spans (`megamug.data.spans`, of all threads) whose names begin so, and not operators.
 
     Returns {"trace": path, "step_seconds": of one step while profiled, "parts": [{"part", "seconds" (of one step),
     "share", "largest": {operator or kernel: seconds}}, ...]}, largest part first.
     """
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # Ranges may be those of other threads, such as the loader's; a step is what its own thread does.
-    all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=ranges is not None)
-    with torch.profiler.profile(activities=activities, experimental_config=all_threads):
-        step()
-        synchronize()
-    with torch.profiler.profile(activities=activities, experimental_config=all_threads) as profiler:
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        synchronize()
-        wall = (time.perf_counter() - start) / STEPS
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"{name.replace(' ', '-')}.trace.json"
-    profiler.export_chrome_trace(str(trace))
-    events = profiler.events()
-    parts = _ranges(events, ranges) if ranges else _parts(events, on_gpu) or _parts(events, False)
+    if ranges:
+        step()
+        with spans.listen() as found:
+            wall = _wall(step, synchronize)
+        spans.write_trace(found, trace)
+        parts = _ranges(found, ranges)
+    else:
+        on_gpu = torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with torch.profiler.profile(activities=activities):
+            step()
+            synchronize()
+        with torch.profiler.profile(activities=activities) as profiler:
+            wall = _wall(step, synchronize)
+        profiler.export_chrome_trace(str(trace))
+        events = profiler.events()
+        parts = _parts(events, on_gpu) or _parts(events, False)
     rest = wall - sum(sum(found.values()) for found in parts.values())
     if rest > 0:
         parts[OUTSIDE] = {OUTSIDE: rest}
@@ -98,6 +101,15 @@ def profile(
         for part, found in parts.items()
     ]  # fmt: skip
     return {"trace": str(trace), "step_seconds": wall, "parts": sorted(rows, key=lambda row: -row["seconds"])}
+
+
+def _wall(step: Callable[[], object], synchronize: Callable[[], None]) -> float:
+    """Seconds of one of `STEPS` steps."""
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    synchronize()
+    return (time.perf_counter() - start) / STEPS
 
 
 def _parts(events, on_gpu: bool) -> dict[str, dict[str, float]]:
@@ -115,11 +127,11 @@ def _parts(events, on_gpu: bool) -> dict[str, dict[str, float]]:
     return parts
 
 
-def _ranges(events, prefix: str) -> dict[str, dict[str, float]]:
+def _ranges(found: list[spans.Span], prefix: str) -> dict[str, dict[str, float]]:
     parts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for event in events:
-        if event.name.startswith(prefix) and event.device_type == torch.autograd.DeviceType.CPU:
-            parts[event.name.removeprefix(prefix)][event.name] += event.cpu_time_total / 1e6 / STEPS
+    for name, _, start, end in found:
+        if name.startswith(prefix):
+            parts[name.removeprefix(prefix)][name] += (end - start) / 1e9 / STEPS
     return parts
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.profiler import record_function
 
 from megamug.data.dali import WHITE, CropDecoder, load_dali
 from megamug.data.order import Cursor, GlobalOrder
@@ -28,6 +27,7 @@ from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import uniform
 from megamug.data.shards.reading import OpenShards
 from megamug.data.shards.sources import Source
+from megamug.data.spans import span
 from megamug.errors import UserError, printable
 
 log = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class PairLoader:
         captions: list[str] = []
         with ThreadPoolExecutor(1, "megamug-reader") as reader:  # reads the next chunk while this one is decoded
             for (samples, rows), found in _one_ahead(reader, self._read_chunk, self._chunks(start, part, step), shards):
-                with record_function("loader: wait for bytes"):
+                with span("loader: wait for bytes"):
                     read = found.result()
                 for position, outcome in enumerate(read):
                     if isinstance(outcome, Exception):
@@ -253,7 +253,7 @@ class PairLoader:
     def _chunks(self, start: int, part: int, step: int) -> Iterator[tuple[_Samples, slice]]:
         """This rank's samples of the global batches from `start` on, `step` at a time, until asked to stop."""
         while not self._stop.is_set() and (self.total_samples is None or start < self.total_samples):
-            with record_function("loader: order"):
+            with span("loader: order"):
                 samples = self._samples(start, part)
             for first in range(0, part, step):
                 yield samples, slice(first, min(first + step, part))
@@ -282,7 +282,7 @@ class PairLoader:
         if self.need_images:
             images = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
         if self.need_captions:
-            with record_function("loader: tokens"):
+            with span("loader: tokens"):
                 tokens = self.tokenizer.encode_batch(captions, self.caption_length).to(self.device)
         self._served += part
         micro_batches = []
@@ -303,7 +303,7 @@ class PairLoader:
     def _read_chunk(self, chunk: tuple[_Samples, slice], shards: OpenShards) -> list[tuple | Exception]:
         """(image bytes, caption, (width, height)) of each sample, or why it cannot be read. Changes nothing."""
         samples, rows = chunk
-        with record_function("loader: bytes (ahead)"):
+        with span("loader: bytes (ahead)"):
             return [self._read(samples, row, shards) for row in range(rows.start, rows.stop)]
 
     def _read(self, samples: _Samples, row: int, shards: OpenShards) -> tuple | Exception:
@@ -332,7 +332,7 @@ class PairLoader:
     ) -> torch.Tensor:
         """Images uint8 [n, 3, S, S]. A sample that does not decode is replaced, in `samples`, `read`, `captions`."""
         views = self._views(samples, rows, read)
-        with record_function("loader: decode and resize"):
+        with span("loader: decode and resize"):
             pixels, failed = decode_or_none(decoder, [r[0] for r in read], *views)
         while failed:
             for position, reason in failed.items():
@@ -354,7 +354,7 @@ class PairLoader:
         widths, heights = np.array([r[2] for r in read]).T
         if not self.train:
             return centre_squares(widths, heights), np.zeros(len(read), bool)
-        with record_function("loader: crops"):
+        with span("loader: crops"):
             epochs, unique = samples.epochs[rows], self.order.unique(samples.sources[rows], samples.indices[rows])
             regions = random_resized_crops(self.seed, epochs, unique, widths, heights, self.crop_scale)
             flips = random_flips(self.seed, epochs, unique) if self.flip else np.zeros(len(read), bool)
