@@ -13,9 +13,9 @@ from pathlib import Path
 import yaml
 
 from megamug.configuration.ranges import get
-from megamug.configuration.reading import keys, load_config, resolve, towers
+from megamug.configuration.reading import keys, load_config, resolve
 from megamug.configuration.sections import Config
-from megamug.configuration.validate import model_identity
+from megamug.configuration.validate import function, model_identity
 from megamug.errors import UserError
 
 KEY = "configuration"  # of state.json
@@ -26,8 +26,6 @@ ELSEWHERE = {
     "model.initial", "data.train", "data.validation", "data.tokenizer", "data.global_batch_size",
     "data.micro_batch_size", "data.validation_samples", "data.threads", "data.prefetch", "data.max_failure_rate",
 }  # fmt: skip
-# Beside the sizes: what the same parameters compute otherwise, or what a picture's pixels mean to them.
-FUNCTION = ("model.layer_norm_eps", "model.norm_pix_loss", "data.mean", "data.std")
 # What a reader goes by and a run may change on its way.
 TOLD = (
     "seed", "data.context_length", "data.caption_length", "data.cm3_spans", "data.hidden_text", "data.loss_on",
@@ -83,11 +81,8 @@ def check(config: Config, path: Path, folder: Path, state: dict) -> list[str]:
 
 
 def identity(config: Config) -> dict[str, object]:
-    """What the parameters compute: `model_identity`, and what of it no shape tells."""
-    found = model_identity(config)
-    if config.model.kind == "mug":
-        return found | {key: get(config, key) for key in FUNCTION}
-    return found | {f"{name}.norm_eps": tower.norm_eps for name, tower in towers(config).items()}
+    """What the parameters compute."""
+    return model_identity(config) | function(config)
 
 
 def other_function(trained: Config, config: Config) -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megamug.checkpoint import configured
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
-from megamug.checkpoint.saver import STATE, on_first
+from megamug.checkpoint.saver import on_first
 from megamug.checkpoint.state import entries_of, load_tensors
-from megamug.checkpoint.store import STEP_FOLDER
+from megamug.checkpoint.store import STATE, STEP_FOLDER
 from megamug.checkpoint.tensors import TensorReader
+from megamug.command_line import launcher
 from megamug.configuration import validate
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
@@ -43,7 +43,7 @@ def check(config: Config, task) -> None:
             # A part that this model lacks may be in the other: a False or None here fits anything.
             if key not in FREE and value not in (None, False) and before.get(key) != value:
                 raise _other_model(path, key, before.get(key), value)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launcher.rank() == 0:
         reader = _reader(path)
         state = reader.state()
         if written.is_file():

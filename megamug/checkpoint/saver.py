@@ -11,16 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
 
 from megamug.checkpoint import state
-from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint, NotSaved
+from megamug.checkpoint.store import STATE, CheckpointStore, CompleteCheckpoint, NotSaved
+from megamug.data.spans import span
 from megamug.durable import disk_words, free_words
 
 logger = logging.getLogger(__name__)
 details = logging.getLogger("details.checkpoint")  # to the log file alone
-
-STATE = "state.json"
 
 
 def read_state(folder: Path) -> dict:
@@ -46,18 +44,18 @@ class Saver:
         """
         self.wait()
         self._together(step, lambda: self._begin(step, contents), first_only=True)
-        with record_function("checkpoint: gather"):
+        with span("checkpoint: gather"):
             tensors = state.sharded_state(chunks, optimizer, self.world)
         folder = self.store.partial_path(step) / "model"
         if self.asynchronous:
-            with record_function("checkpoint: copy to the host"):
+            with span("checkpoint: copy to the host"):
                 tensors = _copied(tensors)
         writing = state.TensorWrite(tensors, folder)
         if self.asynchronous:
             self.pending = _Pending(step, writing)
             self.pending.thread.start()
             return
-        with record_function("checkpoint: write"):
+        with span("checkpoint: write"):
             self._together(step, writing.write)
             self._together(step, writing.finish)
         self._commit(step)
@@ -66,7 +64,7 @@ class Saver:
         (self.store.begin(step) / STATE).write_text(json.dumps(contents, indent=1))
 
     def _commit(self, step: int) -> None:
-        with record_function("checkpoint: hash, fsync, rename"):
+        with span("checkpoint: hash, fsync, rename"):
             self._together(step, lambda: self.store.commit(step), first_only=True)
         logger.info("checkpoint saved: %s", self.store.path(step))
 

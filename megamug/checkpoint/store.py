@@ -33,6 +33,7 @@ from megamug.durable import fsync_folder, replace_text
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 POINTER = "latest"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 ASIDE_FOLDER = re.compile(r"\.step-(\d{8,})\.(partial|removing|replaced)")

@@ -34,7 +34,7 @@ from megamug.checkpoint import configured
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import FILE as METADATA
 from megamug.checkpoint.metadata import hole_of
-from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore
+from megamug.checkpoint.store import STATE, STEP_FOLDER, CheckpointStore
 from megamug.configuration.reading import absolute, save_config, to_yaml
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
@@ -113,7 +113,7 @@ class TensorReader:
 
     def state(self) -> dict:
         """`state.json`: step, cursor, identity, and `origin` of a run that was not trained here."""
-        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._stored:
@@ -194,7 +194,7 @@ def write_run(
         "identity": identity or {"data.tokenizer": None, "precision.dtype": config.precision.dtype},
         "origin": origin or {}, configured.KEY: configured.recorded(config),
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    (folder / STATE).write_text(json.dumps(state, indent=1))
     return store.commit(0)
 
 

@@ -23,6 +23,11 @@ def world_size() -> int:
     return int(text)
 
 
+def rank() -> int:
+    """Which of the processes this one is, before any process group exists; `world_size` has looked at it."""
+    return int(os.environ.get("RANK", 0))
+
+
 def check_address() -> None:
     """Where the processes of a launcher meet is known. Raises UserError where it is not. Before they meet."""
     if "RANK" not in os.environ:

@@ -23,7 +23,7 @@ from megamug.configuration.counts import (
     visible_tokens,
 )
 from megamug.configuration.ranges import check_keys, check_values
-from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.reading import load_config, resolve, towers
 from megamug.configuration.sections import Config
 from megamug.data.padding import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.durable import folder_problem
@@ -355,12 +355,17 @@ def model_identity(config: Config) -> dict[str, object]:
 
 
 def meaning(config: Config) -> dict[str, object]:
-    """What the same weights compute something else under, or are trained for something else: a run that went on with
-    another value would have one curve of two losses. New runs may start from its weights (`model.initial`)."""
+    """`function`, and what the weights are trained for: a run that went on with another value would have one curve of
+    two losses. New runs may start from its weights (`model.initial`)."""
+    return function(config) | ({} if config.model.kind == "mug" else {"data.loss_on": config.data.loss_on})
+
+
+def function(config: Config) -> dict[str, object]:
+    """What the same weights compute something else under, beside `model_identity`, or what pixels mean to them."""
     model, data = config.model, config.data
-    if model.kind != "mug":
-        return validate_lm.meaning(config)
-    found = {"model.layer_norm_eps": model.layer_norm_eps, "data.mean": data.mean, "data.std": data.std}
-    if model.image_loss_weight > 0:
-        found["model.norm_pix_loss"] = model.norm_pix_loss
-    return found
+    if model.kind != "mug":  # the base of rotary positions is in `model_identity`
+        return {f"{name}.norm_eps": tower.norm_eps for name, tower in towers(config).items()}
+    return {
+        "model.layer_norm_eps": model.layer_norm_eps, "model.norm_pix_loss": model.norm_pix_loss,
+        "data.mean": data.mean, "data.std": data.std,
+    }  # fmt: skip

@@ -169,12 +169,6 @@ def identity(config: Config) -> dict[str, object]:
     return found
 
 
-def meaning(config: Config) -> dict[str, object]:
-    """As `validate.meaning`; the base of rotary positions is in `identity`."""
-    eps = {f"{name}.norm_eps": tower.norm_eps for name, tower in towers(config).items()}
-    return {**eps, "data.loss_on": config.data.loss_on}
-
-
 def _word(value: object) -> object:
     return str(value).lower() if isinstance(value, bool) else value
 

@@ -11,10 +11,12 @@ seconds (no two clocks are compared), its holder is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "run.lock"
 BEAT = 5.0  # seconds between heartbeats
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 PATIENCE = 20.0  # a lock of another host whose heartbeat stands still for so long is nobody's
 
 
@@ -62,8 +65,21 @@ class RunLock:
             os.link(own, self.path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return self._create_without_links()
         finally:
             own.unlink()
+        return True
+
+    def _create_without_links(self) -> bool:
+        """On a file system that has no hard links (many that show an object store): what it has for the purpose."""
+        try:
+            with open(self.path, "x", encoding="utf-8") as file:
+                file.write(self._text())
+        except FileExistsError:
+            return False
         return True
 
     def _text(self) -> str:
@@ -83,6 +99,7 @@ class RunLock:
         else:
             gone = self._stands_still(held)
         if not gone:
+            held = _read(self.path) or held  # it may have been damaged, and taken by somebody while it was watched
             raise UserError(
                 f"run_dir: {self.path.parent} is in use by another run (process {held.get('pid')} on"
                 f" {held.get('host')}); wait for its end, stop it, or set run_dir to another folder"
@@ -110,9 +127,22 @@ class RunLock:
                 return not found
         return True
 
+    def _end(self) -> None:
+        """Another run has the folder: this process stood still for so long that it was taken for gone. Whatever it
+        would write now, a checkpoint too, would lie among the other's."""
+        held = _read(self.path)
+        line = (
+            f"run_dir: {self.path.parent} was taken over by process {held.get('pid')} on {held.get('host')} while this"
+            " one stood still; this one ends, with nothing more written\n"
+        )
+        os.write(sys.__stderr__.fileno(), line.encode())
+        os._exit(1)
+
     def _keep_beating(self) -> None:
         while not self._stopped.wait(BEAT):
             self._beats += 1
+            if _read(self.path).get("token") not in (None, self._token):
+                self._end()
             try:
                 replace_text(self.path, self._text())
             except OSError as error:  # a full disk takes the heartbeat, not the run

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megamug.command_line import launcher
 from megamug.configuration.sections import ParallelConfig
 from megamug.distributed import cpu_backend
 
@@ -60,7 +61,7 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
     `embedding_stages` are the pipeline stages, virtual ones counted, that hold a copy of a tied vocabulary weight
     (`[k]` or `[k, last]`).
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = launcher.rank(), launcher.world_size()
     timeout = timedelta(minutes=parallel.timeout_minutes)
     if cpu_backend.apply():
         device, backend, reason = torch.device("cpu"), "gloo", "no CUDA device: CPU tensors over gloo"
@@ -70,7 +71,8 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
         device, backend = torch.device("cuda", local_rank), "nccl"
         reason = f"{torch.cuda.get_device_name(device)} over NCCL"
     if not dist.is_initialized():
-        dist.init_process_group(backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout)
+        store = meeting_store(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
     try:
         return _join(parallel, seed, embedding_stages, rank, size, device, reason)
@@ -79,10 +81,12 @@ def start(parallel: ParallelConfig, seed: int, embedding_stages: list[int] | Non
         raise
 
 
-def _store(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Where the processes meet. Without a launcher no address and no port is needed."""
+def meeting_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the processes meet. Without a launcher no address and no port is needed. Raises UserError where there is a
+    launcher that says no address."""
     if "RANK" not in os.environ:
         return dist.HashStore()
+    launcher.check_address()
     # torchrun keeps one store for all of a job's starts: what a start that failed left in it must not meet the next.
     # Elsewhere rank 0 keeps it, and each start has a new one.
     torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

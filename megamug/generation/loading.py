@@ -20,7 +20,7 @@ from megamug.checkpoint import configured, tokenizer_copy
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import stored_shapes
-from megamug.command_line.launcher import check_address, world_size
+from megamug.command_line.launcher import world_size
 from megamug.configuration import validate_lm
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config, ParallelConfig
@@ -50,7 +50,6 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     tokenizer.
     """
     config = reading_layout(read_config(Path(run_dir)), world_size())
-    check_address()
     validate_lm.reading(config, Path(run_dir))
     found, path = find_checkpoint(Path(run_dir), step)
     cpu_backend.apply()

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,8 +40,10 @@ class BadStepGuard:
         self.in_a_row = 0
         self.skipped = 0  # since the start of this process
 
-    def is_bad(self, step: int, loss: float, grad_norm: float, updated: bool = True, advice: str = "") -> bool:
-        """Whether the step was skipped. Raises TooManyBadSteps, with `advice`, at the `limit`-th in a row.
+    def is_bad(
+        self, step: int, loss: float, grad_norm: float, updated: bool = True, advice: Callable[[], str] = str
+    ) -> bool:
+        """Whether the step was skipped. Raises TooManyBadSteps, with what `advice` says, at the `limit`-th one.
 
         Args:
             loss: summed over micro-batches and data-parallel ranks and known to all ranks (all pipeline stages, too).
@@ -64,7 +66,7 @@ class BadStepGuard:
             raise TooManyBadSteps(
                 f"loss or gradient norm was a spike or not finite in {self.limit} steps in a row, the last being step "
                 f"{step} (loss {loss}, gradient norm {grad_norm}). The parameters are those of step "
-                f"{step - self.limit}. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps. {advice}"
+                f"{step - self.limit}. Lower optimizer.learning_rate or lengthen optimizer.warmup_steps. {advice()}"
             )
         return True
 

@@ -14,6 +14,7 @@ import torch
 
 from megamug.checkpoint import configured, tokenizer_copy
 from megamug.checkpoint.store import CheckpointStore, CompleteCheckpoint
+from megamug.command_line import launcher
 from megamug.command_line.console import counted
 from megamug.configuration.sections import Config
 from megamug.distributed import cpu_backend, setup
@@ -50,7 +51,7 @@ def train(config: Config) -> int:
     task = make_task(config)
     task.check_data()
     store = CheckpointStore(config.run_dir, config.checkpoint.keep)
-    rank = resuming.rank_of_this_process()
+    rank = launcher.rank()
     with ExitStack() as stack:
         with before_the_start(config.run_dir):
             if rank == 0:
@@ -179,7 +180,7 @@ class Trainer:
         finally:
             self.loader.close()
             self.metrics.close()
-        if owed and not stopped:
+        if owed and self.step == last:
             raise RuntimeError(
                 f"the last {self.guard.in_a_row} steps were skipped, so there is no checkpoint of step {last}."
                 f" {self._way_back()}"
@@ -220,7 +221,7 @@ class Trainer:
             return
         (step, sums, norm, updated, known), self.untold = self.untold, None
         losses, norm, updated = self._read(sums, norm, updated)
-        skipped = self.guard.is_bad(step, losses["loss"], norm, bool(updated), self._way_back())
+        skipped = self.guard.is_bad(step, losses["loss"], norm, bool(updated), self._way_back)
         self.metrics.record(step, {**losses, "grad_norm": norm, "skipped": skipped, **known})
 
     def _read(self, sums: dict[str, torch.Tensor], *more: torch.Tensor) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -83,3 +84,35 @@ def test_the_heartbeat_counts(tmp_path, monkeypatch):
         while json.loads((tmp_path / lock.FILE).read_text())["heartbeat"] < 3:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_without_hard_links_it_holds_as_well(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock.os, "link", no_links)
+    with lock.RunLock(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on "):
+            lock.RunLock(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+TAKEN = """
+import json, sys, time
+from megamug.distributed import lock
+lock.BEAT = 0.1
+with lock.RunLock(sys.argv[1]) as held:
+    other = json.loads(held.path.read_text()) | {"host": "other", "pid": 7, "token": "t"}
+    held.path.write_text(json.dumps(other))
+    time.sleep(20)
+print("went on")
+"""
+
+
+def test_who_stood_still_and_lost_its_folder_ends_without_writing(tmp_path):
+    """Its heartbeat would else go into the lock of the other, and its checkpoint among the other's."""
+    result = subprocess.run([sys.executable, "-c", TAKEN, str(tmp_path)], env=environment(), capture_output=True,
+                            text=True, timeout=60)  # fmt: skip
+    assert (result.returncode, result.stdout) == (1, ""), result
+    assert "was taken over by process 7 on other" in result.stderr
+    assert json.loads((tmp_path / lock.FILE).read_text())["token"] == "t"

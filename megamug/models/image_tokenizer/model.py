@@ -25,8 +25,9 @@ from megamug.data.dali import WHITE
 from megamug.durable import as_record, fsync_folder, replace_text
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.vq import Codebook
+from megamug.models.image_tokenizer.weights import WEIGHTS_FILE, packed, read_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 _FORMAT = "megamug-image-tokenizer-1"
 
 
@@ -312,8 +313,6 @@ class ImageTokenizer(nn.Module):
 
         Raises `UserError` where `folder` holds a tokenizer of other sizes.
         """
-        from safetensors.torch import save
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CONFIG_FILE).exists() and read_config(folder) != self.config:
@@ -321,7 +320,7 @@ class ImageTokenizer(nn.Module):
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
         aside = folder / f".{WEIGHTS_FILE}.partial"
         with open(aside, "wb") as file:
-            file.write(save(tensors))
+            file.write(packed(tensors))
             file.flush()
             os.fsync(file.fileno())
         replace_text(folder / CONFIG_FILE, json.dumps({"format": _FORMAT, **asdict(self.config)}, indent=1) + "\n")
@@ -335,7 +334,7 @@ class ImageTokenizer(nn.Module):
         config = read_config(folder)
         with torch.device("meta"):
             tokenizer = ImageTokenizer(config)
-        tensors = _read_weights(folder / WEIGHTS_FILE)
+        tensors = read_weights(folder / WEIGHTS_FILE)
         wanted = tokenizer.state_dict()
         for name in sorted(set(wanted) | set(tensors)):
             if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
@@ -370,18 +369,6 @@ def from_bytes(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> the nearest pixels, uint8."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; an image tokenizer is {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); copy it again") from None
 
 
 class GroupNorm(nn.GroupNorm):

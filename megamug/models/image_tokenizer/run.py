@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -18,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamug.command_line import launcher
 from megamug.command_line.console import counted
-from megamug.command_line.launcher import world_size
 from megamug.data.dali import WHITE
 from megamug.data.order import Cursor
 from megamug.data.pairs.loader import PairLoader, order_of
 from megamug.data.shards.sources import Source, resolve_sources
+from megamug.distributed.setup import meeting_store
 from megamug.distributed.stopping import StopRequest
 from megamug.durable import replace_text, replacing
 from megamug.errors import UserError
@@ -59,7 +61,7 @@ def train(config: ImageTokenizerConfig, options: TrainingOptions, run: RunOption
 
     Started by torchrun, each process works on its part of the batch.
     """
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    rank, size = launcher.rank(), launcher.world_size()
     if run.batch_size % size:
         raise UserError(f"--batch-size {run.batch_size} is not a multiple of {size} processes; change either")
     _check_output(run.output, config)
@@ -74,7 +76,9 @@ def train(config: ImageTokenizerConfig, options: TrainingOptions, run: RunOption
     try:
         if size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            timeout = timedelta(minutes=10)
+            store = meeting_store(rank, size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return _Run(trainer, run, sources, held_out, description, state, rank, size).train()
     finally:
         if dist.is_initialized():
@@ -111,6 +115,9 @@ def _saved_state(output: Path, description: dict[str, dict]) -> dict | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums into its files, and does not read them
+            if (name := archive.testzip()) is not None:
+                raise UserError(f"{path}: damaged ({name} does not agree with its checksum); remove it to start anew")
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = json.loads(state["description"])
         found["sizes"].setdefault("background", list(WHITE))  # not in those from before there was a choice

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import random
 from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import GroupNorm, ImageTokenizer, ImageTokenizerConfig, from_bytes, to_bytes
@@ -105,6 +107,31 @@ def test_files_hold_the_whole_tokenizer(tmp_path):
     assert ImageTokenizer.load(tmp_path / "a").fingerprint() == tokenizer.fingerprint()
     with pytest.raises(UserError, match="other sizes"):
         make(codes=21).save(tmp_path / "a")
+
+
+def test_no_flipped_bit_of_the_weights_is_believed(tmp_path):
+    tokenizer = make()
+    tokenizer.save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole, draw, refused = path.read_bytes(), random.Random(1), 0
+    for place in [*range(0, 400, 7), *(draw.randrange(len(whole)) for _ in range(60))]:  # of the header, and anywhere
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert ImageTokenizer.load(tmp_path).fingerprint() == tokenizer.fingerprint(), place  # white space, a case
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 80
+
+
+def test_weights_without_a_checksum_are_read(tmp_path):
+    """Those of earlier versions."""
+    tokenizer = make()
+    tokenizer.save(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    assert ImageTokenizer.load(tmp_path).fingerprint() == tokenizer.fingerprint()
 
 
 def test_damaged_files_are_told(tmp_path):

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -120,7 +121,16 @@ def test_mistakes_end_in_one_sentence(shards, trained, tmp_path):
     refused(tmp_path / "file", "", "is a file")
     refused(tmp_path / "new", "--multipliers 1 2", "--multipliers has 2 levels")
     refused(tmp_path / "new", "--adversarial-weight 1 --image-size 16", "too few for the discriminator")
-    state.write_bytes(state.read_bytes()[:1000])
+    whole = state.read_bytes()
+    with zipfile.ZipFile(state) as archive:
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+        largest = sorted(tensors, key=lambda info: info.file_size)[-3:]
+        places = [whole.index(archive.read(info)) + info.file_size // 2 for info in largest]
+    for place in places:  # numbers, in which torch notices nothing
+        state.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        torch.load(state, weights_only=True)
+        refused(copy, "", "state.pt: damaged (")
+    state.write_bytes(whole[:1000])
     refused(copy, "", "state.pt: damaged")
     assert not (tmp_path / "new").exists()
 
