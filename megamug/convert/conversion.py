@@ -48,7 +48,7 @@ def to_megamug(
     """
     view, overrides, allow = View(ForeignTensors(source), form.canonical), list(overrides), list(allow)
     with _about(source):
-        config = _configure(form, view, overrides, allow)
+        config = configure(form, view, overrides, allow)
         vocabulary = form.vocabulary(view)
         rows, fixed = form.rows(config, vocabulary), form.fixed(config)
         view.remarks += _vocabulary_fits(config, sum(vocabulary))
@@ -64,7 +64,7 @@ def to_megamug(
             shapes[row.ours] = row.shape
     remarks = view.remarks + _remark("drawn anew (missing in the source)", list(shapes)) + _remark("left out", unknown)
     remarks += _remark(f"left out ({form.apart[1]})", apart) if apart else []
-    remarks += _compare_fixed(view, fixed, allow)
+    remarks += compare_fixed(view, fixed, allow)
     tensors = [_drawn(name, shape, config) for name, shape in shapes.items()]
     for row in rows:
         if row.ours in shapes:
@@ -192,7 +192,8 @@ def _new_parameters(form: Format, config: Config, covered: set[str]) -> dict[str
     return {e.key: tuple(e.global_shape) for e in entries if e.key.startswith(tuple(wanted))}
 
 
-def _configure(form: Format, view: View, overrides: list[str], allow: list[str]) -> Config:
+def configure(form: Format, view: View, overrides: list[str], allow: list[str]) -> Config:
+    """The resolved configuration that a foreign checkpoint tells, then `overrides`. Raises UserError, see `Format`."""
     given = {override.partition("=")[0].strip() for override in overrides}
     try:
         if form.described is not None:
@@ -240,7 +241,7 @@ def _remark(what: str, names: list[str]) -> list[str]:
     return [f"{what}: {len(names)} tensors, {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"] if names else []
 
 
-def _compare_fixed(view: View, fixed: dict, allow: Iterable[str]) -> list[str]:
+def compare_fixed(view: View, fixed: dict, allow: Iterable[str]) -> list[str]:
     """Stored position tables against ours. Rows that the stored table lacks in front (class token) must be zero."""
     remarks = []
     for name, make in fixed.items():

@@ -19,6 +19,7 @@ from megamug.convert.vision.vit import (
     image_size_of,
     no_registers,
     position_tables,
+    standard_eps,
 )
 from megamug.errors import UserError
 
@@ -79,6 +80,7 @@ def encoder_rows(config: Config) -> list[Row]:
 
 def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
     no_registers(config, "mae")
+    standard_eps(config, "mae")
     table = encoder_rows(config)
     if config.model.image_loss_weight > 0:
         table += decoder(

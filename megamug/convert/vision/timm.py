@@ -1,9 +1,9 @@
 """timm's VisionTransformer (`vit_*_patch*`): the encoder, with register tokens (`reg_token`) where it has them.
 
-    timm.create_model("vit_base_patch16_224", num_classes=0, reg_tokens=R)
+    timm.create_model("local-dir:FOLDER", pretrained=True)
 
-reads what is written here. Its position table covers class and register tokens, as timm's does unless `no_embed_class`;
-both kinds are read.
+reads what is written here, with its preprocessing (`timm.data.resolve_model_data_config`). Its position table covers
+class and register tokens, as timm's does unless `no_embed_class`; both kinds are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row, batched
 from megamug.convert.vision.mae import encoder_rows, encoder_settings
-from megamug.convert.vision.vit import positions
+from megamug.convert.vision.vit import positions, standard_eps
+from megamug.data.pairs.images import SHARE
 from megamug.errors import UserError
 
 # Architectures whose layers are MAE's: GELU, LayerNorm with 1e-6, norms before each block. Names that say more (clip,
@@ -27,6 +28,10 @@ SIZES = {
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "reg_tokens", "in_chans",
     "no_embed_class", "dynamic_img_size", "global_pool",
 }  # fmt: skip
+# (width, layers, heads) of timm's names, and the patches they come with.
+KINDS = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large",
+         (1280, 32, 16): "huge"}  # fmt: skip
+PATCHES = {"tiny": (16,), "small": (16, 32), "base": (8, 16, 32), "large": (14, 16, 32), "huge": (14,)}
 
 
 def settings(view: View) -> dict[str, object]:
@@ -55,6 +60,7 @@ def _described(view: View) -> dict[str, object]:
 
 
 def rows(config: Config, _vocabulary: tuple[int, ...] = ()) -> list[Row]:
+    standard_eps(config, "timm")
     table = encoder_rows(config)
     if registers := config.model.register_tokens:
         table.append(batched("encoder.register_tokens", (registers, config.model.width), "reg_token"))
@@ -65,6 +71,26 @@ def fixed(config: Config) -> dict[str, Callable[[], Tensor]]:
     return {"pos_embed": lambda: positions(config, config.model.width, 1 + config.model.register_tokens)}
 
 
+def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:
+    """config.json as timm's hub has it; whatever the name of the architecture says, `model_args` says again."""
+    model, size = config.model, config.data.image_size
+    kind = KINDS.get((model.width, model.layers, model.heads), "base")
+    patch = model.patch_size if model.patch_size in PATCHES[kind] else 16
+    cfg = {
+        "input_size": [3, size, size], "fixed_input_size": True, "num_classes": 0, "pool_size": None,
+        "interpolation": "bicubic", "crop_pct": SHARE, "crop_mode": "center", "mean": list(config.data.mean),
+        "std": list(config.data.std), "first_conv": "patch_embed.proj", "classifier": "head",
+    }  # fmt: skip
+    arguments = {
+        "img_size": size, "patch_size": model.patch_size, "embed_dim": model.width, "depth": model.layers,
+        "num_heads": model.heads, "mlp_ratio": model.ffn_width / model.width, "reg_tokens": model.register_tokens,
+    }  # fmt: skip
+    return {"config.json": {
+        "architecture": f"vit_{kind}_patch{patch}_224", "num_classes": 0, "num_features": model.width,
+        "global_pool": "token", "model_args": arguments, "pretrained_cfg": cfg,
+    }}  # fmt: skip
+
+
 FORMAT = Format(
-    "timm", "timm's VisionTransformer, class and register tokens", "mug", ("encoder.",), settings, rows, fixed
+    "timm", "timm's VisionTransformer, class and register tokens", "mug", ("encoder.",), settings, rows, fixed, files
 )

@@ -94,6 +94,15 @@ def no_registers(config, format_name: str) -> None:
         )
 
 
+def standard_eps(config, format_name: str) -> None:
+    """Raises UserError where the norms are not those that the format's library builds."""
+    if config.model.layer_norm_eps != 1e-6:
+        raise UserError(
+            f"{format_name} computes LayerNorm with 1e-6, and the model has layer_norm_eps"
+            f" {config.model.layer_norm_eps}; `hf_vit` takes any"
+        )
+
+
 def heads_of(width: int, key: str) -> int:
     """Attention heads of the public models of this width. Shapes do not tell them."""
     known = {512: 16}  # MAE's decoder

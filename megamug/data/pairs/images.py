@@ -11,6 +11,7 @@ from megamug.data.dali import DECODE_ERRORS, CropDecoder
 from megamug.data.random import uniform
 
 _ATTEMPTS = 10
+SHARE = 0.875  # of the shorter side that is seen in evaluation: 224 of 256 (MAE, timm's `crop_pct`)
 
 
 def random_resized_crops(

@@ -1,0 +1,1 @@
+"""What a trained encoder is worth: its features, and what can be learned from them."""
