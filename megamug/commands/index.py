@@ -1,16 +1,17 @@
 """Verify shards and write their indexes: megamug data index PATH...
 
 PATH is a folder of .tar shards, a glob or a shard. A sample is an image with its caption and its label, where it has
-them; --images-alone and --labels say what it must have. Each image is decoded in full; what fails is quarantined with its
-reason and never trained on. Shards that are up to date cost nothing, so repeat this after any change. An index lies
+them; --images-alone and --labels say what it must have. Each image is decoded in full; what fails is quarantined with
+its reason and never trained on. Shards that are up to date cost nothing, so repeat this after any change. An index lies
 beside its shard; where that folder is read-only, under $MEGAMUG_INDEX_DIRECTORY (default: ~/.cache/megamug/index).
 """
 
 from __future__ import annotations
 
 from megamug.command_line.arguments import COUNT, Parser, Range, new_file, number
+from megamug.data.shards.annotations import Limits
 from megamug.data.shards.indexing import check_usable, index_paths, summary, write_quarantine
-from megamug.data.shards.verify import LARGEST, Limits
+from megamug.data.shards.verify import LARGEST
 
 
 def main(argv: list[str], prog: str | None = None) -> None:
@@ -27,8 +28,8 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--images-alone", action="store_true",
                         help="keep images without a caption in shards where others have one")  # fmt: skip
     parser.add_argument("--labels", action="store_true",
-                        help="quarantine what has no class (KEY.cls, or `label` in KEY.json); where labels are names and"
-                        " no classes.txt numbers them, write it")  # fmt: skip
+                        help="quarantine what has no class (KEY.cls, or `label` in KEY.json); where labels are names"
+                        " and no classes.txt numbers them, write it")  # fmt: skip
     args = parser.parse_args(argv)
     chosen = Limits(
         pixels=args.max_pixels, pixels_per_byte=args.max_pixels_per_byte, caption_bytes=args.max_caption_bytes,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import counted
 from megamug.data.random import uniform
 from megamug.data.shards.captions import is_visible
 from megamug.data.shards.index_file import find_index

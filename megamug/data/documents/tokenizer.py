@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import counted
 from megamug.data.documents.indexed import (
     IMAGE,
     MARKER,

@@ -272,8 +272,8 @@ class PairLoader:
             locations = [(self.sources[s], int(n)) for s, n in places]
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
-                samples.epochs[rows], unique[rows], samples.valid[rows], None if labels is None else labels[rows], locations,
-                (self.caption_lines, samples.draws[rows]),
+                samples.epochs[rows], unique[rows], samples.valid[rows], None if labels is None else labels[rows],
+                locations, (self.caption_lines, samples.draws[rows]),
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()

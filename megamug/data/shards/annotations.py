@@ -7,12 +7,16 @@ without one was meant to have it: it is quarantined, unless `Limits.images_alone
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from megamug.data.shards.captions import parse_caption
-from megamug.data.shards.labels import NO_LABEL, class_number, label_value
-from megamug.data.shards.tar_members import CAPTION_EXTENSIONS, LABEL_EXTENSION, Member, Pair
+from megamug.data.shards.labels import CLASSES, NO_LABEL, class_number, classes_bytes, label_value, read_classes
+from megamug.data.shards.tar_members import CAPTION_EXTENSIONS, LABEL_EXTENSION, Member, Pair, scan
+from megamug.durable import write_atomically
+from megamug.errors import UserError
 
 NO_CAPTION = "no caption (.txt or .json) of this key"
 _LABEL_BYTES = 1 << 10  # of a .cls member
@@ -142,3 +146,51 @@ def check_caption(data: bytes, is_json: bool, limits: Limits, member: Member | N
     if size > limits.caption_bytes:
         raise Rejected(f"the caption has {size:,} bytes, more than the limit of {limits.caption_bytes:,}", member)
     return len(caption)
+
+
+def number_names(shards: list[Path], limits: Limits) -> None:
+    """Write `classes.txt` beside these shards where their labels are names and nothing numbers them: the names of all
+    of them in alphabetical order, so that the sets of one call have one numbering. A folder that has the file keeps it,
+    and the others get the same.
+
+    Raises `UserError` where folders have different ones, some labels are numbers, or the file cannot be written.
+    """
+    folders = {folder: read_classes(folder) for folder in dict.fromkeys(shard.parent for shard in shards)}
+    missing = [folder for folder, names in folders.items() if names is None]
+    if not missing or not any(_are_names(shard, limits) for shard in shards if shard.parent in missing):
+        return
+    present = {tuple(names): folder for folder, names in folders.items() if names is not None}
+    if len(present) > 1:
+        raise UserError(f"{' and '.join(map(str, present.values()))} have different {CLASSES}; give one of them to"
+                        f" {missing[0]}, or index them apart")  # fmt: skip
+    if present:
+        names = list(next(iter(present)))
+    else:
+        values = {value for shard in shards for value in _values(shard, limits)}
+        if numbers := [value for value in values if isinstance(value, int)]:
+            raise UserError(f"{shards[0]}: some labels are names, and others numbers ({numbers[0]}); number the names"
+                            f" in a {CLASSES} beside the shards, the first line class 0")  # fmt: skip
+        names = sorted(values)
+    for folder in missing:
+        try:
+            write_atomically(folder / CLASSES, classes_bytes(names))
+        except OSError as error:
+            raise UserError(f"{folder / CLASSES}: cannot be written: {error}") from error
+
+
+def _are_names(shard: Path, limits: Limits) -> bool:
+    return isinstance(next(_values(shard, limits), None), str)
+
+
+def _values(shard: Path, limits: Limits) -> Iterator[int | str]:
+    """What the labels of a shard say, as they stand there."""
+    with open(shard, "rb") as file:
+        for pair in scan(shard).pairs:
+            is_json = LABEL_EXTENSION not in pair.beside
+            member = pair.beside.get("json" if is_json else LABEL_EXTENSION)
+            try:
+                value = member and label_value(read_member(file, member, limits.json_bytes), is_json)
+            except (Rejected, ValueError):
+                continue  # told where the shard is indexed
+            if value is not None:
+                yield value

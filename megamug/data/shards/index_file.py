@@ -1,11 +1,11 @@
 """The file that an index is: `NAME.tar.index` beside its shard, or in the index folder (`index_path`).
 
 Magic, length of the header (8 bytes, little-endian), its SHA-256, the header (JSON, padded to 64 bytes), one record of
-`SAMPLE` per verified sample (those with a caption first), the keys one after another (UTF-8). Every byte is under a checksum: the header under the
-one before it; records and keys under `body_sha256`, which is compared when an index is opened, and each under one of
-its own, compared whenever it is read. Records are read one by one where they are needed and not mapped into memory: an
-index of 10^9 samples costs no objects, and one that is cut off meanwhile is an error of a sample and not the end of
-the process (SIGBUS).
+`SAMPLE` per verified sample (those with a caption first), the keys one after another (UTF-8). Every byte is under a
+checksum: the header under the one before it; records and keys under `body_sha256`, which is compared when an index is
+opened, and each under one of its own, compared whenever it is read. Records are read one by one where they are needed
+and not mapped into memory: an index of 10^9 samples costs no objects, and one that is cut off meanwhile is an error of
+a sample and not the end of the process (SIGBUS).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megamug.command_line.console import counted
 from megamug.data.dali import load_dali
-from megamug.data.shards.annotations import DEFAULT_LIMITS, NO_CAPTION, Limits
+from megamug.data.shards.annotations import DEFAULT_LIMITS, NO_CAPTION, Limits, number_names
 from megamug.data.shards.labels import NO_LABEL
 from megamug.data.shards.sources import compressed, find_shards
 from megamug.data.shards.tar_members import described
@@ -23,7 +23,8 @@ _KINDS = 10  # of other members that are told apart
 def index_paths(
     paths: list[str | Path], *, limits: Limits = DEFAULT_LIMITS, processes: int | None = None
 ) -> list[ShardReport]:
-    """Index every shard that `paths` (folders, globs, tar files) name; those that are up to date cost a stat.
+    """Index every shard that `paths` (folders, globs, tar files) name; those that are up to date cost a stat. With
+    `limits.labels`, names of classes are numbered before (`classes.txt`).
 
     Idempotent, and safe to repeat after an interruption. Reports come in the order of the shards. Raises `UserError`.
     """
@@ -34,6 +35,8 @@ def index_paths(
             raise UserError(problem)
         if shard.suffix != ".tar":
             raise UserError(f"{shard}: not a .tar shard; megamug data shards packs images and captions into shards")
+    if limits.labels:
+        number_names(shards, limits)
     progress = Progress("shards", len(shards))
     reports = {}
     work = functools.partial(index_shard, limits=limits)
@@ -101,8 +104,11 @@ def _of_labels(reports: list[ShardReport]) -> list[str]:
     reason = next((report.unlabelled for report in reports if report.unlabelled), "")
     if not labelled and (not reason or reason.endswith(NO_LABEL)):
         return []
-    lines = [f"  labels: {counted(labelled, 'sample')} of classes 0 to {max(r.classes for r in reports) - 1}"] * bool(labelled)
+    lines = []
+    if labelled:
+        last = max(report.classes for report in reports) - 1
+        lines.append(f"  labels: {counted(labelled, 'sample')} of classes 0 to {last}")
     if labelled < samples:
-        lines.append(f"  {counted(samples - labelled, 'sample')} without a usable label ({reason}); --labels quarantines"
-                     " what has none")  # fmt: skip
+        lines.append(f"  {counted(samples - labelled, 'sample')} without a usable label ({reason}); --labels"
+                     " quarantines what has none")  # fmt: skip
     return lines

@@ -41,7 +41,8 @@ def label_value(data: bytes, is_json: bool) -> int | str | None:
 
 
 def class_number(value: int | str, names: list[str] | None) -> int:
-    """The class that a number or one of `names` (None: there are none) stands for. Raises `ValueError`: no such class."""
+    """The class that a number or one of `names` (None: there are none) stands for. Raises `ValueError`: no such
+    class."""
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"the label {value} is negative")
@@ -93,7 +94,7 @@ def classes_sha256(names: list[str] | None) -> str:
     return "" if names is None else hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-Labels = tuple[dict[str, int], list[str] | None]  # class by the image's path below the source; names, None: only numbers
+Labels = tuple[dict[str, int], list[str] | None]  # class by an image's path below the source; names (None: numbers)
 
 
 def labels_of_folders(root: Path, images: Iterable[str]) -> Labels:
@@ -108,8 +109,8 @@ def labels_of_folders(root: Path, images: Iterable[str]) -> Labels:
     found = {image: numbers[image.split("/")[0]] for image in images if image.split("/")[0] in numbers}
     empty = sorted(set(range(len(names))) - set(found.values()))
     if empty:
-        raise UserError(f"{root / names[empty[0]]}: no image in there, but with --labels folders each folder is a class;"
-                        " remove the folder, or put images into it")  # fmt: skip
+        raise UserError(f"{root / names[empty[0]]}: no image in there, but with --labels folders each folder is a"
+                        " class; remove the folder, or put images into it")  # fmt: skip
     return found, names
 
 
@@ -132,8 +133,8 @@ def read_label_list(path: Path, skipped: list[tuple[Path, str]]) -> Labels:
         pairs = {(entry["image_id"], entry["category_id"]) for entry in value["annotations"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"--labels {path}: not a list as COCO and iNaturalist write it, with images (id, file_name), categories (id,"
-            f" name) and annotations (image_id, category_id): {type(error).__name__}: {error}"
+            f"--labels {path}: not a list as COCO and iNaturalist write it, with images (id, file_name), categories"
+            f" (id, name) and annotations (image_id, category_id): {type(error).__name__}: {error}"
         ) from error
     numbers = {id: number for number, (id, _) in enumerate(categories)}
     if len(numbers) < len(categories) or len(set(files.values())) < len(value["images"]):

@@ -206,8 +206,8 @@ def check_labels(sources: list[Source]) -> None:
     for source in sources:
         source.check_labels()
         if source.class_names() != sources[0].class_names():
-            raise UserError(f"{sources[0].name} and {source.name} have different {CLASSES}; number the classes of all in"
-                            " one way")  # fmt: skip
+            raise UserError(f"{sources[0].name} and {source.name} have different {CLASSES}; number the classes of all"
+                            " in one way")  # fmt: skip
 
 
 def parse_sets(value: object) -> list[tuple[str, float | None]]:

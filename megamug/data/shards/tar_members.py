@@ -1,6 +1,7 @@
 """Walk a tar shard without extracting anything: which members make a sample, and what is wrong with the others.
 
-WebDataset's naming: `folder/KEY.EXTENSION`, KEY up to the first dot of the file name, shared by image, caption and label.
+WebDataset's naming: `folder/KEY.EXTENSION`, KEY up to the first dot of the file name, which image, caption and label
+share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Verify every sample of one shard, decoding each image in full with the decoder that training uses, and write its index.
+"""Verify every sample of one shard, decoding each image in full with the decoder that training uses, and write its
+index.
 
 Order of the checks on an image: its size in bytes, its header (format, width x height against the limit: a header that
 claims 50,000 x 50,000 never reaches a decoder), then DALI. What fails is quarantined with a reason; nothing is changed
@@ -124,7 +125,7 @@ def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:
 
 
 def _current(path: Path, limits: Limits, classes: str) -> IndexHeader | None:
-    """The header of the index that is there, if it was made under the same limits and names of classes by this version."""
+    """The header of the index that is there, if this version made it under the same limits and names of classes."""
     index = find_index(path)
     if index is None:
         return None
