@@ -28,6 +28,10 @@ def tar(helpers, path, samples):
     return helpers.write_tar(path, members)
 
 
+def named(name):
+    return {"json": json.dumps({"label": name})}
+
+
 def held(shard):
     """Key -> label."""
     return {shard.key(i): shard.label(i) for i in range(len(shard))}
@@ -37,7 +41,8 @@ def held(shard):
 
 
 def test_a_shard_without_captions_holds_images_alone(helpers, tmp_path):
-    path = tar(helpers, tmp_path / "x.tar", {"a": {}, "b": {"json": '{"url": "x"}'}, "c": {"json": '{"caption": null}'}})
+    samples = {"a": {}, "b": {"json": '{"url": "x"}'}, "c": {"json": '{"caption": null}'}}
+    path = tar(helpers, tmp_path / "x.tar", samples)
     report = index_shard(path)
     assert (report.samples, report.captioned, report.quarantine) == (3, 0, [])
     shard = Shard(path, verify=True)
@@ -49,7 +54,8 @@ def test_a_shard_without_captions_holds_images_alone(helpers, tmp_path):
 
 
 def test_a_lost_caption_is_quarantined_unless_images_alone_are_asked_for(helpers, tmp_path):
-    path = tar(helpers, tmp_path / "x.tar", {"a": {}, "b": {"txt": "one"}, "c": {"json": '{"x": 1}'}, "d": {"txt": "two"}})
+    samples = {"a": {}, "b": {"txt": "one"}, "c": {"json": '{"x": 1}'}, "d": {"txt": "two"}}
+    path = tar(helpers, tmp_path / "x.tar", samples)
     report = index_shard(path)
     assert {entry["key"]: entry["reason"][:24] for entry in report.quarantine} == {
         "a": "no caption (.txt or .jso", "c": "bad caption: the JSON ha"}  # fmt: skip
@@ -185,8 +191,8 @@ def test_a_flipped_label_in_the_index_is_noticed(helpers, tmp_path):
 
 
 def test_names_are_numbered_alike_in_the_sets_of_one_call(helpers, tmp_path):
-    train = tar(helpers, tmp_path / "train" / "x.tar", {"a": {"json": '{"label": "dog"}'}, "b": {"json": '{"label": "cat"}'}})
-    other = tar(helpers, tmp_path / "heldout" / "x.tar", {"c": {"json": '{"label": "emu"}'}, "d": {"json": '{"label": "dog"}'}})
+    train = tar(helpers, tmp_path / "train" / "x.tar", {"a": named("dog"), "b": named("cat")})
+    other = tar(helpers, tmp_path / "heldout" / "x.tar", {"c": named("emu"), "d": named("dog")})
     report = index_paths([train], processes=1)[0]
     assert "--labels" in summary([report]) and "no classes.txt" in report.unlabelled and held(Shard(train))["a"] == -1
     index_paths([train.parent, other.parent], limits=Limits(labels=True), processes=1)
@@ -203,8 +209,8 @@ def test_names_are_numbered_alike_in_the_sets_of_one_call(helpers, tmp_path):
 
 
 def test_a_set_without_names_gets_those_of_the_others(helpers, tmp_path):
-    train = tar(helpers, tmp_path / "train" / "x.tar", {"a": {"json": '{"label": "dog"}'}})
-    other = tar(helpers, tmp_path / "heldout" / "x.tar", {"c": {"json": '{"label": "emu"}'}, "d": {"json": '{"label": "dog"}'}})
+    train = tar(helpers, tmp_path / "train" / "x.tar", {"a": named("dog")})
+    other = tar(helpers, tmp_path / "heldout" / "x.tar", {"c": named("emu"), "d": named("dog")})
     (train.parent / "classes.txt").write_text("ant\ndog\n\n")
     reports = index_paths([train, other], limits=Limits(labels=True), processes=1)
     assert read_classes(other.parent) == ["ant", "dog"]
@@ -212,7 +218,7 @@ def test_a_set_without_names_gets_those_of_the_others(helpers, tmp_path):
 
 
 def test_names_and_numbers_together(helpers, tmp_path):
-    path = tar(helpers, tmp_path / "x.tar", {"a": {"json": '{"label": "dog"}'}, "b": {"cls": "3"}})
+    path = tar(helpers, tmp_path / "x.tar", {"a": named("dog"), "b": {"cls": "3"}})
     with pytest.raises(UserError, match=r"some labels are names, and others numbers \(3\)"):
         index_paths([path], limits=Limits(labels=True), processes=1)
     assert not (tmp_path / "classes.txt").exists()
@@ -316,7 +322,8 @@ def test_a_list_as_coco_and_inaturalist_write_it(tree, tmp_path):
     assert reasons["loose.jpg"].startswith("no label in ") and len(reasons) == 4
     for broken, said in (
         ({**value, "annotations": [{"image_id": 10, "category_id": 6}]}, "category 6"),
-        ({**value, "categories": value["categories"] * 2}, "of the same id"), ({"images": []}, "KeyError"), ([], "TypeError"),
+        ({**value, "categories": value["categories"] * 2}, "of the same id"), ({"images": []}, "KeyError"),
+        ([], "TypeError"),
     ):  # fmt: skip
         (tmp_path / "list.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=said):
