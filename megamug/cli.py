@@ -223,7 +223,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 for folder, _ in parse_sets(data):
                     read_header(Path(folder))
             else:
-                resolve_sources(data)
+                resolve_sources(data, captions=arguments.task == "captioning")
         except UserError as error:
             raise UserError(f"--data: {error}") from None
     from megamug import evaluate

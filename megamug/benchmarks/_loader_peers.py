@@ -55,9 +55,9 @@ class Photographs(Dataset):
         self.size, self.caption_length, self.files = size, caption_length, {}
         self.tokenizer_path, self.tokenizer = tokenizer, None
         self.places = []
-        for source in resolve_sources(shards):
-            for shard in source.shards:
-                for record in shard.samples:
+        for source in resolve_sources(shards, captions=True):
+            for shard, count in zip(source.shards, source.counts(), strict=True):
+                for record in shard.samples[:count]:
                     image = int(record["image_offset"]), int(record["image_size"])
                     caption = int(record["caption_offset"]), int(record["caption_size"])
                     self.places.append((str(shard.path), image, caption, bool(record["caption_is_json"])))

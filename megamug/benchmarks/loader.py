@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="megamug-loader-") as temporary:
         data, tokenizer = options.data, options.tokenizer
         shards = prepared(data, Path(temporary))
-        sources = resolve_sources(shards)
+        sources = resolve_sources(shards, captions=True)
         if tokenizer is None:
             tokenizer = str(Path(temporary, "tokenizer.model"))
             train_tokenizer(iterate_captions(sources), tokenizer, 1000)
@@ -117,9 +117,10 @@ def build_megamug(options: argparse.Namespace, _: str):
     from megamug.data.pairs.loader import PairLoader
 
     loader = PairLoader(
-        resolve_sources(options.shards), tokenizer=Tokenizer(options.tokenizer), image_size=options.image_size,
-        caption_length=options.caption_length, global_batch_size=options.batch, micro_batch_size=options.batch, seed=0,
-        threads=options.workers, device=torch.device("cuda", 0) if torch.cuda.is_available() else "cpu",
+        resolve_sources(options.shards, captions=True), tokenizer=Tokenizer(options.tokenizer),
+        image_size=options.image_size, caption_length=options.caption_length, global_batch_size=options.batch,
+        micro_batch_size=options.batch, seed=0, threads=options.workers,
+        device=torch.device("cuda", 0) if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
 
     def batches():

@@ -255,12 +255,17 @@ def files(config: Config) -> None:
     data = config.data
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tar shards, a glob, or a list of {path, weight}")
-    from megamug.data.shards.sources import resolve_sources
+    from megamug.data.shards.sources import WithoutCaptions, resolve_sources
 
+    captions = config.model.caption_loss_weight
     for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
         try:
             if sources is not None:
-                resolve_sources(sources)
+                resolve_sources(sources, captions=captions > 0)
+        except WithoutCaptions as error:
+            raise UserError(f"{key}: {error}, and model.caption_loss_weight is {captions:g}; set"
+                            " model.caption_loss_weight=0 to learn from the images alone, or give them captions and"
+                            " index them again") from None
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
     if config.model.caption_loss_weight > 0 and data.tokenizer is None:

@@ -28,7 +28,7 @@ def measure(run, samples: int, folder: Path) -> dict:
     sums = torch.zeros(3, dtype=torch.float64)
     count, rows = 0, []
     with torch.inference_mode():
-        for batch, captions in held_out(run.task, run.world, samples):
+        for batch, captions in held_out(run.task, run.world, samples, tokens=False):
             latent = encode(model, batch)
             truth = true_patches(batch, plan.patch_size)
             painted = reconstruct(model, batch, latent)

@@ -60,15 +60,16 @@ def true_and_written(
     with torch.inference_mode():
         latent = encode(model, batch)
     written = generate_captions(model, tokenizer, latent, cache=model.plan.spec == "local")
-    return [[f"true: {true}", f"written: {own}"] for true, own in zip(captions, written, strict=True)]
+    return [[f"true: {true}"] * bool(true) + [f"written: {own}"] for true, own in zip(captions, written, strict=True)]
 
 
-def held_out(task, world, max_samples: int) -> Iterator[tuple[MugBatch, list[str]]]:
-    """Micro-batches of held-out pairs and their captions as they stand in the shards, in the fixed order of validation.
+def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tuple[MugBatch, list[str]]]:
+    """Micro-batches of held-out pairs and their captions as they stand in the shards ("" for an image without), in the
+    fixed order of validation. Without `tokens` images without a caption are among them.
 
     Masks are those of training (a pure function of seed and sample). `task` is a MugTask, `world` a single replica.
     """
-    loader = task.loader(world, train=False, max_samples=max_samples)
+    loader = task.loader(world, train=False, max_samples=max_samples, captions=None if tokens else False)
     try:
         for pairs in loader:
             for micro in pairs.micro_batches:

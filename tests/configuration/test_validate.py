@@ -276,3 +276,17 @@ def test_validation_does_not_change_its_argument(inputs):
     before = dataclasses.asdict(config)
     validate.validate(config, 1)
     assert dataclasses.asdict(config) == before
+
+
+def test_images_without_captions(inputs, tmp_path):
+    from megamug.data.shards.indexing import index_paths
+
+    with tarfile.open(Path(inputs["data.train"]) / "0.tar") as whole, tarfile.open(tmp_path / "x.tar", "w") as alone:
+        member = whole.getmember("a.png")
+        alone.addfile(member, whole.extractfile(member))
+    index_paths([tmp_path / "x.tar"], processes=1)
+    for key in ("data.train", "data.validation"):
+        message = refusal(inputs, f"{key}={tmp_path}")
+        assert message.startswith(f"{key}: {tmp_path}: none of 1 sample has a caption")
+        assert "model.caption_loss_weight is 0.1; set model.caption_loss_weight=0" in message
+    validate.validate(configured(inputs, f"data.train={tmp_path}", "model.caption_loss_weight=0"), 1)

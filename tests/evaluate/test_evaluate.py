@@ -219,3 +219,25 @@ def test_a_picture_of_fewer_pairs_is_made_of_eight_rows(run_dir, tmp_path, monke
         pictures.TrainingPictures(run.task, tmp_path).draw(run.model, run.world, 3)
     assert set(sizes) == {8}
     assert len(drawn) == 3 and len({row.lines[0] for row in drawn}) == 3
+
+
+def test_images_without_captions_are_reconstructed_as_those_with(run_dir, tmp_path, monkeypatch):
+    """The same held-out images without their captions: the same figures; captioning refuses them before it begins."""
+    import tarfile
+
+    from megamug import cli
+    from megamug.data.shards.indexing import index_paths
+
+    (shard,) = (run_dir.parent / "data" / "heldout").glob("*.tar")
+    with tarfile.open(shard) as whole, tarfile.open(tmp_path / shard.name, "w") as alone:
+        for member in whole:
+            if not member.name.endswith(".txt"):
+                alone.addfile(member, whole.extractfile(member))
+    assert index_paths([tmp_path / shard.name], processes=1)[0].captioned == 0
+    figures = evaluate.run_task(run_dir, "reconstruction", data=str(tmp_path), output=tmp_path / "out")
+    same = evaluate.run_task(run_dir, "reconstruction", output=tmp_path / "same")
+    names = ("samples", "pixel_error", "baseline_error", "image_loss")
+    assert [figures[name] for name in names] == [same[name] for name in names] and figures["samples"] == HELD_OUT
+    monkeypatch.setattr(evaluate, "run_task", None)
+    code = cli.main(["evaluate", str(run_dir), "--task", "captioning", "--data", str(tmp_path)])
+    assert code == 2

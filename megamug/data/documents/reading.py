@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import counted
 from megamug.data.random import uniform
 from megamug.data.shards.captions import is_visible
 from megamug.data.shards.index_file import find_index
@@ -78,9 +79,13 @@ def open_shard(path: Path) -> DocumentShard:
     """Look through a shard. Raises `UserError` for one that cannot be read, or whose index is stale."""
     try:
         if find_index(path) is not None:
-            shard = Shard(path)
-            return DocumentShard(path, shard.header.shard_sha256, True, len(shard), [], shard.header.quarantine)
-        quarantine: list[dict] = []
+            header = Shard(path).header
+            quarantine = list(header.quarantine)
+            if alone := header.samples - header.captioned:
+                reason = f"{counted(alone, 'image')} without a caption: no document is made of an image alone"
+                quarantine.append(problem("", "", reason))
+            return DocumentShard(path, header.shard_sha256, True, header.captioned, [], quarantine)
+        quarantine = []
         samples = list(_scan(path, quarantine).values())
         return DocumentShard(path, file_sha256(path), False, len(samples), samples, quarantine)
     except OSError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.console import counted
 from megamug.data.documents.indexed import (
     IMAGE,
     MARKER,
@@ -121,6 +122,9 @@ def tokenize_documents(
     opened = Vocabulary.load(vocabulary)
     paths = list(dict.fromkeys(shard for path in shards for shard in find_shards(path)))
     found = [open_shard(path) for path in paths]
+    if all(shard.pairs and shard.count == 0 for shard in found):
+        raise UserError(f"{paths[0]}: no sample with a caption in {counted(len(found), 'shard')}; documents are made of"
+                        " image-caption pairs or of texts")  # fmt: skip
     request = {
         "vocabulary": opened.fingerprint(), "pair_order": pair_order, "seed": seed, "chunk": CHUNK,
         "shards": [{"path": str(shard.path), "sha256": shard.sha256, "samples": shard.count} for shard in found],

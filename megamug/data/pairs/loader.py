@@ -15,18 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megamug.data.dali import WHITE, CropDecoder, load_dali
 from megamug.data.order import Cursor, GlobalOrder
+from megamug.data.pairs.batch import GlobalBatch, PairBatch
 from megamug.data.pairs.images import centre_squares, decode_or_none, random_flips, random_resized_crops
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import uniform
 from megamug.data.shards.reading import OpenShards
-from megamug.data.shards.sources import Source
+from megamug.data.shards.sources import Source, check_labels
 from megamug.data.spans import span
 from megamug.errors import UserError, printable
 
@@ -41,39 +42,6 @@ class TooManyFailures(RuntimeError):
 
 
 @dataclass
-class PairBatch:
-    """One micro-batch of b pairs."""
-
-    images: torch.Tensor | None  # uint8 [b, 3, S, S] RGB
-    tokens: torch.Tensor | None  # int64 [b, caption_length + 1]
-    epochs: np.ndarray  # int64 [b]
-    indices: np.ndarray  # int64 [b]: a number that no other sample of any source has
-    valid: np.ndarray  # bool [b]: False for the padding at the end of a validation pass
-    _locations: list[tuple[Source, int]] = field(repr=False, default_factory=list)
-    _lines: tuple[str, np.ndarray] = field(repr=False, default=("join", np.zeros(0)))  # which captions, and draws [b]
-
-    def keys(self) -> list[str]:
-        """`shard file: key` of each sample, read from the indexes when asked for."""
-        places = [source.locate(index) for source, index in self._locations]
-        return [f"{printable(shard.path.name)}: {shard.key(i)}" for shard, i in places]
-
-    def captions(self) -> list[str]:
-        """The captions as they stand in the shards; of several, those that `tokens` hold."""
-        places, (lines, draws) = [source.locate(index) for source, index in self._locations], self._lines
-        return [shard.caption_aside(i, lines, draw) for (shard, i), draw in zip(places, draws, strict=True)]
-
-
-@dataclass
-class GlobalBatch:
-    """This rank's micro-batches of one global batch."""
-
-    micro_batches: list[PairBatch]
-    samples: int  # the cursor behind this batch: samples of the order consumed, by all ranks together
-    wait_seconds: float = 0.0  # how long the caller of `next` was blocked
-    failures: int = 0  # samples replaced on this rank since the loader was made
-
-
-@dataclass
 class _Samples:
     """This rank's samples of one global batch; `indices` change where a sample is replaced."""
 
@@ -82,6 +50,7 @@ class _Samples:
     indices: np.ndarray
     draws: np.ndarray  # float64 [n] in [0, 1): which of several captions
     valid: np.ndarray  # bool [n]
+    labels: np.ndarray  # int64 [n], as they are read
     end: int  # the cursor behind the batch
 
 
@@ -119,6 +88,7 @@ class PairLoader:
         train: bool = True,
         need_images: bool = True,
         need_captions: bool = True,
+        need_labels: bool = False,
         crop_scale: Sequence[float] = (0.2, 1.0),
         flip: bool = True,
         background: Sequence[int] = WHITE,
@@ -132,20 +102,26 @@ class PairLoader:
         """`state`: what `state()` gave, or None to start at the first sample. `background`: red, green, blue (0..255)
         behind what is transparent.
 
-        Raises `UserError`: no tokenizer for captions, no DALI for images, a state of other data or of another seed.
+        Raises `UserError`: no tokenizer for captions, no DALI for images, samples without the caption or the label that
+        is needed, a state of other data or of another seed.
         """
         assert global_batch_size % (dp_size * micro_batch_size) == 0, (global_batch_size, dp_size, micro_batch_size)
         assert 0 <= dp_rank < dp_size and prefetch >= 1
         assert train or state is None, "a validation pass always starts at its first sample"
         if need_captions and tokenizer is None:
             raise UserError("data.tokenizer is not set, but captions are trained on; run megamug data tokenizer")
+        for source in sources if need_captions else ():
+            if not source.captioned and (missing := source.without_caption()):
+                raise UserError(f"{source.name}: {missing:,} of {len(source):,} samples have no caption")
+        if need_labels:
+            check_labels(sources)
         if need_images:
             load_dali()  # its absence is told here, not by the background thread
         self.sources, self.tokenizer, self.device = sources, tokenizer, torch.device(device)
         self.image_size, self.caption_length, self.caption_lines = image_size, caption_length, caption_lines
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.seed, self.dp_rank, self.dp_size, self.train = seed, dp_rank, dp_size, train
-        self.need_images, self.need_captions = need_images, need_captions
+        self.need_images, self.need_captions, self.need_labels = need_images, need_captions, need_labels
         self.crop_scale, self.flip, self.threads = crop_scale, flip, threads
         self.max_failure_rate, self.background = max_failure_rate, background
 
@@ -183,7 +159,7 @@ class PairLoader:
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
             for batch in item.micro_batches:  # made on another stream
-                for tensor in (batch.images, batch.tokens):
+                for tensor in (batch.images, batch.tokens, batch.labels):
                     if tensor is not None:
                         tensor.record_stream(stream)
         return item
@@ -238,10 +214,11 @@ class PairLoader:
                 for position, outcome in enumerate(read):
                     if isinstance(outcome, Exception):
                         read[position] = self._read_another(samples, rows.start + position, outcome, shards)
-                captions.extend(caption for _, caption, _ in read)
+                captions.extend(caption for _, caption, *_ in read)
                 with self._working:
                     if decoder is not None:
                         pixels.append(self._decode(samples, rows, read, captions, decoder, shards))
+                    samples.labels[rows] = [label for *_, label in read]
                     if rows.stop < part:
                         continue
                     batch = self._make_batch(samples, pixels, captions)
@@ -274,16 +251,18 @@ class PairLoader:
         sources, epochs, indices = (column[fill] for column in order)
         unique = self.order.unique(sources, indices)
         draws = uniform(self.seed, "caption line", epochs, unique, 1)[:, 0]
-        return _Samples(sources, epochs, indices, draws, valid, end)
+        return _Samples(sources, epochs, indices, draws, valid, np.full(part, -1, np.int64), end)
 
     def _make_batch(self, samples: _Samples, pixels: list[torch.Tensor], captions: list[str]) -> GlobalBatch:
         part = len(samples.valid)
-        images = tokens = None
+        images = tokens = labels = None
         if self.need_images:
             images = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
         if self.need_captions:
             with span("loader: tokens"):
                 tokens = self.tokenizer.encode_batch(captions, self.caption_length).to(self.device)
+        if self.need_labels:
+            labels = torch.from_numpy(samples.labels).to(self.device)
         self._served += part
         micro_batches = []
         unique = self.order.unique(samples.sources, samples.indices)
@@ -293,15 +272,15 @@ class PairLoader:
             locations = [(self.sources[s], int(n)) for s, n in places]
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
-                samples.epochs[rows], unique[rows], samples.valid[rows], locations,
-                (self.caption_lines, samples.draws[rows]),
+                samples.epochs[rows], unique[rows], samples.valid[rows], None if labels is None else labels[rows],
+                locations, (self.caption_lines, samples.draws[rows]),
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return GlobalBatch(micro_batches, samples.end, failures=self._failures)
 
     def _read_chunk(self, chunk: tuple[_Samples, slice], shards: OpenShards) -> list[tuple | Exception]:
-        """(image bytes, caption, (width, height)) of each sample, or why it cannot be read. Changes nothing."""
+        """(image bytes, caption, (width, height), label) of each sample, or why it cannot be read. Changes nothing."""
         samples, rows = chunk
         with span("loader: bytes (ahead)"):
             return [self._read(samples, row, shards) for row in range(rows.start, rows.stop)]
@@ -313,7 +292,7 @@ class PairLoader:
                 shard = shards.use(shard)
                 image, caption, record = shard.read(i, image=self.need_images, caption=self.need_captions,
                                                     lines=self.caption_lines, draw=samples.draws[row])  # fmt: skip
-            return image, caption, (int(record["width"]), int(record["height"]))
+            return image, caption, (int(record["width"]), int(record["height"])), int(record["label"])
         except (OSError, ValueError) as error:
             return error
 

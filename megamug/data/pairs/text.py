@@ -111,10 +111,10 @@ def iterate_captions(sources: list[Source], limit: int = MAX_TRAINING_CAPTIONS) 
     stride = -(-total // limit)
     position = 0
     for source in sources:
-        for shard in source.shards:
-            for i in range(-position % stride, len(shard), stride):
+        for shard, count in zip(source.shards, source.counts(), strict=True):
+            for i in range(-position % stride, count, stride):
                 yield shard.caption(i)
-            position += len(shard)
+            position += count
             shard.close()
 
 

@@ -1,11 +1,11 @@
 """The file that an index is: `NAME.tar.index` beside its shard, or in the index folder (`index_path`).
 
 Magic, length of the header (8 bytes, little-endian), its SHA-256, the header (JSON, padded to 64 bytes), one record of
-`SAMPLE` per verified sample, the keys one after another (UTF-8). Every byte is under a checksum: the header under the
-one before it; records and keys under `body_sha256`, which is compared when an index is opened, and each under one of
-its own, compared whenever it is read. Records are read one by one where they are needed and not mapped into memory: an
-index of 10^9 samples costs no objects, and one that is cut off meanwhile is an error of a sample and not the end of
-the process (SIGBUS).
+`SAMPLE` per verified sample (those with a caption first), the keys one after another (UTF-8). Every byte is under a
+checksum: the header under the one before it; records and keys under `body_sha256`, which is compared when an index is
+opened, and each under one of its own, compared whenever it is read. Records are read one by one where they are needed
+and not mapped into memory: an index of 10^9 samples costs no objects, and one that is cut off meanwhile is an error of
+a sample and not the end of the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import numpy as np
 
 from megamug.durable import write_atomically
 
-MAGIC = b"megamug-index-02"
-FORMAT_VERSION = 2
+MAGIC = b"megamug-index-03"
+FORMAT_VERSION = 3
 SUFFIX = ".index"
 
 SAMPLE = np.dtype([
     ("image_offset", "<u8"), ("image_size", "<u4"),  # bytes from the start of the tar
-    ("caption_offset", "<u8"), ("caption_size", "<u4"), ("caption_is_json", "u1"),
+    ("caption_offset", "<u8"), ("caption_size", "<u4"), ("caption_is_json", "u1"),  # size 0: it has none
+    ("label", "<i4"),  # its class, -1: it has none
+    ("label_offset", "<u8"), ("label_size", "<u4"),  # the member that says so; size 0: none, or that of the caption
     ("width", "<u4"), ("height", "<u4"),  # pixels as decoded, EXIF orientation applied
     ("caption_length", "<u4"),  # characters
     ("key_start", "<u4"), ("key_size", "<u4"), ("key_checksum", "<u4"),  # CRC-32 of the key
-    ("sha256", "V32"),  # of the image's bytes followed by the caption member's bytes
+    ("sha256", "V32"),  # of the bytes of the image, the caption's member and the label's member, one after another
     ("checksum", "<u4"),  # CRC-32 of the record's other bytes
 ])  # fmt: skip
 _PLAIN = SAMPLE.itemsize - 4  # bytes of a record before its checksum
@@ -50,6 +52,11 @@ class IndexHeader:
     shard_sha256: str
     shard_edges_sha256: str  # see `edges_sha256`
     samples: int
+    captioned: int  # of them: the first so many records have a caption, the others none
+    labelled: int = 0  # of them have a class
+    unlabelled: str = ""  # why the first of the others has none
+    classes: int = 0  # the largest class, plus one
+    classes_sha256: str = ""  # of the names in classes.txt that lay beside the shard, "" without one
     quarantine: list[dict] = field(default_factory=list)  # {"key": ..., "member": ..., "reason": ...}
     ignored: dict[str, int] = field(default_factory=dict)  # members of other kinds, by extension
     limits: dict = field(default_factory=dict)  # what the verification allowed

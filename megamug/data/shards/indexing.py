@@ -8,9 +8,11 @@ from pathlib import Path
 
 from megamug.command_line.console import counted
 from megamug.data.dali import load_dali
+from megamug.data.shards.annotations import DEFAULT_LIMITS, NO_CAPTION, Limits, number_names
+from megamug.data.shards.labels import NO_LABEL
 from megamug.data.shards.sources import compressed, find_shards
 from megamug.data.shards.tar_members import described
-from megamug.data.shards.verify import DEFAULT_LIMITS, Limits, ShardReport, index_shard
+from megamug.data.shards.verify import ShardReport, index_shard
 from megamug.data.tooling import Progress, default_processes, parallel_map
 from megamug.durable import write_atomically
 from megamug.errors import UserError, printable
@@ -21,7 +23,8 @@ _KINDS = 10  # of other members that are told apart
 def index_paths(
     paths: list[str | Path], *, limits: Limits = DEFAULT_LIMITS, processes: int | None = None
 ) -> list[ShardReport]:
-    """Index every shard that `paths` (folders, globs, tar files) name; those that are up to date cost a stat.
+    """Index every shard that `paths` (folders, globs, tar files) name; those that are up to date cost a stat. With
+    `limits.labels`, names of classes are numbered before (`classes.txt`).
 
     Idempotent, and safe to repeat after an interruption. Reports come in the order of the shards. Raises `UserError`.
     """
@@ -32,6 +35,8 @@ def index_paths(
             raise UserError(problem)
         if shard.suffix != ".tar":
             raise UserError(f"{shard}: not a .tar shard; megamug data shards packs images and captions into shards")
+    if limits.labels:
+        number_names(shards, limits)
     progress = Progress("shards", len(shards))
     reports = {}
     work = functools.partial(index_shard, limits=limits)
@@ -62,6 +67,7 @@ def summary(reports: list[ShardReport], shown: int = 20) -> str:
     counts = ", ".join(f"{actions.count(action)} {action}" for action in dict.fromkeys(actions))
     total = f"{counted(len(reports), 'shard')} ({counts}): {counted(samples, 'sample')}"
     lines = [f"{total}, {len(quarantine):,} quarantined"]
+    lines += _of_captions(reports) + _of_labels(reports)
     for shard, entry in quarantine[:shown]:
         lines.append(f"  {printable(shard)}: {described(entry)}")
     if len(quarantine) > shown:
@@ -77,3 +83,32 @@ def summary(reports: list[ShardReport], shown: int = 20) -> str:
             kinds += f", {sum(count for _, count in most[_KINDS:]):,} of {len(most) - _KINDS:,} more kinds"
         lines.append(f"  members of other kinds, not used: {kinds}")
     return "\n".join(lines)
+
+
+def _of_captions(reports: list[ShardReport]) -> list[str]:
+    """What to know where images have no caption: those that are used so, and those that are quarantined for it."""
+    alone = sum(report.samples - report.captioned for report in reports)
+    lost = sum(entry["reason"] == NO_CAPTION for report in reports for entry in report.quarantine)
+    lines = []
+    if alone:
+        lines.append(f"  {counted(alone, 'image')} without a caption: used where captions are not needed")
+    if lost:
+        lines.append(f"  {counted(lost, 'image')} without a caption among captioned ones: quarantined; --images-alone"
+                     " keeps such images")  # fmt: skip
+    return lines
+
+
+def _of_labels(reports: list[ShardReport]) -> list[str]:
+    """How many have a class, and why the others have none."""
+    labelled, samples = sum(report.labelled for report in reports), sum(report.samples for report in reports)
+    reason = next((report.unlabelled for report in reports if report.unlabelled), "")
+    if not labelled and (not reason or reason.endswith(NO_LABEL)):
+        return []
+    lines = []
+    if labelled:
+        last = max(report.classes for report in reports) - 1
+        lines.append(f"  labels: {counted(labelled, 'sample')} of classes 0 to {last}")
+    if labelled < samples:
+        lines.append(f"  {counted(samples - labelled, 'sample')} without a usable label ({reason}); --labels"
+                     " quarantines what has none")  # fmt: skip
+    return lines

@@ -1,28 +1,46 @@
-"""Pack a folder, or a table of paths and captions, into shards."""
+"""Pack a folder of images, with or without captions and labels, or a table of paths and captions, into shards."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from megamug.command_line.console import counted
 from megamug.data.shards.captions import parse_caption
 from megamug.data.shards.index_file import SUFFIX
+from megamug.data.shards.labels import CLASSES, classes_bytes, labels_of_folders, read_classes, read_label_list
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
-from megamug.data.shards.tar_writer import write_shard
+from megamug.data.shards.tar_writer import write_members
 from megamug.data.tooling import Progress
+from megamug.durable import write_atomically
 from megamug.errors import UserError, printable
 
-Entry = tuple[Path, bytes | Path]  # image; caption, or the file that holds it
+_NO_CAPTION = "no .txt or .json of the same name beside it"
+
+
+@dataclass
+class Entry:
+    """One image to pack."""
+
+    image: Path
+    caption: bytes | Path | None  # or the file that holds it; None: it has none
+    label: int | None = None
 
 
 def make_shards(
-    source: str | Path, output: str | Path, *, prefix: str = "shard", shard_size: int = 10_000, overwrite: bool = False
-) -> tuple[list[Path], list[tuple[Path, str]]]:
+    source: str | Path, output: str | Path, *, prefix: str = "shard", shard_size: int = 10_000, overwrite: bool = False,
+    images_alone: bool = False, labels: str | None = None,
+) -> tuple[list[Path], list[tuple[Path, str]]]:  # fmt: skip
     """Pack `source` (a folder or a .tsv file) into `output/PREFIX-000000.tar`, ...; keys are running numbers.
 
-    Returns the shards and (image, reason) of what was left out: no caption, an unreadable file. A shard appears whole;
-    with each image it keeps the name of its file below `source`, so that the quarantine can name it.
+    Where no image of a folder has a caption, they are packed alone; where some have, the others are left out, unless
+    `images_alone`. `labels`: `folders` (root/CLASS/image) or a list (see `labels.read_label_list`); every image that
+    is packed then has a `KEY.cls`, and `classes.txt` in `output` names the classes.
+
+    Returns the shards and (image, reason) of what was left out: no caption, no label, an unreadable file. A shard
+    appears whole; with each image it keeps the name of its file below `source`, so that the quarantine can name it.
     Images are taken in the order of their paths, or of the table. Raises `UserError` where nothing is found, and where
     shards of this prefix are there already and `overwrite` is not set.
     """
@@ -32,18 +50,25 @@ def make_shards(
     if Path(prefix).name != prefix or not prefix.isprintable():
         raise UserError(f"--prefix is {prefix!r}; it must be a plain name without folders")
     skipped: list[tuple[Path, str]] = []
+    names = None
     if source.is_dir():
-        entries = list(_folder_entries(source, skipped))
+        entries = _folder_entries(source, images_alone, skipped)
+        if labels is not None:
+            entries, names = _labelled(entries, source, labels, skipped)
+    elif labels is not None:
+        raise UserError(f"--labels is for a folder of images, and {source} is none")
     elif source.is_file() and source.suffix == ".tsv":
         entries = list(_table_entries(source))
     else:
         raise UserError(f"{source}: neither a folder of images nor a .tsv file of paths and captions")
     if not entries:
         kinds = ", ".join("." + extension for extension in IMAGE_EXTENSIONS)
-        raise UserError(f"{source}: no image ({kinds}) with a caption beside it; {len(skipped)} images have none")
+        raise UserError(f"{source}: no image ({kinds}) to pack; {counted(len(skipped), 'image')} left out"
+                        + (f", the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""))  # fmt: skip
     existing = sorted(output.glob(f"{prefix}-*.tar"))
     if existing and not overwrite:
         raise UserError(f"{existing[0]} is there already; give another --output or --prefix, or --overwrite")
+    _write_classes(output, names, overwrite)
 
     progress = Progress("images", len(entries))
     shards: list[Path] = []
@@ -51,7 +76,7 @@ def make_shards(
     first = next(samples, None)
     while first is not None:
         path = output / f"{prefix}-{len(shards):06d}.tar"
-        write_shard(path, _take(first, samples, shard_size - 1))
+        write_members(path, _members(_take(first, samples, shard_size - 1)))
         shards.append(path)
         first = next(samples, None)
     for path in existing:  # of an earlier, longer packing
@@ -70,12 +95,38 @@ def _take(first: tuple, samples: Iterator[tuple], more: int) -> Iterator[tuple]:
         yield sample
 
 
+def _write_classes(output: Path, names: list[str] | None, overwrite: bool) -> None:
+    """`classes.txt` beside the shards. Raises `UserError` where another one is there already."""
+    there = read_classes(output)
+    if there == names:
+        return
+    if there is not None and not overwrite:
+        raise UserError(f"{output / CLASSES} names other classes; give another --output, or --overwrite")
+    if names is None:
+        (output / CLASSES).unlink()
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / CLASSES, classes_bytes(names))
+
+
+def _members(samples: Iterator[tuple]) -> Iterator[tuple]:
+    """The members of samples (key, extension, image, caption or None, label or None, name of the image's file)."""
+    for key, extension, image, caption, label, source in samples:
+        yield f"{key}.{extension}", image, source
+        if caption is not None:
+            yield f"{key}.txt", caption
+        if label is not None:
+            yield f"{key}.cls", str(label).encode()
+
+
 def _read(
     entries: list[Entry], root: Path, skipped: list[tuple[Path, str]], progress: Progress
 ) -> Iterator[tuple]:  # fmt: skip
-    """(key, extension, image bytes, caption in UTF-8, name below `root`) of each entry that can be read."""
+    """(key, extension, image bytes, caption in UTF-8 or None, label or None, name below `root`) of each entry that can
+    be read."""
     number = 0
-    for image, caption in entries:
+    for entry in entries:
+        image, caption = entry.image, entry.caption
         try:
             data = image.read_bytes()
             if isinstance(caption, Path):
@@ -84,25 +135,50 @@ def _read(
             skipped.append((image, str(error)))
         else:
             name = image.relative_to(root) if image.is_relative_to(root) else image
-            yield f"{number:09d}", image.suffix.lower()[1:], data, caption, printable(name)
+            yield f"{number:09d}", image.suffix.lower()[1:], data, caption, entry.label, printable(name)
             number += 1
         progress.update()
 
 
-def _folder_entries(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[Entry]:
+def _folder_entries(folder: Path, images_alone: bool, skipped: list[tuple[Path, str]]) -> list[Entry]:
+    entries = []
     for parent, folders, names in os.walk(folder):
         folders.sort()
         present = set(names)
         for name in sorted(names):
             path = Path(parent, name)
-            if path.suffix.lower()[1:] not in IMAGE_EXTENSIONS:
-                continue
-            beside = [name[: -len(path.suffix)] + extension for extension in (".txt", ".json")]
-            caption = next((Path(parent, other) for other in beside if other in present), None)
-            if caption is None:
-                skipped.append((path, "no .txt or .json of the same name beside it"))
-            else:
-                yield path, caption
+            if path.suffix.lower()[1:] in IMAGE_EXTENSIONS:
+                beside = [name[: -len(path.suffix)] + extension for extension in (".txt", ".json")]
+                caption = next((Path(parent, other) for other in beside if other in present), None)
+                entries.append(Entry(path, caption))
+    if images_alone or all(entry.caption is None for entry in entries):
+        return entries
+    skipped += [(entry.image, _NO_CAPTION) for entry in entries if entry.caption is None]
+    return [entry for entry in entries if entry.caption is not None]
+
+
+def _labelled(
+    entries: list[Entry], root: Path, labels: str, skipped: list[tuple[Path, str]]
+) -> tuple[list[Entry], list[str] | None]:
+    """The entries that have a class, with it, and the names of the classes; the others go to `skipped`."""
+    names = {entry.image.relative_to(root).as_posix(): entry for entry in entries}
+    if labels == "folders":
+        found, classes = labels_of_folders(root, names)
+        reason = "in no folder of a class"
+    else:
+        told = len(skipped)
+        found, classes = read_label_list(Path(labels), skipped)
+        reason = f"no label in {labels}"
+        explained = {str(path) for path, _ in skipped[told:]}
+        skipped[told:] = [(root / path, why) for path, why in skipped[told:]]
+        skipped += [(root / name, f"named in {labels}, but there is no such image") for name in found
+                    if not (root / name).is_file()]  # fmt: skip
+        names = {name: entry for name, entry in names.items() if name not in explained}
+    for name, entry in names.items():
+        entry.label = found.get(name)
+        if entry.label is None:
+            skipped.append((entry.image, reason))
+    return [entry for entry in names.values() if entry.label is not None], classes
 
 
 def _table_entries(table: Path) -> Iterator[Entry]:
@@ -121,4 +197,4 @@ def _table_entries(table: Path) -> Iterator[Entry]:
         path = table.parent / name.strip()
         if path.suffix.lower()[1:] not in IMAGE_EXTENSIONS:
             raise UserError(f"{table}, line {number}: {name.strip()} is not a {', '.join(IMAGE_EXTENSIONS)} file")
-        yield path, caption.strip().encode()
+        yield Entry(path, caption.strip().encode())

@@ -137,10 +137,12 @@ class Shard:
         if caption or compared:
             text = self._read(int(record["caption_offset"]), int(record["caption_size"]))
         if compared:
-            digest = hashlib.sha256(picture)
-            digest.update(text)
+            label = self._read(int(record["label_offset"]), int(record["label_size"]))
+            digest = hashlib.sha256(picture + text + label)
             if digest.digest() != record["sha256"].tobytes():
                 raise OSError(f"{self.path}: sample {i} is not what was indexed (its SHA-256 differs)")
+        if caption and not record["caption_size"]:
+            raise ValueError(f"{self.path}: sample {i} has no caption")
         parsed = choose(parse_captions(text, bool(record["caption_is_json"])), lines, draw) if caption else ""
         return picture if image else b"", parsed, record
 
@@ -159,9 +161,14 @@ class Shard:
         return self.read(i, image=False, lines=lines, draw=draw)[1]
 
     def caption_aside(self, i: int, lines: str = "join", draw: float = 0.0) -> str:
-        """`caption`, but opening the files by itself: for other threads than the one that opens and closes shards."""
+        """`caption`, or "" where there is none, opening the files by itself: for other threads than the one that opens
+        and closes shards."""
         with self._aside() as shard:
-            return shard.caption(i, lines, draw)
+            return shard.caption(i, lines, draw) if shard.record(i)["caption_size"] else ""
+
+    def label(self, i: int) -> int:
+        """The class of sample `i`, -1 where it has none."""
+        return int(self.record(i)["label"])
 
     def key(self, i: int) -> str:
         """Opens the files by itself, as `caption_aside`. Raises OSError where the index is cut off or damaged."""

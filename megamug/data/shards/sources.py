@@ -17,6 +17,7 @@ import numpy as np
 
 from megamug.command_line.console import counted
 from megamug.data.shards.index_file import find_index, index_command
+from megamug.data.shards.labels import CLASSES, classes_sha256, read_classes
 from megamug.data.shards.reading import Shard
 from megamug.errors import UserError
 
@@ -29,12 +30,16 @@ _COMPRESSED = re.compile(r"\.(?:tar\.)?(tgz|(?<=tar\.)(?:gz|bz2|xz|zst))$", re.I
 
 @dataclass
 class Source:
-    """One set of shards. Samples are numbered through all shards, in the order of the shards' paths."""
+    """One set of shards. Samples are numbered through all shards, in the order of the shards' paths.
+
+    With `captioned` only samples with a caption are of the set; those of a shard come first in its index.
+    """
 
     name: str
     shards: list[Shard]
     weight: float | None
     starts: np.ndarray  # int64 [shards + 1]: number of the first sample of each shard, and the total
+    captioned: bool = False
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -47,9 +52,59 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256 over names, contents and numbers of samples of the shards: another set is another order."""
         digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f"{shard.header.shard} {shard.header.shard_sha256} {len(shard)}\n".encode())
+        for shard, count in zip(self.shards, self.counts(), strict=True):
+            digest.update(f"{shard.header.shard} {shard.header.shard_sha256} {count}\n".encode())
         return digest.hexdigest()
+
+    def counts(self) -> list[int]:
+        """How many samples of each shard are of the set: the first so many of its index."""
+        return np.diff(self.starts).tolist()
+
+    def without_caption(self) -> int:
+        """How many samples of the shards have no caption; with `captioned` they are not of the set."""
+        return sum(len(shard) - shard.header.captioned for shard in self.shards)
+
+    def class_names(self) -> list[str] | None:
+        """The names of the classes out of `classes.txt` beside the shards, by class; None where there is none.
+
+        Raises `UserError` where the shards' folders have different ones, or one has another than when it was indexed.
+        """
+        folders: dict[Path, list[str] | None] = {}
+        for shard in self.shards:
+            folder, header = shard.path.parent, shard.header
+            names = folders[folder] if folder in folders else folders.setdefault(folder, read_classes(folder))
+            made = header.classes_sha256
+            if made and made != classes_sha256(names) or names is not None and header.classes > len(names):
+                raise UserError(f"{shard.path}: indexed with other names of classes than {CLASSES} beside it has now;"
+                                f" restore that, or run: {index_command([shard.path])}")  # fmt: skip
+        found = list(folders.values())
+        if any(names != found[0] for names in found):
+            raise UserError(f"{self.name}: the folders {', '.join(map(str, folders))} have different {CLASSES}; number"
+                            " the classes of all in one way")  # fmt: skip
+        return found[0]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes: of names where there are some, else the largest class plus one; 0 without labels."""
+        names = self.class_names()
+        return max(shard.header.classes for shard in self.shards) if names is None else len(names)
+
+    def check_labels(self) -> None:
+        """Raises `UserError` where samples have no class, or the names of the classes are in disorder."""
+        total = sum(len(shard) for shard in self.shards)
+        missing = total - sum(shard.header.labelled for shard in self.shards)
+        if missing:
+            first = next(shard.header.unlabelled for shard in self.shards if shard.header.unlabelled)
+            raise UserError(
+                f"{self.name}: {missing:,} of {counted(total, 'sample')} without a usable label ({first}); give each a"
+                f" KEY.cls with a number, or a `label` in KEY.json; `{index_command([self.name])} --labels` leaves out"
+                " what has none"
+            )
+        self.class_names()
+
+
+class WithoutCaptions(UserError):
+    """A set that was to have captions and has none."""
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -136,12 +191,23 @@ def compressed(path: Path) -> str | None:
             f"{command} {path}")  # fmt: skip
 
 
-def resolve_sources(value: object, verify: bool = False) -> list[Source]:
+def resolve_sources(value: object, verify: bool = False, captions: bool = False) -> list[Source]:
     """Open the sets that a configuration value names (see above). `verify`: compare every sample with its SHA-256.
+    `captions`: only samples that have one.
 
-    Raises `UserError`: nothing there, no index or a stale one, weights for some sets only, a set without samples.
+    Raises `UserError`: nothing there, no index or a stale one, weights for some sets only, a set without samples
+    (`WithoutCaptions` where `captions` are wanted and no sample has one).
     """
-    return [_open_source(path, weight, verify) for path, weight in parse_sets(value)]
+    return [_open_source(path, weight, verify, captions) for path, weight in parse_sets(value)]
+
+
+def check_labels(sources: list[Source]) -> None:
+    """Raises `UserError` where a sample of these sets has no class, or where they name their classes differently."""
+    for source in sources:
+        source.check_labels()
+        if source.class_names() != sources[0].class_names():
+            raise UserError(f"{sources[0].name} and {source.name} have different {CLASSES}; number the classes of all"
+                            " in one way")  # fmt: skip
 
 
 def parse_sets(value: object) -> list[tuple[str, float | None]]:
@@ -173,7 +239,7 @@ def _parse_item(item: object) -> tuple[str, float | None]:
     return str(item["path"]), float(weight)
 
 
-def _open_source(path: str, weight: float | None, verify: bool) -> Source:
+def _open_source(path: str, weight: float | None, verify: bool, captions: bool) -> Source:
     paths = find_shards(path)
     for shard in paths:
         if problem := compressed(shard):
@@ -185,8 +251,13 @@ def _open_source(path: str, weight: float | None, verify: bool) -> Source:
             f"run: {index_command([path])}"
         )
     shards = [Shard(shard, verify) for shard in paths]
-    starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards])]).astype(np.int64)
-    if starts[-1] == 0:
+    total = sum(len(shard) for shard in shards)
+    if total == 0:
         held = counted(len(shards), "shard")
         raise UserError(f"{path}: no usable sample in {held}; {index_command([path])} lists the reasons")
-    return Source(path, shards, weight, starts)
+    sizes = [shard.header.captioned if captions else len(shard) for shard in shards]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    if starts[-1] == 0:
+        raise WithoutCaptions(f"{path}: none of {counted(total, 'sample')} has a caption (KEY.txt, or `caption` in"
+                              " KEY.json)")  # fmt: skip
+    return Source(path, shards, weight, starts, captions)

@@ -1,6 +1,7 @@
-"""Walk a tar shard without extracting anything: pair image and caption members, say what is wrong with the others.
+"""Walk a tar shard without extracting anything: which members make a sample, and what is wrong with the others.
 
-WebDataset's naming: `folder/KEY.EXTENSION`, KEY up to the first dot of the file name, shared by image and caption.
+WebDataset's naming: `folder/KEY.EXTENSION`, KEY up to the first dot of the file name, which image, caption and label
+share.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megamug.errors import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "json")  # a .txt wins over a .json of the same key
+LABEL_EXTENSION = "cls"  # a number as text; it wins over `label` in a .json
 SOURCE = "MEGAMUG.source"  # PAX key of a member: the user's own file that it was packed from
 COMPRESSED = (
     (b"\x1f\x8b", "gzip", "gunzip"), (b"BZh", "bzip2", "bunzip2"), (b"\xfd7zXZ\0", "xz", "unxz"),
@@ -35,12 +37,11 @@ class Member:
 
 @dataclass
 class Pair:
-    """An image and a caption of one key, not yet looked into."""
+    """An image and what lies beside it under the same key, not yet looked into."""
 
     key: str
     image: Member
-    caption: Member
-    caption_is_json: bool
+    beside: dict[str, Member] = field(default_factory=dict)  # by extension: txt, json, cls
 
 
 @dataclass
@@ -143,14 +144,15 @@ def unusable(info: tarfile.TarInfo, total: int) -> str | None:
 
 
 def scan(path: Path) -> TarContents:
-    """All pairs of the shard at `path` in the tar's order, and a reason for each member that cannot be used."""
+    """All images of the shard at `path` in the tar's order, each with what lies beside it, and a reason for each member
+    that cannot be used."""
     contents = TarContents()
     images: dict[str, Member] = {}
-    captions: dict[str, dict[str, Member]] = {}
+    beside: dict[str, dict[str, Member]] = {}
     dotted: list[tuple[str, str, str]] = []
     total = os.path.getsize(path)
     for info in walk(path, contents.quarantine):
-        _sort_member(info, total, images, captions, dotted, contents)
+        _sort_member(info, total, images, beside, dotted, contents)
     for key, name, extension in dotted:
         if key in images:  # WebDataset's way: another picture or text of the same sample
             contents.ignored[extension] += 1
@@ -160,43 +162,37 @@ def scan(path: Path) -> TarContents:
             f"{key.rpartition('/')[2]!r}; give it a name with one dot (megamug data shards does)"
         )
         contents.quarantine.append(problem(key, name, reason))
-    for key, image in images.items():
-        found = captions.pop(key, None)
-        if found is None:
-            reason = "no caption (.txt or .json) of this key"
-            contents.quarantine.append(problem(key, image.name, reason, image.source))
-        else:
-            extension = next(e for e in CAPTION_EXTENSIONS if e in found)
-            contents.pairs.append(Pair(key, image, found[extension], extension == "json"))
-    for key, found in captions.items():
-        name = next(iter(found.values())).name
-        contents.quarantine.append(problem(key, name, "a caption without a usable image of this key"))
+    contents.pairs = [Pair(key, image, beside.pop(key, {})) for key, image in images.items()]
+    for key, found in beside.items():
+        extension = next(e for e in (*CAPTION_EXTENSIONS, LABEL_EXTENSION) if e in found)
+        what = "label" if extension == LABEL_EXTENSION else "caption"
+        contents.quarantine.append(problem(key, found[extension].name, f"a {what} without a usable image of this key"))
     return contents
 
 
 def _sort_member(
-    info: tarfile.TarInfo, total: int, images: dict[str, Member], captions: dict[str, dict[str, Member]],
+    info: tarfile.TarInfo, total: int, images: dict[str, Member], beside: dict[str, dict[str, Member]],
     dotted: list[tuple[str, str, str]], contents: TarContents,
 ) -> None:  # fmt: skip
     name, source = info.name, info.pax_headers.get(SOURCE)
     key, extension = split_name(name)
-    is_image, is_caption = extension in IMAGE_EXTENSIONS, extension in CAPTION_EXTENSIONS
+    is_image, is_beside = extension in IMAGE_EXTENSIONS, extension in (*CAPTION_EXTENSIONS, LABEL_EXTENSION)
     if info.isdir():
         return
     reason = unusable(info, total)
     unsafe = reason is not None and not reason.startswith("truncated")
     if not unsafe and name.rpartition("/")[2].startswith("._"):
         contents.ignored["_*"] += 1  # what macOS puts beside each file: no picture, whatever its name says
-    elif not unsafe and not (is_image or is_caption):
+    elif not unsafe and not (is_image or is_beside):
         if extension.rpartition(".")[2] in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS:
             dotted.append((key, name, extension))
         else:
             contents.ignored[extension] += 1
     elif reason:
         contents.quarantine.append(problem(key, name, reason, source))
-    elif is_image and key in images or is_caption and extension in captions.get(key, {}):
+    elif is_image and key in images or is_beside and extension in beside.get(key, {}):
         contents.quarantine.append(problem(key, name, "duplicate key: the first one is used", source))
     elif is_image:
         images[key] = Member(name, info.offset_data, info.size, source)
     else:
-        captions.setdefault(key, {})[extension] = Member(name, info.offset_data, info.size, source)
+        beside.setdefault(key, {})[extension] = Member(name, info.offset_data, info.size, source)

@@ -1,4 +1,5 @@
-"""Verify every pair of one shard, decoding each image in full with the decoder that training uses, and write its index.
+"""Verify every sample of one shard, decoding each image in full with the decoder that training uses, and write its
+index.
 
 Order of the checks on an image: its size in bytes, its header (format, width x height against the limit: a header that
 claims 50,000 x 50,000 never reaches a decoder), then DALI. What fails is quarantined with a reason; nothing is changed
@@ -16,14 +17,22 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megamug.data.dali import DECODE_ERRORS, FullDecoder, decoder_version
 from megamug.data.png import too_long
-from megamug.data.shards.captions import parse_caption
+from megamug.data.shards.annotations import (
+    DEFAULT_LIMITS,
+    Annotations,
+    Limits,
+    Rejected,
+    annotate,
+    has_captions,
+    read_member,
+)
 from megamug.data.shards.index_file import (
     SAMPLE,
     IndexHeader,
@@ -34,30 +43,15 @@ from megamug.data.shards.index_file import (
     read_header,
     write_index,
 )
-from megamug.data.shards.tar_members import Pair, problem, scan
+from megamug.data.shards.labels import classes_sha256, read_classes
+from megamug.data.shards.tar_members import Member, Pair, problem, scan
 from megamug.durable import file_sha256
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
 
 _BATCH = 32  # images decoded at a time
 LARGEST = 178_956_970  # pixels that Pillow, which reads the headers, opens at most
 _SMALL = 1 << 20  # pixels that cost little, however few bytes they are made of
 _BATCH_PIXELS = 1 << 25  # and their pixels together: 100 MB decoded
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a sample may be at most. A change of limits makes an index stale."""
-
-    pixels: int = 1 << 26  # width x height: 67 million
-    # Pixels of a byte of the file, of images above `_SMALL`: photographs have 1 to 50, a blank page of a screen 300. A
-    # file of 665 bytes that claims 64 million costs seconds each time it is drawn, and shows nothing.
-    pixels_per_byte: int = 1000
-    image_bytes: int = 1 << 26
-    caption_bytes: int = 1 << 14
-    json_bytes: int = 1 << 20  # of a whole .json member
-
-
-DEFAULT_LIMITS = Limits()
 
 
 @dataclass
@@ -69,45 +63,69 @@ class ShardReport:
     quarantine: list[dict]
     ignored: dict[str, int]
     action: str  # "indexed" | "up to date" | "unchanged" (new time, same contents: the index was renewed)
+    captioned: int = 0  # samples with a caption
+    labelled: int = 0  # samples with a class
+    unlabelled: str = ""  # why the first of the others has none
+    classes: int = 0  # the largest class, plus one
 
 
-class Rejected(Exception):
-    """Why a sample is quarantined."""
+def _report(path: Path, header: IndexHeader, action: str) -> ShardReport:
+    return ShardReport(
+        str(path), header.samples, header.quarantine, header.ignored, action, header.captioned, header.labelled,
+        header.unlabelled, header.classes,
+    )  # fmt: skip
+
+
+@dataclass
+class _Found:
+    """What became of the images of a shard: records with a caption, records without, and keys, in their order."""
+
+    captioned: list[tuple] = field(default_factory=list)
+    alone: list[tuple] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    key_bytes: int = 0
+    unlabelled: str = ""
 
 
 def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:
     """Bring the index of one shard up to date: nothing where size and time agree, a hash where only the time differs.
 
-    Raises `UserError` where the shard cannot be read or the index cannot be written.
+    Raises `UserError` where the shard cannot be read or the index cannot be written, and for a broken `classes.txt`
+    beside the shard.
     """
     path = Path(path)
     try:
         stat = path.stat()
-        old = _current(path, limits)
+        names = read_classes(path.parent)
+        old = _current(path, limits, classes_sha256(names))
         if old is not None and (old.shard_size, old.shard_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return ShardReport(str(path), old.samples, old.quarantine, old.ignored, "up to date")
+            return _report(path, old, "up to date")
         sha256 = file_sha256(path)
         if old is not None and (old.shard_size, old.shard_sha256) == (stat.st_size, sha256):
             _renew(path, old, stat.st_mtime_ns)
-            return ShardReport(str(path), old.samples, old.quarantine, old.ignored, "unchanged")
+            return _report(path, old, "unchanged")
         contents = scan(path)
-        samples, keys = _verify(path, contents.pairs, contents.quarantine, limits)
+        found = _verify(path, contents.pairs, contents.quarantine, names, limits)
+        samples = np.array(found.captioned + found.alone, SAMPLE)
         header = IndexHeader(
             shard=path.name, shard_size=stat.st_size, shard_mtime_ns=stat.st_mtime_ns, shard_sha256=sha256,
-            shard_edges_sha256=edges_sha256(path), samples=len(samples), quarantine=contents.quarantine,
-            ignored=dict(contents.ignored), limits=asdict(limits), decoder=decoder_version(),
+            shard_edges_sha256=edges_sha256(path), samples=len(samples), captioned=len(found.captioned),
+            labelled=int((samples["label"] >= 0).sum()), unlabelled=found.unlabelled,
+            classes=int(samples["label"].max(initial=-1)) + 1, classes_sha256=classes_sha256(names),
+            quarantine=contents.quarantine, ignored=dict(contents.ignored), limits=asdict(limits),
+            decoder=decoder_version(),
         )  # fmt: skip
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise UserError(f"{path}: the shard changed while it was being indexed; index it again when it is complete")
-        write_index(index_path(path), header, samples, keys)
-        return ShardReport(str(path), len(samples), contents.quarantine, header.ignored, "indexed")
+        write_index(index_path(path), header, samples, b"".join(found.keys))
+        return _report(path, header, "indexed")
     except OSError as error:
         raise UserError(f"{path}: cannot index the shard: {error}") from error
 
 
-def _current(path: Path, limits: Limits) -> IndexHeader | None:
-    """The header of the index that is there, if it was made under the same limits by this version."""
+def _current(path: Path, limits: Limits, classes: str) -> IndexHeader | None:
+    """The header of the index that is there, if this version made it under the same limits and names of classes."""
     index = find_index(path)
     if index is None:
         return None
@@ -116,7 +134,7 @@ def _current(path: Path, limits: Limits) -> IndexHeader | None:
         check_body(index, header, offset)
     except ValueError:
         return None
-    return header if header.limits == asdict(limits) else None
+    return header if (header.limits, header.classes_sha256) == (asdict(limits), classes) else None
 
 
 def _renew(path: Path, header: IndexHeader, mtime_ns: int) -> None:
@@ -128,75 +146,59 @@ def _renew(path: Path, header: IndexHeader, mtime_ns: int) -> None:
     write_index(index_path(path), header, np.frombuffer(data[:records], SAMPLE), data[records:])
 
 
-def _verify(path: Path, pairs: list[Pair], quarantine: list[dict], limits: Limits) -> tuple[np.ndarray, bytes]:
-    """Records and keys of the pairs that pass; the others go to `quarantine`."""
-    records, keys, key_start = [], [], 0
+def _verify(path: Path, pairs: list[Pair], quarantine: list[dict], names: list[str] | None, limits: Limits) -> _Found:
+    """Records and keys of the samples that pass; the others go to `quarantine`."""
+    found = _Found()
     decoder = FullDecoder(_BATCH)
     with open(path, "rb") as file, _captured_stderr() as captured:
-        for batch in _batches(file, pairs, quarantine, limits):
-            sizes = _decode(decoder, [image for _, image, _, _ in batch], captured)
-            for (pair, image, caption, length), size in zip(batch, sizes, strict=True):
+        for batch in _batches(file, pairs, quarantine, names, limits):
+            sizes = _decode(decoder, [image for _, image, _ in batch], captured)
+            for (pair, image, annotations), size in zip(batch, sizes, strict=True):
                 if isinstance(size, str):
                     quarantine.append(problem(pair.key, pair.image.name, size, pair.image.source))
-                    continue
-                key = pair.key.encode()
-                digest = hashlib.sha256(image)
-                digest.update(caption)
-                records.append((
-                    pair.image.offset, pair.image.size, pair.caption.offset, pair.caption.size, pair.caption_is_json,
-                    size[1], size[0], length, key_start, len(key), zlib.crc32(key), digest.digest(), 0,
-                ))  # fmt: skip
-                keys.append(key)
-                key_start += len(key)
-    return np.array(records, SAMPLE), b"".join(keys)
+                else:
+                    _keep(found, pair, image, annotations, size)
+    return found
 
 
-def _batches(file, pairs: list[Pair], quarantine: list[dict], limits: Limits) -> Iterator[list[tuple]]:
-    """Batches of (pair, image bytes, caption member bytes, caption length) whose headers and captions are in order."""
+def _keep(found: _Found, pair: Pair, image: bytes, annotations: Annotations, size: tuple[int, int]) -> None:
+    key, digest = pair.key.encode(), hashlib.sha256(image)
+    digest.update(annotations.hashed())
+    nothing = Member("", 0, 0)
+    caption, label = annotations.caption or nothing, annotations.label_member or nothing
+    (found.captioned if annotations.caption else found.alone).append((
+        pair.image.offset, pair.image.size, caption.offset, caption.size, annotations.caption_is_json,
+        annotations.label, label.offset, label.size,
+        size[1], size[0], annotations.length, found.key_bytes, len(key), zlib.crc32(key), digest.digest(), 0,
+    ))  # fmt: skip
+    found.keys.append(key)
+    found.key_bytes += len(key)
+    if annotations.label < 0:
+        found.unlabelled = found.unlabelled or printable(f"{pair.image.name}: {annotations.unlabelled}")
+
+
+def _batches(
+    file, pairs: list[Pair], quarantine: list[dict], names: list[str] | None, limits: Limits
+) -> Iterator[list[tuple]]:
+    """Batches of (pair, image bytes, annotations) whose headers, captions and labels are in order."""
+    alone = limits.images_alone or not has_captions(file, pairs, limits)
     batch, pixels = [], 0
     for pair in pairs:
-        member = pair.caption
         try:
-            caption = _read(file, pair.caption, limits.json_bytes if pair.caption_is_json else limits.caption_bytes)
-            length = check_caption(caption, pair.caption_is_json, limits)
-            member = pair.image
-            image = _read(file, pair.image, limits.image_bytes)
+            annotations = annotate(file, pair, alone, names, limits)
+            image = read_member(file, pair.image, limits.image_bytes)
             width, height = check_header(image, limits)
         except Rejected as reason:
+            member = reason.member or pair.image
             quarantine.append(problem(pair.key, member.name, str(reason), pair.image.source))
             continue
         if batch and (len(batch) == _BATCH or pixels + width * height > _BATCH_PIXELS):
             yield batch
             batch, pixels = [], 0
-        batch.append((pair, image, caption, length))
+        batch.append((pair, image, annotations))
         pixels += width * height
     if batch:
         yield batch
-
-
-def _read(file, member, limit: int) -> bytes:
-    if member.size > limit:
-        raise Rejected(f"{member.size:,} bytes, more than the limit of {limit:,}")
-    if member.size == 0:
-        raise Rejected("empty file")
-    file.seek(member.offset)
-    return file.read(member.size)
-
-
-def check_caption(data: bytes, is_json: bool, limits: Limits) -> int:
-    """Length of the caption in characters. Raises `Rejected`."""
-    try:
-        caption = parse_caption(data, is_json)
-    except UnicodeError as error:
-        raise Rejected(f"the caption is not UTF-8: {error}") from error
-    except RecursionError as error:
-        raise Rejected("the JSON is nested too deeply") from error
-    except ValueError as error:
-        raise Rejected(f"bad caption: {error}") from error
-    size = len(caption.encode())
-    if size > limits.caption_bytes:
-        raise Rejected(f"the caption has {size:,} bytes, more than the limit of {limits.caption_bytes:,}")
-    return len(caption)
 
 
 def check_header(data: bytes, limits: Limits) -> tuple[int, int]:

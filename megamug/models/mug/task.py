@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 
+from megamug.command_line.console import counted
 from megamug.configuration.sections import Config
 from megamug.data.dali import load_dali
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks
-from megamug.data.shards.sources import resolve_sources
+from megamug.data.shards.sources import Source, resolve_sources
+from megamug.errors import printable
 from megamug.models.mug.model import PAD, Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
 from megamug.models.task import Task
+
+log = logging.getLogger(__name__)
 
 
 class MugTask(Task):
@@ -25,22 +31,33 @@ class MugTask(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         self.tokenizer = Tokenizer(config.data.tokenizer) if config.model.caption_loss_weight > 0 else None
+        self.told: set[str] = set()
         self.vocabulary = self.tokenizer.vocab_size if self.tokenizer else 0
         self.plan = MugPlan(config, self.vocabulary, self.spec)
         self.loss_names = [n for n, used in (("image", self.plan.paints), ("caption", self.plan.writes)) if used]
 
     # ------------------------------------------------------------------------------------------ data
 
-    def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> PairLoader:
-        """Every rank of a data-parallel replica reads the same pairs: a replaced sample is replaced on all of them."""
+    def loader(
+        self, world, train: bool, state: dict | None = None, max_samples: int | None = None,
+        captions: bool | None = None,
+    ) -> PairLoader:  # fmt: skip
+        """Every rank of a data-parallel replica reads the same pairs: a replaced sample is replaced on all of them.
+
+        `captions`: whether samples must have one, and come with its tokens; None: where the model writes.
+        """
         data = self.config.data
+        captions = self.plan.writes if captions is None else captions
+        sources = resolve_sources(data.train if train else data.validation, data.verify, captions)
+        if world.is_first:
+            self._tell(sources)
         return PairLoader(
-            resolve_sources(data.train if train else data.validation, data.verify),
+            sources,
             tokenizer=self.tokenizer,
             image_size=data.image_size,
             caption_length=data.caption_length,
             caption_lines=data.caption_lines,
-            need_captions=self.plan.writes,
+            need_captions=captions,
             crop_scale=data.crop_scale,
             flip=data.flip,
             background=data.background,
@@ -52,12 +69,20 @@ class MugTask(Task):
             **self.reading(world, train),
         )
 
+    def _tell(self, sources: list[Source]) -> None:
+        """Once of each set, what is left out of it."""
+        for source in sources:
+            missing = source.without_caption()
+            if source.captioned and missing and source.name not in self.told:
+                self.told.add(source.name)
+                log.warning("%s: %s without a caption left out", printable(source.name), counted(missing, "sample"))
+
     def check_data(self) -> None:
         """The shards are checked with the configuration; this is what decodes their images."""
         load_dali()
 
     def order(self) -> GlobalOrder:
-        return order_of(resolve_sources(self.config.data.train), self.config.seed)
+        return order_of(resolve_sources(self.config.data.train, captions=self.plan.writes), self.config.seed)
 
     def identity(self) -> dict:
         tokenizer = None if self.tokenizer is None else self.tokenizer.sha256[:16]

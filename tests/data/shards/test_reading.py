@@ -192,7 +192,7 @@ def test_json_captions_and_names_in_folders(helpers, tmp_path):
     report = index_shard(path)
     shard = Shard(path)
     assert [(shard.key(i), shard.caption(i)) for i in range(2)] == [("a/k", "Grüße, Welt"), ("b/k", "é")]
-    assert report.ignored == {"cls": 1} and report.quarantine == []
+    assert report.ignored == {} and report.quarantine == [] and [shard.label(i) for i in range(2)] == [-1, 3]
 
 
 def test_index_is_repeatable_and_stale_ones_are_found(helpers, tmp_path):

@@ -1,0 +1,45 @@
+"""What a loader of pairs gives: micro-batches of this rank, and which samples they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megamug.data.shards.sources import Source
+from megamug.errors import printable
+
+
+@dataclass
+class PairBatch:
+    """One micro-batch of b pairs."""
+
+    images: torch.Tensor | None  # uint8 [b, 3, S, S] RGB
+    tokens: torch.Tensor | None  # int64 [b, caption_length + 1]
+    epochs: np.ndarray  # int64 [b]
+    indices: np.ndarray  # int64 [b]: a number that no other sample of any source has
+    valid: np.ndarray  # bool [b]: False for the padding at the end of a validation pass
+    labels: torch.Tensor | None = None  # int64 [b]: the class of each sample; of padding, too
+    _locations: list[tuple[Source, int]] = field(repr=False, default_factory=list)
+    _lines: tuple[str, np.ndarray] = field(repr=False, default=("join", np.zeros(0)))  # which captions, and draws [b]
+
+    def keys(self) -> list[str]:
+        """`shard file: key` of each sample, read from the indexes when asked for."""
+        places = [source.locate(index) for source, index in self._locations]
+        return [f"{printable(shard.path.name)}: {shard.key(i)}" for shard, i in places]
+
+    def captions(self) -> list[str]:
+        """The captions as they stand in the shards, "" where there is none; of several, those that `tokens` hold."""
+        places, (lines, draws) = [source.locate(index) for source, index in self._locations], self._lines
+        return [shard.caption_aside(i, lines, draw) for (shard, i), draw in zip(places, draws, strict=True)]
+
+
+@dataclass
+class GlobalBatch:
+    """This rank's micro-batches of one global batch."""
+
+    micro_batches: list[PairBatch]
+    samples: int  # the cursor behind this batch: samples of the order consumed, by all ranks together
+    wait_seconds: float = 0.0  # how long the caller of `next` was blocked
+    failures: int = 0  # samples replaced on this rank since the loader was made
