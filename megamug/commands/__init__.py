@@ -26,6 +26,8 @@ DATA = {  # `megamug data NAME`: (module, what it does)
 COMMANDS = {  # `megamug NAME`
     "convert": ("convert", "convert between megamug's checkpoints and other libraries'"),
     "inspect": ("inspect", "say what a checkpoint holds, and whether it is complete"),
+    "features": ("transfer.features", "write an encoder's features of images"),
+    "probe": ("transfer.probe", "measure features by k-NN and by a linear probe"),
     "fuse": ("fuse", "fuse two parents into one model"),
     "benchmark": ("benchmark", "measure megamug beside what it is compared with"),
 }

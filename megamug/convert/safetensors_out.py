@@ -66,10 +66,10 @@ def _shards(tensors: Sequence[LazyTensor], limit: int) -> list[list[LazyTensor]]
     return shards
 
 
-def write_file(path: Path, tensors: Sequence[LazyTensor]) -> None:
+def write_file(path: Path, tensors: Sequence[LazyTensor], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file. The widest types come first, so that every tensor stays aligned."""
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for tensor in tensors:
         assert tensor.name not in header, f"{tensor.name} is written twice"

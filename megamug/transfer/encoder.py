@@ -89,7 +89,7 @@ class VisionEncoder(nn.Module):
         `layers`: numbers of the blocks whose outputs are wanted as well, from 0; negative ones count from the last.
         Raises UserError: images of another size or type, a block that is not there.
         """
-        wanted = self._wanted(layers)
+        wanted = self.wanted(layers)
         x, found = self._embed(images), {}
         prefix = 1 + len(self.register_tokens)
         for number, block in enumerate(self.blocks):
@@ -119,7 +119,7 @@ class VisionEncoder(nn.Module):
         patches = self.patch_embedding(patches.to(dtype)) + self.positions
         return torch.cat([self.class_token.expand(b, -1, -1), self.register_tokens.expand(b, -1, -1), patches], dim=1)
 
-    def _wanted(self, layers: Sequence[int]) -> list[int]:
+    def wanted(self, layers: Sequence[int]) -> list[int]:
         for layer in layers:
             if not -self.depth <= layer < self.depth:
                 raise UserError(f"layers: there is no block {layer}; there are 0 to {self.depth - 1}")

@@ -22,7 +22,8 @@ DOORS = {path.stem: re.search(r"`megamug (.*) \.\.\.`", path.read_text())[1].spl
 
 
 def test_every_script_is_a_door_of_a_command():
-    assert len(DOORS) == len(commands.DATA) + len(commands.COMMANDS) == 12
+    ours = [name for name, (module, _) in commands.COMMANDS.items() if not module.startswith("transfer.")]  # no scripts
+    assert len(DOORS) == len(commands.DATA) + len(ours) == 12
     for tool, words in DOORS.items():
         module, prog, rest = commands.split([*words, "--x"])
         assert (prog, rest) == (" ".join(["megamug", *words]), ["--x"])

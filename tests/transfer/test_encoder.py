@@ -106,7 +106,7 @@ def test_timm_makes_the_same_of_the_same_files(tmp_path, registers):
     from_megamug(FORMATS["timm"], run, tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     data = timm.data.resolve_model_data_config(model)
-    assert (data["input_size"], data["mean"], data["crop_pct"]) == ((3, SIZE, SIZE), (0.5, 0.4, 0.3), 0.875)
+    assert (*data["input_size"], *data["mean"], data["crop_pct"]) == (3, SIZE, SIZE, 0.5, 0.4, 0.3, 0.875)
     transform = timm.data.create_transform(**data, is_training=False)
     images = torch.stack([transform(Image.open(io.BytesIO(data))) for data in JPEGS])
     with torch.no_grad():

@@ -43,13 +43,14 @@ def random_resized_crops(
     return np.where(fits.any(axis=1)[:, None], chosen, fallback).astype(np.int64)
 
 
-def centre_squares(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """The largest centred square of each image, int64 [b, 4] as above.
+def centre_squares(widths: np.ndarray, heights: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """The centred square of each image, `share` of its shorter side, int64 [b, 4] as above.
 
-    Resizing it to S x S is resizing the shorter side to S and then cropping the centre, without the pixels thrown away.
+    Resizing it to S x S is resizing the shorter side to S / share and then cropping the centre, without the pixels
+    thrown away.
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
-    side = np.minimum(widths, heights)
+    side = np.maximum(np.rint(np.minimum(widths, heights) * share).astype(np.int64), 1)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 

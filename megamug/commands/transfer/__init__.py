@@ -1,0 +1,1 @@
+"""What is made of a trained encoder: its features, and probes of them."""

@@ -1,0 +1,83 @@
+"""What can be read from features: megamug probe TRAIN --test TEST [--methods knn linear] [--features mean ...]
+
+TRAIN and TEST are files that `megamug features` wrote of labelled images. `knn` is DINO's weighted k-NN, `linear` an
+L2-regularised logistic regression whose strength is chosen on a held-out part of TRAIN. See docs/transfer.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from megamug.command_line.arguments import COUNT, Parser, Range, number, output_file
+from megamug.errors import UserError
+
+METHODS = ("knn", "linear")
+POSITIVE = number(float, Range(0, open_low=True))
+
+
+def main(argv: list[str], prog: str | None = None) -> None:
+    parser = Parser(prog, description=__doc__)
+    parser.add_argument("train", metavar="TRAIN", type=Path)
+    parser.add_argument("--test", metavar="TEST", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--features", nargs="+", metavar="NAME", help="which of the file's (default: all of them)")
+    parser.add_argument("--k", type=COUNT, nargs="+", help="neighbours (default: 10 20 100 200, as far as TRAIN has"
+                        " so many)")  # fmt: skip
+    parser.add_argument("--temperature", type=POSITIVE, help="of the neighbours' votes (default 0.07)")
+    parser.add_argument("--strengths", type=POSITIVE, nargs="+", metavar="C", help="of the linear probe, inverse"
+                        " regularisation as scikit-learn's C (default: 1e-4 to 100 by tens)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out part (default %(default)s)")
+    parser.add_argument("--output", type=output_file, metavar="FILE.json", help="the figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    options = parser.parse_args(argv)
+
+    from megamug.transfer import knn, logistic, stored
+
+    train, test = stored.read(options.train), stored.read(options.test)
+    if train.settings and test.settings and (other := _differing(train.settings, test.settings)):
+        raise UserError(f"{test.path} was extracted otherwise than {train.path} (other {', '.join(other)}); extract"
+                        " both alike")  # fmt: skip
+    results = {}
+    for name in options.features or train.tensors:
+        sets = (*train.labelled(name), *test.labelled(name))
+        found = results[name] = {}
+        if "knn" in options.methods:
+            ks = options.k or [k for k in knn.KS if k <= len(sets[0])] or [len(sets[0])]
+            found["knn"] = knn.knn(*sets, ks, options.temperature or knn.TEMPERATURE)
+        if "linear" in options.methods:
+            found["linear"] = logistic.linear_probe(
+                *sets, strengths=options.strengths or logistic.STRENGTHS, seed=options.seed
+            )
+    figures = {
+        "train": str(train.path), "test": str(test.path), "images": [len(train), len(test)], "results": results,
+        "settings": train.settings,
+    }  # fmt: skip
+    if options.output:
+        from megamug.durable import replace_text
+
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(options.output, json.dumps(figures, indent=1) + "\n")
+    print("\n".join(table(figures)), file=sys.stderr)
+    if options.json or not sys.stdout.isatty():
+        print(json.dumps(figures, indent=1))
+
+
+def _differing(one: dict, other: dict) -> list[str]:
+    return [key for key in ("encoder", "image_size", "share", "dtype") if one.get(key) != other.get(key)]
+
+
+def table(figures: dict) -> list[str]:
+    """The figures in lines for people."""
+    learned, measured = figures["images"]
+    lines = [f"{learned:,} images to learn from, {measured:,} to be measured on", f"{'':34}{'top-1':>8}{'top-5':>8}"]
+    for name, found in figures["results"].items():
+        rows = {f"k-NN, k {k}": row for k, row in found.get("knn", {}).items()}
+        if "linear" in found:
+            rows[f"linear, C {found['linear']['strength']:g}"] = found["linear"]
+        for title, row in rows.items():
+            lines.append(f"  {name:<14}{title:<18}{row['top1']:>8.1%}{row['top5']:>8.1%}")
+        if not found.get("linear", {}).get("converged", True):
+            lines.append("    (the linear probe had not reached its minimum after 1,000 steps)")
+    return lines

@@ -1,0 +1,142 @@
+"""Features of shards: those of each image alone, in the shards' order, whoever makes them, however often stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megamug import cli
+from megamug.data.dali import CropDecoder
+from megamug.data.pairs.images import centre_squares
+from megamug.data.shards.indexing import index_paths
+from megamug.data.shards.sources import resolve_sources
+from megamug.durable import write_atomically
+from megamug.errors import UserError
+from megamug.transfer import extraction, stored
+from megamug.transfer.encoder import load_encoder
+from megamug.transfer.extraction import extract
+from tests.data.conftest import write_tar
+from tests.transfer.common import SIZE, photograph, write_encoder
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    folder.mkdir()
+    for name, numbers in (("a", range(15)), ("b", range(15, COUNT))):
+        members = []
+        for i in numbers:
+            members += [(f"{i:03d}.jpg", photograph(40 + i, 60 - i, seed=i)), (f"{i:03d}.txt", f"picture {i}".encode())]
+            members += [(f"{i:03d}.cls", str(i % 4).encode())]
+        write_tar(folder / f"{name}.tar", members)
+    index_paths([folder])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """The mean features of each image alone."""
+    encoder, rows = load_encoder(run), []
+    decoder = CropDecoder(SIZE, 1, 1, torch.device("cpu"))
+    for i in range(COUNT):
+        square = centre_squares(np.array([40 + i]), np.array([60 - i]), 0.875)
+        rows.append(encoder(decoder([photograph(40 + i, 60 - i, seed=i)], square, np.zeros(1, bool))).mean)
+    return torch.cat(rows)
+
+
+def features(run, shards, output, *words: str) -> int:
+    return cli.main(["features", str(run), "--data", str(shards), "--output", str(output), "--batch", "4", *words])
+
+
+def test_features_are_those_of_each_image_alone(run, shards, expected, tmp_path, capsys):
+    assert features(run, shards, tmp_path / "f.safetensors", "--layers", "0", "-1") == 0
+    err = capsys.readouterr().err
+    assert "class_token, mean, layer_0, layer_2 of 23 images, 32 numbers each; 23 with a label" in err
+    found = load_file(tmp_path / "f.safetensors")
+    assert (found["mean"] - expected).abs().max() < 1e-5
+    assert found["labels"].tolist() == [i % 4 for i in range(COUNT)]
+    lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert lines[16] == {"shard": "b.tar", "key": "016", "label": 0, "caption": "picture 16"}
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob(".*"))
+    assert features(run, shards, tmp_path / "f.npz") == 0
+    arrays = np.load(tmp_path / "f.npz")
+    assert np.array_equal(arrays["mean"], found["mean"].numpy())
+    assert (arrays["keys"][16], arrays["captions"][16]) == ("b.tar: 016", "picture 16")
+    for name in ("f.safetensors", "f.npz"):
+        kept = stored.read(tmp_path / name)
+        assert torch.equal(kept.labelled("mean")[0], found["mean"]) and kept.settings["images"] == COUNT
+
+
+def test_several_processes_share_the_images_and_a_stopped_run_goes_on(run, shards, expected, tmp_path, monkeypatch):
+    encoder, output = load_encoder(run), tmp_path / "f.safetensors"
+    written: list[str] = []
+    monkeypatch.setattr(extraction, "write_atomically", _counting(written, stop_at=2))
+    with pytest.raises(KeyboardInterrupt):
+        extract(encoder, str(shards), output, batch=3, chunk=5)
+    assert len(written) == 2 and not output.exists()
+    with pytest.raises(UserError, match="parts of another extraction .other share"):
+        extract(encoder, str(shards), output, batch=3, chunk=5, share=1.0)
+    monkeypatch.setattr(extraction, "write_atomically", _counting(written))
+    other = threading.Thread(target=lambda: extract(load_encoder(run), str(shards), output, chunk=5, rank=1, size=2))
+    other.start()
+    summary = extract(encoder, str(shards), output, batch=3, chunk=5, size=2)
+    other.join()
+    assert sorted(written) == [f"chunk-{n:06d}.safetensors" for n in range(5)]  # each once
+    assert summary.images == COUNT and (load_file(output)["mean"] - expected).abs().max() < 1e-5
+
+
+def _counting(written: list[str], stop_at: int | None = None):
+    def write(path, *parts):
+        if len(written) == stop_at:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_atomically(path, *parts)
+
+    return write
+
+
+def test_an_image_that_is_damaged_meanwhile_is_left_out_and_told(run, shards, tmp_path, capsys, monkeypatch):
+    shutil.copytree(shards, tmp_path / "copy")
+    path, jpeg = tmp_path / "copy" / "a.tar", photograph(43, 57, seed=3)
+
+    def opened_and_then_damaged(*words):
+        sources = resolve_sources(*words)
+        with open(path, "r+b") as file:
+            file.seek(file.read().index(jpeg))
+            file.write(bytes(len(jpeg)))
+        return sources
+
+    monkeypatch.setattr(extraction, "resolve_sources", opened_and_then_damaged)
+    assert features(run, tmp_path / "copy", tmp_path / "f.safetensors") == 0
+    err = capsys.readouterr().err
+    assert "22 images" in err and "left out: 1 image that did not decode" in err and "is not what was indexed" in err
+    keys = [json.loads(line)["key"] for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert keys == [f"{i:03d}" for i in range(COUNT) if i != 3]
+
+
+def test_mistakes_are_told_before_anything_is_written(run, shards, tmp_path, capsys):
+    def refused(match: str, output="f.npz", data=shards, path=run, words=()):
+        assert features(path, data, tmp_path / output, *words) == 2
+        assert match in capsys.readouterr().err
+        assert os.listdir(tmp_path) == []
+
+    refused("a name that ends in .safetensors or .npz", output="f.pt")
+    refused("/absent", data=tmp_path / "absent")
+    refused("does not exist", path=tmp_path / "run")
+    refused("no block 7; there are 0 to 2", words=["--layers", "7"])
+    refused("multiple of the patch size", words=["--image-size", "33"])
+    refused("must be above 0 and at most 1", words=["--share", "1.5"])
