@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,11 @@ def test_the_commands_of_the_readme_run_in_their_order(reader):
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2]
     assert (reader / "runs/vit_l16/checkpoints/latest").read_text().strip() == "step-00000002"
     assert list((reader / "runs/vit_s16/generate").rglob("*.png"))
+    assert (reader / "train.jsonl").read_text().count("\n") == 48
+    shutil.copy(next((reader / "photos").glob("*.jpg")), reader / "photos" / "cat.jpg")
+    (script,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    told = run([sys.executable, "-c", f"import megamug\n{script}\nprint(*features.patches.shape)"], reader)
+    assert told == "1 4 4 32\n"
 
 
 def test_make_demo_runs_the_demo_script():

@@ -1,4 +1,7 @@
-"""`model.initial`: the weights of another run start this one; its optimizer, cursor and layout do not matter."""
+"""`model.initial`: the weights of another run start this one; its optimizer, cursor and layout do not matter.
+
+With `model.initial_parts` only some parts of it are taken (a MUG's encoder, say); the others are drawn anew.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import torch.distributed as dist
 from megamug.checkpoint import configured
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.saver import on_first
-from megamug.checkpoint.state import entries_of, load_tensors
+from megamug.checkpoint.state import entries_of, load_tensors, of_parts
 from megamug.checkpoint.store import STATE, STEP_FOLDER
 from megamug.checkpoint.tensors import TensorReader
 from megamug.command_line import launcher
 from megamug.configuration import validate
+from megamug.configuration.parts import PARTS, initial_parts
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
@@ -30,7 +34,7 @@ def check(config: Config, task) -> None:
 
     Needs no process group. Process 0 reads and verifies the whole checkpoint, the others look at the configuration.
     """
-    path = Path(config.model.initial)
+    path, parts = Path(config.model.initial), initial_parts(config)
     is_checkpoint = STEP_FOLDER.fullmatch(path.name) is not None
     if not path.is_dir() or not (is_checkpoint or (path / "checkpoints").is_dir()):
         raise UserError(
@@ -39,10 +43,16 @@ def check(config: Config, task) -> None:
     written = (path.parent.parent if is_checkpoint else path) / "config.yaml"
     if written.is_file():
         before, now = (validate.model_identity(c) for c in (resolve(load_config(written)), config))
-        for key, value in now.items():
-            # A part that this model lacks may be in the other: a False or None here fits anything.
-            if key not in FREE and value not in (None, False) and before.get(key) != value:
-                raise _other_model(path, key, before.get(key), value)
+        if parts:
+            wanted = {f"model.{key}" for part in parts for key in PARTS[part]} | {"model.kind"}
+            now = {key: value for key, value in now.items() if key in wanted}
+        # A part that this model lacks may be in the other: a False or None here fits anything.
+        other = {
+            key: (before.get(key), value) for key, value in now.items()
+            if key not in FREE and value not in (None, False) and before.get(key) != value
+        }  # fmt: skip
+        if other:
+            raise _other_model(path, other)
     if launcher.rank() == 0:
         reader = _reader(path)
         state = reader.state()
@@ -59,7 +69,8 @@ def check(config: Config, task) -> None:
         if rows is not None and getattr(task, "vocabulary", None) is not None:
             if remark := check_vocabulary(rows, task.vocabulary.size, config.data.tokenizer):
                 logger.info("model.initial: %s", remark)
-        if trained != own and trained is not None and own is not None:
+        reads_words = not parts or "text_decoder" in parts
+        if reads_words and trained != own and trained is not None and own is not None:
             raise UserError(
                 f"data.tokenizer: the weights of model.initial={path} belong to another vocabulary (SHA-256 {trained},"
                 f" that of {config.data.tokenizer} is {own}); give the one that they were trained with"
@@ -77,31 +88,45 @@ def load(config: Config, chunks: list, world) -> None:
         return str(reader.folder), reader.step, {name: reader.shape(name) for name in reader.names}
 
     folder, step, shapes = on_first(world, survey)
-    problems = [None] * world.size
-    dist.all_gather_object(problems, misfit(chunks, shapes))
-    for problem in problems:
-        if problem is not None:
-            raise _other_model(Path(config.model.initial), *problem)
-    load_tensors(chunks, None, world, Path(folder) / "model", step)
-    logger.info("weights of step %d from %s start this run (model.initial)", step, folder)
+    parts = initial_parts(config)
+    problems: list = [None] * world.size
+    dist.all_gather_object(problems, misfits(chunks, shapes, parts))
+    if other := {name: sizes for problem in problems for name, sizes in problem.items()}:
+        raise _other_model(Path(config.model.initial), other)
+    load_tensors(chunks, None, world, Path(folder) / "model", step, parts)
+    taken = f"the {' and the '.join(parts)} of step" if parts else "weights of step"
+    logger.info("%s %d from %s start this run (model.initial)", taken, step, folder)
 
 
-def misfit(chunks: list, shapes: dict[str, tuple[int, ...]]) -> tuple[str, object, object] | None:
-    """The first parameter of these chunks that is missing or of another shape: (name, found, wanted)."""
+def misfits(
+    chunks: list, shapes: dict[str, tuple[int, ...]], parts: tuple[str, ...] = ()
+) -> dict[str, tuple[object, object]]:
+    """The parameters of these chunks, or of some `parts`, that are missing or of another shape: {name: (found,
+    wanted)}."""
+    wrong = {}
     for entry in entries_of(chunks):
-        parts = entry.build() if hasattr(entry, "build") else entry
-        for part in parts if isinstance(parts, list) else parts.values() if isinstance(parts, dict) else [parts]:
-            found, wanted = shapes.get(part.key), tuple(part.global_shape)
-            if found != wanted:
-                return part.key, found, wanted
-    return None
+        pieces = entry.build() if hasattr(entry, "build") else entry
+        for piece in pieces if isinstance(pieces, list) else pieces.values() if isinstance(pieces, dict) else [pieces]:
+            found, wanted = shapes.get(piece.key), tuple(piece.global_shape)
+            if found != wanted and of_parts(piece.key, parts):
+                wrong[piece.key] = (found, wanted)
+    return wrong
 
 
-def _other_model(path: Path, key: str, found: object, wanted: object) -> UserError:
-    missing = "is not in it" if found is None else f"is {found} there"
+MOST_TOLD = 6
+
+
+def _other_model(path: Path, other: dict[str, tuple[object, object]]) -> UserError:
+    """`other`: {what differs: (there, here)}"""
+    told = [
+        f"{key} {'is not in it' if found is None else f'is {found} there'} and {wanted} here"
+        for key, (found, wanted) in [*other.items()][:MOST_TOLD]
+    ]
+    if len(other) > MOST_TOLD:
+        told.append(f"{len(other) - MOST_TOLD} more")
     return UserError(
-        f"model.initial: {path} holds the weights of another model: {key} {missing} and {wanted} here;"
-        " give the weights of a model of these sizes, or set model.initial=null"
+        f"model.initial: {path} holds the weights of another model: {', '.join(told)}; give the weights of a model of"
+        " these sizes, or set model.initial=null"
     )
 
 

@@ -202,11 +202,18 @@ def save_tensors(state: dict, folder: Path) -> None:
     writing.finish()
 
 
+def of_parts(key: str, parts: tuple[str, ...]) -> bool:
+    """Whether the tensor `key` is of one of some parts of a model; of none named, whatever it is."""
+    return not parts or key.split(".", 1)[0] in parts
+
+
 def load_tensors(
-    chunks: list[torch.nn.Module], optimizer: SavedOptimizer | None, world, folder: Path, step: int
-) -> None:
-    """Loads `folder` into the chunks and, unless None, the optimizer. Any layout reads what any layout wrote."""
-    entries = entries_of(chunks)
+    chunks: list[torch.nn.Module], optimizer: SavedOptimizer | None, world, folder: Path, step: int,
+    parts: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Loads `folder` into the chunks (or some `parts` of them) and, unless None, the optimizer. Any layout reads what
+    any layout wrote."""
+    entries = [entry for entry in entries_of(chunks) if of_parts(entry.key, parts)]
     state = {"model": _by_key(unrounded(entry) for entry in entries)}
     if optimizer is not None:
         by_parameter = _by_parameter(chunks, entries)
@@ -221,7 +228,8 @@ def load_tensors(
         loaded = dist_checkpointing.load(state, str(folder))
     with torch.no_grad():
         for entry in entries_of(chunks):
-            set_value(entry.data, loaded["model"][entry.key])
+            if of_parts(entry.key, parts):
+                set_value(entry.data, loaded["model"][entry.key])
         if optimizer is None:
             return
         tensors = loaded["optimizer"]

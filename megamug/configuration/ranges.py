@@ -104,7 +104,7 @@ def _texts(value: object) -> list[str]:
 _KINDS = {"lm": ("decoder_lm",), "text_tower": ("jam_cross",), "image_tower": ("jam_cross",), "fusion": ("jam_cross",)}
 _LANGUAGE = tuple(kind for kind in BY_KIND if kind != "mug")
 _KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug", *_LANGUAGE)) | {"model": ("mug",)}
-_KINDS |= {"model.z_loss_weight": _LANGUAGE}
+_KINDS |= {"model.z_loss_weight": _LANGUAGE, "model.initial_parts": ("mug",)}
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
                                                   "separate_documents", "loss_on")}  # fmt: skip
 _KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "caption_lines",

@@ -20,6 +20,7 @@ class ModelConfig:
     kind: str = "mug"  # mug: vision learner | decoder_lm: one decoder-only tower | jam_cross: two towers fused
     preset: str | None = None  # a name of the tables below; null: vit_b16, cm3leon_350m or jam_2x350m by kind
     initial: str | None = None  # run folder or checkpoint folder whose weights start the run; unused once it resumes
+    initial_parts: list[str] | None = None  # of `initial`: encoder, image_decoder, text_decoder (mug); null: all
     z_loss_weight: float = 0.0  # factor of the mean squared log-sum-exp of the logits; decoder_lm and jam_cross
     # mug
     image_loss_weight: float = 1.0  # 0 removes the image decoder

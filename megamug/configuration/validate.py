@@ -22,6 +22,7 @@ from megamug.configuration.counts import (
     visible_patches,
     visible_tokens,
 )
+from megamug.configuration.parts import initial_parts
 from megamug.configuration.ranges import check_keys, check_values
 from megamug.configuration.reading import load_config, resolve, towers
 from megamug.configuration.sections import Config
@@ -61,7 +62,7 @@ def model(config: Config) -> None:
     """Sizes of the model of a resolved configuration, whatever the layout."""
     check_values(config)
     check_keys(config)
-    mug, language = (losses, image, widths), (validate_lm.widths, validate_lm.context, validate_lm.fusion)
+    mug, language = (losses, image, widths, initial_parts), (validate_lm.widths, validate_lm.context, validate_lm.fusion)
     for check in mug if config.model.kind == "mug" else language:
         check(config)
 

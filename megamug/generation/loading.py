@@ -81,8 +81,8 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     try:
         task.join(world)
         (model,) = task.build(world, initialised=False)
-        if found_there := initial.misfit([model], shapes):
-            name, there, here = found_there
+        if wrong := initial.misfits([model], shapes):
+            name, (there, here) = next(iter(wrong.items()))
             raise UserError(
                 f"{path} holds another model than {run_dir}/config.yaml and its data.tokenizer make: {name} is"
                 f" {'not there' if there is None else list(there)} and {list(here)} here; put back what the run was"

@@ -102,7 +102,7 @@ class Trainer:
         if world.is_first:
             resuming.keep_history(config, 0 if found is None else found[0])
             tokenizer_copy.keep(config)
-        fresh = found is None and config.model.initial is None
+        fresh = found is None and (config.model.initial is None or config.model.initial_parts is not None)
         self.chunks = task.build(world, initialised=fresh)
         if found is None and config.model.initial is not None:
             initial.load(config, self.chunks, world)

@@ -12,6 +12,7 @@ import torch
 from megamug import cli
 from megamug.checkpoint import initial
 from megamug.checkpoint.saver import read_state
+from megamug.configuration import validate
 from megamug.configuration.reading import resolve, to_yaml
 from megamug.errors import UserError
 from megamug.models.tasks import make_task
@@ -108,3 +109,36 @@ def test_a_checkpoint_without_its_run_is_compared_parameter_by_parameter(source,
     (tmp_path / "recipe.yaml").write_text(to_yaml(config))
     assert cli.main(["train", str(tmp_path / "recipe.yaml")]) == 1  # the groups exist by then, so not 2
     assert "encoder.stack.layers.0.mlp.linear_fc1." in capsys.readouterr().out
+
+
+def test_an_encoder_alone_starts_a_run_whose_decoders_are_new(source, tmp_path, caplog):
+    config = new_config(source, tmp_path / "run", initial_parts=["encoder"], decoder_width=64, text_heads=8)
+    log = train(config, tmp_path, caplog)
+    assert f"the encoder of step {STEP} from" in log
+    found = tensors(tmp_path / "run" / "checkpoints" / "step-00000001")
+    fresh = new_config(source, tmp_path / "fresh", decoder_width=64, text_heads=8)
+    fresh.model.initial = None
+    train(fresh, tmp_path, caplog)
+    drawn = tensors(tmp_path / "fresh" / "checkpoints" / "step-00000001")
+    for name, value in found.items():
+        if name in source[2] or name.startswith(("image_decoder.", "text_decoder.")):
+            expected = source[2][name] if name.startswith("encoder.") else drawn[name]
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-12, msg=name)
+    assert sum(name.startswith("encoder.") and name in found for name in source[2]) > 10
+
+
+def test_of_a_part_all_that_differs_is_told_at_once(source, tmp_path):
+    config = new_config(source, tmp_path / "run", initial_parts=["encoder"], decoder_width=64)
+    config.model.heads, config.model.layers = 8, 3
+    refused(config, "model.layers is 2 there and 3 here, model.heads is 4 there and 8 here")
+    for parts, message in [
+        (["encoder", "x"], "there is no part 'x'; there are encoder, image_decoder, text_decoder"),
+        ([], "at least one"), (["encoder", "encoder"], "each part once"),
+    ]:  # fmt: skip
+        config.model.initial_parts = parts
+        refused(config, message)
+    none = new_config(source, tmp_path / "run", initial_parts=["text_decoder"], caption_loss_weight=0.0)
+    refused(none, "this model has no text_decoder")
+    none.model.initial, none.model.initial_parts = None, ["encoder"]
+    with pytest.raises(UserError, match="model.initial_parts is set and model.initial is not"):
+        validate.sizes(none, 1)
