@@ -115,3 +115,47 @@ def test_ctrl_c_in_the_work_of_a_command(monkeypatch, capsys):
     assert cli.main(["data", "demo", "x"]) == 130
     said = "stopped; what was finished is kept, run the same command to continue\n"
     assert capsys.readouterr() == ("", said) and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Two folders of two images each, without captions."""
+    from PIL import Image
+
+    for number, name in enumerate(("owl/0.png", "owl/1.png", "ant/0.png", "ant/1.png")):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * number, 9, 9)).save(tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+def test_images_alone_and_labels(capsys, classes, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["data", "shards", str(classes), "--output", str(out), "--labels", "folders"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 shard; 0 images left out" in printed and "labels: 4 samples of classes 0 to 1" in printed
+    assert "4 images without a caption: used where captions are not needed" in printed
+    assert (out / "classes.txt").read_text() == "ant\nowl\n"
+    assert cli.main(["data", "index", str(out), "--labels"]) == 0 and "0 quarantined" in capsys.readouterr().out
+    assert "none of 4 samples has a caption" in told(
+        capsys, "data", "tokenizer", out, "--output", tmp_path / "t.model", "--vocab-size", 300
+    )
+    (classes / "ant").rename(classes / "bee")
+    assert "names other classes" in told(
+        capsys, "data", "shards", classes, "--output", out, "--prefix", "x", "--labels", "folders"
+    )
+    assert "absent.json: cannot be read" in told(
+        capsys, "data", "shards", classes, "--output", tmp_path / "new", "--labels", tmp_path / "absent.json"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_of_the_captions_that_there_are(capsys, classes, tmp_path):
+    (classes / "owl" / "0.txt").write_text("an owl, an owl, an owl")
+    out = str(tmp_path / "out")
+    assert cli.main(["data", "shards", str(classes), "--output", out, "--images-alone"]) == 0
+    assert "3 images without a caption: used" in capsys.readouterr().out
+    assert cli.main(["data", "tokenizer", out, "--output", str(tmp_path / "t.model"), "--vocab-size", "270"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 3 images without a caption" in printed and "from 1 texts" in printed
+    assert cli.main(["data", "index", out]) == 0
+    assert "3 images without a caption among captioned ones: quarantined" in capsys.readouterr().out

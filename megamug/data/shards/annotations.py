@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 from megamug.data.shards.captions import parse_caption
 from megamug.data.shards.labels import CLASSES, NO_LABEL, class_number, classes_bytes, label_value, read_classes
-from megamug.data.shards.tar_members import CAPTION_EXTENSIONS, LABEL_EXTENSION, Member, Pair, scan
+from megamug.data.shards.tar_members import CAPTION_EXTENSIONS, LABEL_EXTENSION, Member, Pair, scan, split_name
 from megamug.durable import write_atomically
-from megamug.errors import UserError
+from megamug.errors import UserError, printable
 
 NO_CAPTION = "no caption (.txt or .json) of this key"
 _LABEL_BYTES = 1 << 10  # of a .cls member
@@ -75,9 +75,11 @@ def read_member(file: BinaryIO, member: Member, limit: int) -> bytes:
     return file.read(member.size)
 
 
-def has_captions(file: BinaryIO, pairs: list[Pair], limits: Limits) -> bool:
-    """Whether any of these samples has a caption, or something that may have been meant to hold one."""
-    if any("txt" in pair.beside for pair in pairs):
+def has_captions(file: BinaryIO, pairs: list[Pair], quarantine: list[dict], limits: Limits) -> bool:
+    """Whether any of these samples has a caption, or something that may have been meant to hold one: a link, or what is
+    cut off, is in `quarantine`."""
+    lost = {entry["key"] for entry in quarantine if split_name(entry["member"])[1] in CAPTION_EXTENSIONS}
+    if any("txt" in pair.beside or printable(pair.key) in lost for pair in pairs):
         return True
     found = (pair.beside["json"] for pair in pairs if "json" in pair.beside)
     return any(not _lacks_caption(file, member, limits) for member in found)

@@ -96,17 +96,13 @@ def _take(first: tuple, samples: Iterator[tuple], more: int) -> Iterator[tuple]:
 
 
 def _write_classes(output: Path, names: list[str] | None, overwrite: bool) -> None:
-    """`classes.txt` beside the shards. Raises `UserError` where another one is there already."""
-    there = read_classes(output)
-    if there == names:
+    """`classes.txt` beside the shards, where there are `names`. Raises `UserError` where another one is there."""
+    if names is None or (there := read_classes(output)) == names:
         return
     if there is not None and not overwrite:
         raise UserError(f"{output / CLASSES} names other classes; give another --output, or --overwrite")
-    if names is None:
-        (output / CLASSES).unlink()
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / CLASSES, classes_bytes(names))
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / CLASSES, classes_bytes(names))
 
 
 def _members(samples: Iterator[tuple]) -> Iterator[tuple]:

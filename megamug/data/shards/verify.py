@@ -181,7 +181,7 @@ def _batches(
     file, pairs: list[Pair], quarantine: list[dict], names: list[str] | None, limits: Limits
 ) -> Iterator[list[tuple]]:
     """Batches of (pair, image bytes, annotations) whose headers, captions and labels are in order."""
-    alone = limits.images_alone or not has_captions(file, pairs, limits)
+    alone = limits.images_alone or not has_captions(file, pairs, quarantine, limits)
     batch, pixels = [], 0
     for pair in pairs:
         try:

@@ -18,6 +18,7 @@ from PIL import Image
 import megamug.data.documents.tokenizer as document_tokenizer
 from megamug.data.documents.indexed import IMAGE, RESPONSE, DocumentSet
 from megamug.data.documents.reading import Picture
+from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.encoder import ImageEncoder
@@ -138,6 +139,19 @@ def test_what_is_broken_is_quarantined_with_its_reason(vocabulary, helpers, tmp_
     assert report.header.documents == 1 and report.header.quarantined == len(wanted)
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == report.quarantine
+
+
+def test_images_without_a_caption_make_no_document(vocabulary, helpers, tmp_path):
+    alone = helpers.write_tar(tmp_path / "0.tar", [(f"{n}.jpg", helpers.encoded(helpers.picture(n))) for n in range(3)])
+    index_paths([alone], processes=1)
+    with pytest.raises(UserError, match="no sample with a caption in 1 shard"):
+        tokenize_documents([alone], vocabulary.folder, tmp_path / "out", workers=1)
+    helpers.write_tar(tmp_path / "1.tar", helpers.good_members(2))
+    index_paths([tmp_path], processes=1)
+    report = tokenize_documents([alone, tmp_path / "1.tar"], vocabulary.folder, tmp_path / "out", workers=1)
+    assert report.header.documents == 2
+    (entry,) = report.quarantine
+    assert entry["reason"] == "3 images without a caption: no document is made of an image alone"
 
 
 def test_mistakes_are_told(vocabulary, helpers, shard_folder, tmp_path):

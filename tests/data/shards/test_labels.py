@@ -73,6 +73,21 @@ def test_a_damaged_json_is_no_sign_of_images_alone(helpers, tmp_path):
     assert report.samples == 0 and len(report.quarantine) == 2
 
 
+def test_captions_that_cannot_be_read_are_no_sign_of_images_alone(helpers, tmp_path):
+    link = tarfile.TarInfo("a.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "b.txt"
+    images = [(f"{key}.jpg", helpers.encoded()) for key in "ab"]
+    report = index_shard(helpers.write_tar(tmp_path / "x.tar", [*images, link]))
+    reasons = [entry["reason"][:10] for entry in report.quarantine]
+    assert report.samples == 0 and reasons == ["a link, de", "no caption", "no caption"]
+    cut = helpers.write_tar(tmp_path / "y.tar", [*images, ("b.txt", b"x" * 600)])
+    cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"x" * 600) + 100])
+    report = index_shard(cut)
+    assert report.samples == 0 and any("truncated" in entry["reason"] for entry in report.quarantine)
+    report = index_shard(helpers.write_tar(tmp_path / "z.tar", [*images, ("README.txt", b"about the set")]))
+    assert report.samples == 2 and report.quarantine[0]["member"] == "README.txt"
+
+
 def test_captions_that_are_wanted_and_absent(helpers, tmp_path):
     tar(helpers, tmp_path / "0.tar", {"a": {}, "b": {}})
     index_paths([tmp_path], processes=1)
