@@ -44,7 +44,7 @@ LM_OPTIONS = (
     "prompt", "image", "max_images", "max_tokens", "guidance", "contrastive", "contrastive_top_k", "samples", "seed",
 )  # fmt: skip
 EXIT_USER_ERROR = 2
-PATIENCE_SECONDS = 10.0  # how much later than the others a process may come to the same mistake
+PATIENCE_SECONDS = 30.0  # how much later than the others a process may come to the same mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
