@@ -62,7 +62,8 @@ def model(config: Config) -> None:
     """Sizes of the model of a resolved configuration, whatever the layout."""
     check_values(config)
     check_keys(config)
-    mug, language = (losses, image, widths, initial_parts), (validate_lm.widths, validate_lm.context, validate_lm.fusion)
+    mug = (losses, image, widths, initial_parts)
+    language = (validate_lm.widths, validate_lm.context, validate_lm.fusion)
     for check in mug if config.model.kind == "mug" else language:
         check(config)
 
