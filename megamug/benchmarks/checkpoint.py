@@ -42,7 +42,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default="vit_b16")
     mug.add_vocabulary(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--folder", default=".", metavar="DIR", help="on the disk to measure (default: this folder)")
+    parser.add_argument("--folder", type=Path, default=".", metavar="DIR",
+                        help="on the disk to measure (default: this folder)")  # fmt: skip
     parser.add_argument("--repeats", type=COUNT, default=3)
     return _steps.parse(parser, argv)
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     own = [f"model.preset={options.preset}", "model.caption_loss_weight=0"]
     config = _steps.settings(own, world_size(), options.dtype, options.overrides)
-    parent = Path(options.folder)
+    parent = options.folder
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--folder {parent}: not a folder that this user can write to; name another one")
     speaks = os.environ.get("RANK", "0") == "0"

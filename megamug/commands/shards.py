@@ -6,6 +6,8 @@ SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megamug.command_line.arguments import COUNT, Parser, output_folder
 from megamug.command_line.console import counted
 from megamug.data.shards.indexing import check_usable, index_paths, summary
@@ -15,7 +17,7 @@ from megamug.errors import printable
 
 def main(argv: list[str], prog: str | None = None) -> None:
     parser = Parser(prog, description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images and captions, or a .tsv file")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a folder of images and captions, or a .tsv file")
     parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="where the shards go")
     parser.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar (default %(default)s)")
     parser.add_argument("--shard-size", type=COUNT, default=10000, metavar="N", help="pairs each (default %(default)s)")

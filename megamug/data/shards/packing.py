@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamug.data.shards.captions import parse_caption
+from megamug.data.shards.captions import parse_captions
 from megamug.data.shards.index_file import SUFFIX
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
 from megamug.data.shards.tar_writer import write_shard
@@ -79,7 +79,8 @@ def _read(
         try:
             data = image.read_bytes()
             if isinstance(caption, Path):
-                caption = parse_caption(caption.read_bytes(), caption.suffix.lower() == ".json").encode()
+                lines = parse_captions(caption.read_bytes(), caption.suffix.lower() == ".json")
+                caption = "\n".join(lines).encode()  # as many as there are: `data.caption_lines` chooses
         except (OSError, ValueError) as error:
             skipped.append((image, str(error)))
         else:
