@@ -74,6 +74,7 @@ def test_no_message_and_no_page_names_a_script_that_is_not_there():
     for path, text in said:
         assert not script.search(text), (path, script.search(text)[0])
         assert not re.search(r"megamug\[\w", text), path
+        assert "python megamug" not in text, path
 
 
 SLOW_TORCH = "import sys, time\nprint('begun', flush=True)\ntime.sleep(60)\n"
