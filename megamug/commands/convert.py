@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from megamug.checkpoint.tensors import TensorReader, write_run
 from megamug.command_line.arguments import Parser, output_folder
@@ -42,7 +43,8 @@ def main(argv: list[str], prog: str | None = None) -> None:
         epilog=f"formats:\n  {MEGAMUG:<12} a run folder, or the folder of an image tokenizer\n{formats}\n"
                f"image tokenizers:\n  {' '.join(IMAGE_TOKENIZERS)}",
     )  # fmt: skip
-    parser.add_argument("source", help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")
+    parser.add_argument("source", type=Path,
+                        help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")  # fmt: skip
     parser.add_argument("output", type=output_folder, help="a folder that does not exist yet")
     parser.add_argument("--from", dest="source_format", required=True, metavar="FORMAT")
     parser.add_argument("--to", dest="output_format", required=True, metavar="FORMAT")

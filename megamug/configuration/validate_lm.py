@@ -109,7 +109,7 @@ def files(config: Config) -> None:
     """A vocabulary that the data were tokenised with and the ranks share evenly, and tokens that carry loss."""
     data, tensor = config.data, config.parallel.tensor
     if data.tokenizer is None:
-        raise UserError("data.tokenizer is not set; a language model needs a vocabulary folder: python"
+        raise UserError("data.tokenizer is not set; a language model needs a vocabulary folder:"
                         " megamug data vocabulary --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER")
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tokenised documents (megamug data documents),"

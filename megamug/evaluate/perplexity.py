@@ -43,7 +43,7 @@ def measure(run, samples: int) -> dict:
     `open_documents`.
     """
     vocabulary, data = run.task.vocabulary, run.config.data
-    sets = open_documents(data.validation, vocabulary)
+    sets = open_documents(data.validation, vocabulary, data.verify)
     total = sum(len(one) for one in sets)
     count = min(samples, total)
     chosen = np.arange(count) * total // count
