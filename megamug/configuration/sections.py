@@ -90,7 +90,7 @@ class DataConfig:
 
     train: Sources | None = None  # folder of shards | glob | list of {path, weight}; tokenised documents; must be set
     validation: Sources | None = None  # the same; None: no validation
-    tokenizer: str | None = None  # SentencePiece model (mug with captions); vocabulary folder (decoder_lm, jam_cross)
+    tokenizer: str | None = None  # tokenizer, a file or its folder (mug); vocabulary folder (decoder_lm, jam_cross)
     verify: bool = False  # compare every pair as it is read, and all documents at the start, with their SHA-256
     # rows of tokens
     context_length: int = 2048  # tokens of a row
