@@ -150,7 +150,7 @@ def reading(config: Config, run_dir: Path) -> None:
     if config.model.kind != "mug" and config.data.tokenizer is None:
         raise UserError(
             f"data.tokenizer is not set in {run_dir / 'config.yaml'}; write the vocabulary folder of the model there"
-            " (megamug data vocabulary makes one), or convert the model again with --config data.tokenizer=FOLDER"
+            " (megamug data vocabulary makes one), or convert the model again with --vocabulary FOLDER"
         )
 
 

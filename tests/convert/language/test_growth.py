@@ -112,7 +112,13 @@ def test_what_transformers_writes_is_written(tmp_path, case):
     else:
         assert len(expected) == 1 + len(prompt) + TOKENS
     [segment] = document["segments"]
-    assert segment["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    if case == "llama, sentencepiece":  # bytes that make no character are shown by the library's own rule
+        import sentencepiece
+
+        library = sentencepiece.SentencePieceProcessor(str(tmp_path / "model" / "tokenizer.model"))
+        assert segment["text"] == library.DecodeIds(expected[1:])
+    else:
+        assert segment["text"] == tokenizer.decode(expected, skip_special_tokens=True)
     assert segment["text"].startswith(PROMPT)
 
 
