@@ -45,7 +45,8 @@ def files_beside(path: Path) -> list[Path]:
 
 
 class Tokenizer:
-    """A tokenizer file, opened. `pieces` ids are its own; with a padding of ours there are `vocab_size`."""
+    """A tokenizer file, opened: `data` are its bytes, `sha256` its identity. `pieces` ids are its own; with padding of
+    ours there are `vocab_size`."""
 
     def __init__(
         self, path: str | Path, *, named: Mapping[str, str] | None = None, marks: Marks | None = None

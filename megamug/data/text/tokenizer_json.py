@@ -6,7 +6,9 @@ where the file says so (a length that someone trained with); here it does neithe
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 from megamug.errors import UserError
@@ -76,13 +78,16 @@ class TokenizerJson:
         return ids if self._never.isdisjoint(ids) else self._in_parts(text)
 
     def _in_parts(self, text: str) -> list[int]:
-        """Of a text that spells a special token which is a piece of the model as well (Unigram): the token's first
-        character and the rest are encoded apart, with what the model puts before a text."""
-        token = min((t for t in self.special if t in text and len(t) > 1), key=text.index, default=None)
-        if token is None:  # a normaliser spells it
+        """Of a text that spells a special token which is a piece of the model as well (Unigram): it is cut behind the
+        token's first character and the parts are encoded apart, with what the model puts before a text."""
+        tokens = sorted((token for token in self.special if len(token) > 1), key=len, reverse=True)
+        found = re.finditer("|".join(map(re.escape, tokens)), text) if tokens else ()
+        cuts = [0, *(match.start() + 1 for match in found), len(text)]
+        parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        ids = [i for part in parts for i in self._model.encode(part, add_special_tokens=False).ids]
+        if not self._never.isdisjoint(ids):  # a normaliser spells it, or tokens lie inside one another
             raise UserError(f"{text[:60]!r} becomes a special token of the tokenizer; leave the text out")
-        at = text.index(token) + 1
-        return self.encode(text[:at]) + self.encode(text[at:])
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True)
