@@ -8,6 +8,7 @@ import pytest
 
 from megamug.data.pairs.text import train_tokenizer
 from megamug.data.text.tokenizer import Tokenizer
+from megamug.data.text.tokenizer_json import TokenizerJson
 from megamug.errors import UserError
 from tests.data.text.foreign import TEXTS, edited, llama_sentencepiece, strings, tokenizer_json
 
@@ -52,8 +53,10 @@ def test_a_tokenizer_json_is_the_library_s(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", JSON)
-def test_a_text_that_spells_a_mark_holds_none(tmp_path, kind):
+def test_a_text_that_spells_a_mark_holds_none(tmp_path, kind, monkeypatch):
     own = Tokenizer(tokenizer_json(kind, tmp_path / "tokenizer.json"))
+    if kind != "unigram":  # whose special tokens are pieces as well
+        monkeypatch.delattr(TokenizerJson, "_in_parts")
     for token in own._model.special:
         for text in (token, f"a {token} circle", f"{token}{token} red", "two triangles", f"x{token}" * 3000):
             ids = own.encode(text)
