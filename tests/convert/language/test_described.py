@@ -22,6 +22,10 @@ SIZES = dict(
     eos_token_id=2,
 )  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16, "rope_theta": 500000.0,
+}
 # Class of transformers without "Config" and "ForCausalLM", its options, and what is said; None: the same logits.
 MODELS = {
     "granite": ("Granite", {"attention_multiplier": 0.1, "residual_multiplier": 0.5}, "model_type 'granite'"),
@@ -43,6 +47,7 @@ MODELS = {
     "llama, yarn": ("Llama", {"rope_parameters": YARN}, "rotary positions scaled by 'yarn'"),
     "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
                       "rotary positions scaled by 'linear'"),
+    "llama, 3.1's scaling": ("Llama", {"rope_parameters": LLAMA3}, "rotary positions scaled by 'llama3'"),
     "llama, theta": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, None),
     "llama, relu": ("Llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
     "llama, wide heads": ("Llama", {"head_dim": 32}, "head_dim"),
