@@ -57,7 +57,7 @@ for _tower in ("lm", "text_tower", "image_tower"):
     RANGES |= {f"{_tower}.{key}": _COUNT for key in ("layers", "width", "heads", "query_groups", "ffn_width")}
     RANGES |= {f"{_tower}.max_positions": _COUNT, f"{_tower}.norm_eps": _POSITIVE, f"{_tower}.init_std": _POSITIVE}
     RANGES[f"{_tower}.grid"] = _FROM_ZERO
-    RANGES[f"{_tower}.rotary_base"] = Range(1, open_low=True)
+    RANGES[f"{_tower}.rotary_base"], RANGES[f"{_tower}.rotary_scaling"] = Range(1, open_low=True), _POSITIVE
     CHOICES[f"{_tower}.norm"] = ("layernorm", "layernorm_plain", "rmsnorm")
     CHOICES[f"{_tower}.activation"] = ("gelu", "relu", "swiglu")
     CHOICES[f"{_tower}.positions"] = ("learned", "rotary", "rotary_grid")

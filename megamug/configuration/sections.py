@@ -65,6 +65,7 @@ class TowerConfig:
     grid: int | None = None  # rotary_grid: side of the square of image codes behind a row's first token; 0: none
     max_positions: int | None = None  # rows of the learned table; holds data.context_length; unused by rotary
     rotary_base: float | None = None  # theta: rotary frequencies are theta^(-2i/d) for a head of width d
+    rotary_scaling: list[float] | None = None  # LLaMA 3.1: factor, low and high frequency factor, positions; []: none
     qk_norm: bool | None = None  # norm of every query and key head before attention
     qk_norm_per_head: bool | None = None  # it is a LayerNorm with weights and biases of its own for each head
     res_post_norm: bool | None = None  # norms stand behind attention and feed-forward, before the residual sum
