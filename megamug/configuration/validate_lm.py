@@ -40,9 +40,9 @@ def widths(config: Config) -> None:
                             f"({tower.width}) / {name}.heads({tower.heads}) = {head};"
                             f" set {name}.width={tower.heads * round_up(head, 4)}")
         scaling = tower.rotary_scaling
-        if scaling and (len(scaling) != 4 or scaling[1] >= scaling[2] or tower.positions != "rotary"):
-            raise UserError(f"{name}.rotary_scaling({scaling}) is for {name}.positions=rotary, and four numbers:"
-                            f" factor, low and high frequency factor, positions; set {name}.rotary_scaling=[] for none")
+        if scaling and (scaling[1] >= scaling[2] or tower.positions != "rotary"):
+            raise UserError(f"{name}.rotary_scaling({scaling}) is for {name}.positions=rotary: factor, low and"
+                            f" high frequency factor, positions; set {name}.rotary_scaling=[] for none")
         if tower.qk_norm_per_head and not tower.qk_norm:
             raise UserError(f"{name}.qk_norm_per_head(true) says what {name}.qk_norm(false) is made of; set"
                             f" {name}.qk_norm=true or {name}.qk_norm_per_head=false")
