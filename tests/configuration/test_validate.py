@@ -124,6 +124,8 @@ BAD = [
     ("model.text_heads=5", 1, ["model.text_width(192) is not divisible by model.text_heads(5)", "=195"]),
     ("parallel.pipeline=19 model.caption_loss_weight=0", 19,
      ["parallel.pipeline(19) is more than the model's blocks(11)", "at most 11"]),
+    ("parallel.pipeline=2 parallel.virtual=6 model.caption_loss_weight=0", 2,
+     ["parallel.pipeline(2) x parallel.virtual(6) = 12 is more than the model's blocks(11)", "set parallel.virtual=5"]),
     ("train.steps=10 optimizer.warmup_steps=20", 1, ["warmup_steps(20) is more than train.steps(10)", "steps=1"]),
     ("optimizer.min_learning_rate=1", 1, ["min_learning_rate(1) is above optimizer.learning_rate(0.00015)"]),
     ("data.train=null", 1, ["data.train is not set"]),
@@ -152,6 +154,14 @@ def test_the_valid_configuration_passes(inputs):
     validate.validate(configured(inputs, "model.caption_loss_weight=0", "data.tokenizer=null"), 1)
     validate.validate(configured(inputs, "model.image_loss_weight=0", "model.mask_ratio=0"), 1)
     assert not Path(inputs["run_dir"]).exists()  # looking changes nothing
+
+
+def test_a_stage_may_be_one_block(inputs):
+    blocks = "model.caption_loss_weight=0 model.layers=7 "  # 12 with the decoder's, two embeddings and a head
+    for stages, processes in (("parallel.pipeline=2 parallel.virtual=6", 2), ("parallel.pipeline=12", 12)):
+        validate.validate(configured(inputs, *(blocks + stages).split()), processes)
+    with pytest.raises(UserError, match=r"13\) is more than the model's blocks\(12\)"):
+        validate.validate(configured(inputs, *(blocks + "parallel.pipeline=13").split()), 13)
 
 
 @pytest.mark.parametrize(("overrides", "world_size", "said"), BAD, ids=[overrides for overrides, _, _ in BAD])

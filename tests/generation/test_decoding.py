@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megamug.data.random import uniform
+from megamug.generation import decoding
 from megamug.generation.captions import nucleus_choice
 from megamug.generation.decoding import Row, Sampling, guide, possible, write_documents
 from megamug.generation.loading import load_run
@@ -57,6 +58,26 @@ def test_cache_and_batch_change_no_token(run, sampling):
     assert together == write(run, starts, sampling, cache=False)
     alone = [write(run, [start], sampling, samples=[i])[0] for i, start in enumerate(starts)]
     assert together == alone
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_scores_are_those_of_plain_passes(run, cache, monkeypatch):
+    """A token may well be the same where the scores that it is drawn by are not."""
+    seen, choose = [], decoding._choose
+
+    def watched(rows, active, logits, ids, sampling, draws):
+        seen.extend((list(rows[i].tokens), logits[i].double()) for i in active)
+        return choose(rows, active, logits, ids, sampling, draws)
+
+    monkeypatch.setattr(decoding, "_choose", watched)
+    starts = prompts(run.task.vocabulary)
+    write(run, starts, Sampling(seed=4), limits=[len(start) + 4 for start in starts], cache=cache)
+    assert len(seen) > 8 and min(len(tokens) for tokens, _ in seen) == min(map(len, starts))
+    for tokens, logits in seen:
+        batch = torch.tensor([tokens])
+        with torch.no_grad():
+            plain = run.model.logits(run.model.run(run.model.embed(batch), batch))[-1, 0].double()
+        torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-4)
 
 
 def reference(run, start, sampling, sample, limit) -> list[int]:

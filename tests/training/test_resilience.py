@@ -1,5 +1,6 @@
 """Signals, bad steps and hangs: what one rank meets, all decide alike, and nothing waits for ever."""
 
+import faulthandler
 import logging
 import os
 import signal
@@ -117,6 +118,17 @@ def test_watchdog_ends_a_hanging_process_and_prints_its_stacks(tmp_path, kind):
     if kind != "GIL":
         assert "watchdog: no step was finished for" in stacks
         assert "in hang" in result.stderr and str(log) in result.stderr
+
+
+@pytest.mark.parametrize(("limit", "period", "ends"), [(2.0, 0.5, 4.0), (4.0, 1.0, 8.0), (60.0, 1.0, 64.0)])
+def test_the_timer_that_needs_no_gil_comes_after_the_watchdog(tmp_path, monkeypatch, limit, period, ends):
+    """The watchdog looks four times in its limit, at least once a second; the timer gives it four looks more."""
+    armed = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *seconds, **more: armed.append((seconds, more)))
+    with Watchdog(limit, tmp_path / "log") as watchdog:
+        assert watchdog.period == period
+    (seconds,), more = armed[0]
+    assert seconds == ends and more["exit"] is True and more["file"].name == str(tmp_path / "log")
 
 
 def test_watchdog_leaves_a_living_process_alone(tmp_path):

@@ -135,6 +135,23 @@ def test_a_row_too_short_for_an_image_is_told(documents, vocabulary):
         pack(documents, 9, 1.0)
 
 
+def test_a_row_is_filled_to_its_last_token(vocabulary, tmp_path):
+    """Documents of 11 and 12 tokens with their marks: rows of 11 hold the first whole, and cut the other."""
+    text = np.arange(10) + 260
+    documents = DocumentSet(write_set(tmp_path / "set", vocabulary, [[(text[:9], False, False)],
+                                                                     [(text, False, False)]]), vocabulary)  # fmt: skip
+    assert np.diff(documents.starts).tolist() == [11, 12]
+    packing = pack(documents, 10, 0.0)
+    assert packing.lengths.tolist() == [11, 10, 2] and packing.documents.tolist() == [0, 1, 1] and len(packing) == 3
+    packing = pack(documents, 10 + reserve(1.0), 1.0)  # as long beside what spans need
+    assert packing.lengths.tolist() == [11, 10, 2]
+    assert pack(documents, 12, 0.0).lengths.tolist() == [11, 12] == pack(documents, 11, 0.0).lengths.tolist()
+    packing = pack(documents, 22, 0.0)
+    assert len(packing) == 1 and np.diff(packing.row_starts).tolist() == [2]  # 23 tokens: both
+    assert len(pack(documents, 21, 0.0)) == 2
+    assert pack(documents, 10, 1.0).lengths.max() == 2  # two tokens are the least that a piece can be
+
+
 @pytest.mark.parametrize("spans", [0.0, 2.0])
 def test_what_carries_loss(vocabulary, tmp_path, spans):
     prompt, response = np.arange(5) + 260, np.arange(7) + 270

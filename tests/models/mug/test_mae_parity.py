@@ -124,6 +124,27 @@ def in_our_names(values: dict[str, Tensor], config) -> dict[str, Tensor]:
     return result
 
 
+def test_patches_stand_behind_registers(world):
+    """Of either stack: which rows of the latent are patches, and which rows of the decoder's output are painted."""
+    model = ours(configuration("tiny", True, register_tokens=2, decoder_register_tokens=3))
+    decoder, plan = model.image_decoder, model.plan
+    torch.nn.init.normal_(decoder.register_tokens)
+    latent = torch.randn(1 + 2 + plan.visible, 2, plan.encoder_config.hidden_size)
+    visible_ids = torch.stack([torch.randperm(plan.patches)[: plan.visible] for _ in range(2)])
+    with torch.no_grad():
+        tokens, embedded = decoder.embed(latent, visible_ids), decoder.latent_embedding(latent)
+        painted = decoder.predict(tokens)
+        assert tokens.shape[0] == plan.decoder_tokens == 1 + 3 + plan.patches
+        for row in range(2):
+            assert torch.equal(tokens[0, row], embedded[0, row])
+            assert torch.equal(tokens[1:4, row], decoder.register_tokens)
+            patches = decoder.mask_token.repeat(plan.patches, 1)
+            for place, patch in enumerate(visible_ids[row].tolist()):
+                patches[patch] = embedded[3 + place, row]
+            assert torch.equal(tokens[4:, row], patches + decoder.positions)
+            torch.testing.assert_close(painted[row], decoder.prediction(tokens[4:, row]))
+
+
 def relative(mine: Tensor, their: Tensor) -> float:
     return float((mine - their).norm() / their.norm().clamp_min(1e-30))
 
