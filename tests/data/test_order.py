@@ -16,6 +16,30 @@ def test_feistel_is_a_permutation(size):
         assert np.array_equal(np.sort(feistel_permutation(np.arange(size), size, key)), np.arange(size))
 
 
+@pytest.mark.parametrize("size", [3, 64, 100, 4097])
+@pytest.mark.parametrize("key", [(1, 2), (2**32 - 1, 77)])
+def test_feistel_is_that_of_whole_numbers(size, key):
+    """One value at a time, in numbers that cannot overflow: by other rounds a run would go on with other samples."""
+    def mixed(x):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ x >> shift) * factor % 2**64
+        return x
+
+    high = -(-max(len(f"{size - 1:b}"), 2) // 2)  # the wider half
+    low = max(len(f"{size - 1:b}"), 2) - high
+
+    def permuted(value):
+        left, right = divmod(value, 2**low)
+        words = key[0] * 2**32 + key[1], key[1] * 2**32 + key[0]
+        for pair in range(4):
+            left ^= mixed(right ^ words[0] ^ 2 * pair * 0x9E3779B97F4A7C15 % 2**64) % 2**high
+            right ^= mixed(left ^ words[1] ^ (2 * pair + 1) * 0x9E3779B97F4A7C15 % 2**64) % 2**low
+        value = left * 2**low + right
+        return value if value < size else permuted(value)
+
+    assert feistel_permutation(np.arange(size), size, key).tolist() == [permuted(value) for value in range(size)]
+
+
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, WINDOW, WINDOW + 1, 3 * WINDOW + 130])
 def test_each_epoch_has_every_sample_once(size):
     order = GlobalOrder([size], seed=3)
