@@ -16,7 +16,7 @@ from megamug.data.demo.documents import (
     make_demo_documents,
     text_document,
 )
-from megamug.data.demo.scenes import COLOURS
+from megamug.data.demo.scenes import COLOURS, SHAPES
 from megamug.data.documents.reading import iterate_texts, open_shard
 from megamug.data.random import uniform
 from megamug.errors import UserError
@@ -52,6 +52,37 @@ def test_what_the_texts_say_is_true():
             assert {old, new} == {"small", "large"}
             kinds["grows"] += 1
     assert min(kinds.values()) > 50
+
+
+def test_a_text_has_two_to_four_paragraphs():
+    kinds = (r", so the \w+ \w+ \w+ is", "so there are", r" (hole|arm)s?, so", "painted", "(grows|shrinks)")
+    texts = [text_document(*both) for both in zip(*numbers(200), strict=True)]
+    told = [sum(bool(re.search(kind, text)) for kind in kinds) for text in texts]
+    assert set(told) == {2, 3, 4}
+
+
+@pytest.mark.parametrize("wrong", [{"text": 0}, {"instructions": 0}, {"heldout": 0}, {"size": 31}])
+def test_no_documents_and_pictures_too_small_are_refused(wrong, tmp_path):
+    with pytest.raises(UserError, match="a document or more of each kind, and pictures at least 32 pixels"):
+        make_demo_documents(tmp_path / "x", DemoDocuments(**{"text": 1, "instructions": 1, "heldout": 1} | wrong))
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_thing_is_and_many_things_are():
+    plural = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in [*SHAPES, "hole", "arm"]}
+    counted, seen = r"(\w+) (?:\w+ )?(\w+)", set()
+    for layout, choices in zip(*numbers(400), strict=True):
+        text = text_document(layout, choices)
+        found = re.findall(rf"there (is|are) {counted} and {counted}, so there are", text)
+        found += re.findall(rf"so {counted} (has|have) {counted}(?=\.)", text)
+        for words in found:
+            verb = next(word for word in words if word in ("is", "are", "has", "have"))
+            one, noun, other, second = (word for word in words if word != verb)
+            assert (verb in ("is", "has")) == (one == "one")
+            for number, thing in ((one, noun), (other, second)):
+                assert thing in (plural if number == "one" else plural.values()), text
+            seen.add((verb, one, other))
+    assert len(seen) > 20 and {verb for verb, _, _ in seen} == {"is", "are", "has", "have"}
 
 
 def test_an_instruction_changes_one_thing():

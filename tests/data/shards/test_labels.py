@@ -10,7 +10,7 @@ import pytest
 from megamug.data.shards.annotations import Limits
 from megamug.data.shards.index_file import SAMPLE, find_index, read_header
 from megamug.data.shards.indexing import index_paths, summary
-from megamug.data.shards.labels import class_number, label_value, read_classes, read_label_list
+from megamug.data.shards.labels import class_number, classes_bytes, label_value, read_classes, read_label_list
 from megamug.data.shards.packing import make_shards
 from megamug.data.shards.reading import Shard
 from megamug.data.shards.sources import WithoutCaptions, check_labels, resolve_sources
@@ -370,6 +370,13 @@ def test_bad_lists_of_lines(text, said, tree, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         make_shards(tree, tmp_path / "out", labels=str(tmp_path / "absent.json"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", " ant", "ant ", "an\tt", "an\nt"])
+def test_a_name_that_does_not_fit_into_a_line(name):
+    assert classes_bytes(["b owl", "ant"]) == b"b owl\nant\n"
+    with pytest.raises(UserError, match=r"the class .* does not fit into a line of classes\.txt; rename it"):
+        classes_bytes(["owl", name])
 
 
 def test_other_classes_are_not_overwritten_silently(tree, tmp_path):

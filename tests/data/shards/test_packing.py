@@ -51,6 +51,20 @@ def test_nothing_is_overwritten_silently(folder, tmp_path):
     assert captions(shards) == ["first", "third", "second"]
 
 
+def test_names_of_classes_are_written_and_not_overwritten_silently(helpers, tmp_path):
+    for name in ("owl/a.png", "ant/b.png"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True)
+        (tmp_path / "source" / name).write_bytes(helpers.encoded(format="PNG"))
+    options = {"images_alone": True, "labels": "folders"}
+    make_shards(tmp_path / "source", tmp_path / "out", **options)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "ant\nowl\n"
+    (tmp_path / "source" / "ant").rename(tmp_path / "source" / "bee")
+    with pytest.raises(UserError, match="names other classes; give another --output, or --overwrite"):
+        make_shards(tmp_path / "source", tmp_path / "out", prefix="more", **options)
+    make_shards(tmp_path / "source", tmp_path / "out", overwrite=True, **options)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "bee\nowl\n"
+
+
 def test_table(folder, tmp_path):
     table = folder / "table.tsv"
     table.write_text("a.jpg\tfrom the table\n\nsub/b.JPEG\tzwei\tDrei\ngone.jpg\tx\n")

@@ -35,6 +35,14 @@ def test_a_folder_without_shards(tmp_path):
         resolve_sources(str(tmp_path))
 
 
+def test_a_compressed_tar_is_told(tmp_path):
+    """By its own name, and where a glob or a folder has it among others."""
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    for value in (tmp_path / "a.tar.gz", tmp_path / "*.gz", tmp_path):
+        with pytest.raises(UserError, match=r"a\.tar\.gz: a compressed tar; .*decompress it first: gunzip"):
+            resolve_sources(str(value))
+
+
 def test_a_link_that_leads_nowhere_is_told_not_passed_over(tmp_path):
     (tmp_path / "a.tar").symlink_to(tmp_path / "gone.tar")
     for value in (tmp_path, tmp_path / "*.tar"):
