@@ -191,6 +191,7 @@ def passed(tests: list[Path], limit: float = 3600.0) -> bool | None:
 def _tests(tests: list[Path]) -> int:
     """In the fork: pytest's exit code. What came from this tree is imported anew, from the copy."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamug.data.documents.indexed import DocumentSet, open_documents
-from megamug.data.documents.loader import IGNORE, TokenLoader
+from megamug.data.documents.loader import IGNORE, TokenLoader, no_fewer
 from megamug.errors import UserError
 from tests.data.language import image, some_documents, tiny_vocabulary, write_set
 
@@ -22,6 +22,10 @@ def vocabulary(tmp_path_factory):
 def folders(vocabulary, tmp_path_factory):
     root = tmp_path_factory.mktemp("documents")
     return [write_set(root / name, vocabulary, some_documents(vocabulary, n, n)) for name, n in (("a", 90), ("b", 40))]
+
+
+def test_no_fewer_documents_than_there_are():
+    assert [no_fewer(n) for n in (1, 15, 16, 17, 32, 33, 64, 65)] == [16, 16, 16, 32, 32, 64, 64, 128]
 
 
 def make(documents, vocabulary, **options):
