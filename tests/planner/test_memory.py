@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megamug.planner import memory
+from megamug.planner.layers import TENSOR, Kept, Product, Unit
 from megamug.planner.memory import Layout
+from megamug.planner.parameters import Count
 
 GIB, MIB = 1024**3, 1024**2
 FIRST = memory._Stage(
@@ -52,3 +54,19 @@ def test_logits_in_chunks_take_224_mib_at_most(stages):
     stages[1] = replace(LAST, logits=0.0, constant=0.0, chunk=100.0 * MIB)
     told = [memory._rank(stages, Layout(pipeline=2, micro_batch=n), 1).logits for n in (1, 2, 3, 9)]
     assert told == [100 * MIB, 200 * MIB, 224 * MIB, 224 * MIB]
+
+
+@pytest.mark.parametrize("fp8", ["none", "current"])
+def test_a_unit_by_hand(fp8):
+    """Two linears of a layer for two tensor-parallel ranks: one of split columns in FP8, one whole and not."""
+    unit = Unit(
+        Count(), 2, products=(Product(10, 8, 6, "columns"), Product(10, 5, 4, "whole", fp8=False)), layer=True,
+        kept=(Kept(80, "whole"), Kept(60, TENSOR, "fp8")), input=80, chunked_logits=12,
+    )  # fmt: skip
+    layout = Layout(tensor=2, fp8=fp8)
+    told, again = (memory._unit(object(), replace(layout, recompute=again), unit) for again in (False, True))
+    kept = 80 * 2 + 60 * (2 if fp8 == "none" else 1) / 2
+    assert (told.kept, told.again) == (kept, 0) and (again.kept, again.again) == (80 * 2, kept)
+    assert told.widest == 160 and told.gradient == 2 * max(8 * 6 / 2, 5 * 4)
+    assert told.chunk == 10 * 12 * 2 / 2
+    assert told.fp8_copies == (0 if fp8 == "none" else 2 * 8 * 6 / 2), "e4m3 and its transpose"
