@@ -8,14 +8,15 @@ import io
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megamug.checkpoint.guarded import UntrustedCheckpoint, guarded_loading
-from megamug.checkpoint.metadata import check_format, problem_of
+from megamug.checkpoint.metadata import check_format, hole_of, problem_of
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration.reading import load_config, resolve
 from megamug.errors import UserError
@@ -85,6 +86,8 @@ def changed(where: str, value: object):
     (changed("storage_data", {}), "does not say where the piece of 'a' at .0, 0. lies"),
     (changed("storage_data", {"a": 1}), "has a place of str"),
     (changed("place.relative_path", "../../secret"), "points to a file outside the checkpoint, '../../secret'"),
+    *((changed("place.relative_path", path), "points to a file outside the checkpoint")
+      for path in ("a/b", "a\\b", "a\0b", "", ".", "..")),
     (changed("place.relative_path", None), "points to a file outside the checkpoint, None"),
     (changed("place.relative_path", ["x"]), "outside the checkpoint"),
     (changed("place.offset", -5), "has bytes -5"), (changed("place.length", "7"), "has bytes 0 . '7'"),
@@ -124,6 +127,22 @@ def test_sound_metadata_has_no_problem_and_any_reader_of_a_description_is_guarde
         assert pickle.loads(pickle.dumps(metadata)) == metadata
     with pytest.raises(UntrustedCheckpoint), guarded_loading():
         pickle.load(io.BytesIO(pickle.dumps(hidden_values(metadata))))
+
+
+def pieces(size: int, *places: tuple[int, int]) -> SimpleNamespace:
+    """A row of `size` numbers in pieces of (first, numbers)."""
+    chunks = [ChunkStorageMetadata(torch.Size([first]), torch.Size([count])) for first, count in places]
+    return SimpleNamespace(size=torch.Size([size]), chunks=chunks)
+
+
+def test_pieces_that_lie_over_one_another():
+    assert hole_of(pieces(6, (0, 4), (4, 2))) is None and hole_of(pieces(6, (4, 2), (0, 4), (0, 0))) is None
+    for places in (((0, 4), (3, 2)), ((3, 2), (0, 4))):
+        assert hole_of(pieces(6, *places)) == "two of its pieces lie over one another"
+    assert hole_of(pieces(6, (0, 3), (0, 3))) == "two of its pieces lie in one place"
+    many = [(n, 1) for n in range(510)]  # pairs are looked at up to 512 pieces
+    assert hole_of(pieces(514, *many, (510, 3), (512, 1))) == "two of its pieces lie over one another"
+    assert hole_of(pieces(515, *many, (514, 1), (510, 3), (512, 1))) is None
 
 
 def test_pieces_that_leave_a_part_out_are_not_read(checkpoint):

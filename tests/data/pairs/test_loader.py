@@ -1,5 +1,7 @@
 import json
 import os
+import queue
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megamug.data.pairs.loader import PairLoader, TooManyFailures
+from megamug.data.pairs.loader import PairLoader, TooManyFailures, _put
 from megamug.data.shards.indexing import index_paths
 from megamug.data.shards.reading import Shard
 from megamug.data.shards.sources import resolve_sources
@@ -232,6 +234,14 @@ def test_close_ends_the_thread(make):
     loader.next()
     loader.close()
     assert not loader._thread.is_alive()
+
+
+def test_who_is_asked_to_stop_while_the_queue_is_full_puts_nothing():
+    full, stop = queue.Queue(maxsize=1), threading.Event()
+    assert _put(full, stop, "first") is True
+    threading.Timer(0.3, stop.set).start()
+    assert _put(full, stop, "second") is False
+    assert full.get_nowait() == "first" and full.empty()
 
 
 def test_while_it_is_paused_no_batch_is_made(make, monkeypatch):
