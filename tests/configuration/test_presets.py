@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamug.configuration.presets import PRESETS
+from megamug.configuration import validate
+from megamug.configuration.presets import PRESETS, VOCABULARY
 from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
 from megamug.models.mug.plan import MugPlan
@@ -98,9 +99,22 @@ def test_every_preset_sets_every_size():
         assert unset == ["initial", "initial_parts"]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_one_that_trains(preset):
+    config = Config()
+    config.model.preset = preset
+    config.data.image_size = 16 * PRESETS[preset]["patch_size"]
+    validate.model(resolve(config))
+
+
+def test_vocabularies_are_the_published_ones():
+    """LLaMA's (arXiv 2302.13971) and CM3leon's (arXiv 2309.02591)."""
+    assert VOCABULARY == {"mug": 32_000, "decoder_lm": 56_320, "jam_cross": 56_320}
+
+
 def test_whoever_has_a_table_of_kinds_knows_all_of_them():
     """A kind of model that one of them forgot would end there in a traceback, or be taken for another."""
-    from megamug.configuration.presets import BY_KIND, DEFAULT, VOCABULARY
+    from megamug.configuration.presets import BY_KIND, DEFAULT
     from megamug.configuration.ranges import CHOICES
     from megamug.configuration.reading import towers
     from megamug.models.tasks import task_type
