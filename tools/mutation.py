@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from difflib import unified_diff
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -199,6 +200,7 @@ def _tests(tests: list[Path]) -> int:
         del sys.modules[name]
     sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "tools")))]
     sys.path_importer_cache.clear()
+    sys.modules["__main__"] = ModuleType("__main__")  # or what tests spawn would load this file, and with it this tree
     try:
         return int(sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", *map(str, tests)]))
     except BaseException:  # whatever it is, it is not a success
