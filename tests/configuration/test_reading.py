@@ -52,8 +52,8 @@ def test_the_fixed_keys_exist():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_fills_every_size(preset):
     model = resolve(load_config(None, [f"model.preset={preset}"])).model
-    empty = {f.name for f in dataclasses.fields(ModelConfig) if f.default is None} - {"preset", "initial"}
-    assert [name for name, value in dataclasses.asdict(model).items() if value is None] == ["initial"]
+    empty = {f.name for f in dataclasses.fields(ModelConfig) if f.default is None} - {"preset", "initial", "initial_parts"}
+    assert [name for name, value in dataclasses.asdict(model).items() if value is None] == ["initial", "initial_parts"]
     assert set(PRESETS[preset]) == empty
 
 
@@ -76,7 +76,7 @@ def test_the_preset_depends_on_the_kind():
     config = load_config(None, ["model.kind=decoder_lm", "model.preset=vit_b16"])
     with pytest.raises(UserError, match="vit_b16 is of kind mug and model.kind is decoder_lm; set model.preset=cm3"):
         resolve(config)
-    with pytest.raises(UserError, match="none of mug, decoder_lm, jam_cross; set model.kind=decoder_lm"):
+    with pytest.raises(UserError, match="none of mug, decoder_lm, jam_cross, classifier; set model.kind=decoder_lm"):
         resolve(load_config(None, ["model.kind=decoder"]))
 
 

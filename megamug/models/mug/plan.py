@@ -17,6 +17,8 @@ from megamug.telemetry.flops import layer_flops, linear_flops
 class MugPlan(Plan):
     """Derived sizes of a MUG model under a layout."""
 
+    final_norm = True  # behind the encoder's last layer
+
     def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
         super().__init__(config, vocabulary)
         model, data = config.model, config.data

@@ -1,0 +1,67 @@
+"""Checks of `kind: classifier` beside those that it shares with MUG, whose encoder it has."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from megamug.configuration.sections import Config
+from megamug.errors import UserError
+
+if TYPE_CHECKING:
+    from megamug.data.shards.sources import Source
+
+SIZES = ("patch_size", "layers", "width", "heads", "ffn_width", "register_tokens")
+
+
+def files(config: Config) -> None:
+    """Data sets are there and indexed, every image has a class, and the head one for each of them."""
+    sources = _sources(config)
+    classes, found = config.classifier.classes, max(source.classes for source in sources)
+    if classes is not None and found > classes:
+        raise UserError(f"classifier.classes({classes}) is less than the classes of the data({found});"
+                        f" set classifier.classes={found}, or null")
+    if classes is None and found > _of_training(sources, config):
+        raise UserError(f"data.validation has {found} classes and data.train {_of_training(sources, config)}; name the"
+                        f" same {found} in classes.txt beside both, or set classifier.classes={found}")
+    if found < 2:
+        raise UserError(f"the data have {found} class; a classifier wants two at least")
+
+
+def with_classes(config: Config) -> Config:
+    """A copy whose `classifier.classes` says how many there are in data.train, where it was null."""
+    if config.classifier.classes is not None:
+        return config
+    config = copy.deepcopy(config)
+    config.classifier.classes = _of_training(_sources(config), config)
+    return config
+
+
+def identity(config: Config) -> dict[str, object]:
+    """What makes checkpoints of one model unfit for another; the number of classes once it is known."""
+    found: dict[str, object] = {"model.kind": config.model.kind, "data.image_size": config.data.image_size}
+    found |= {f"model.{name}": getattr(config.model, name) for name in SIZES}
+    found["classifier.pool"] = config.classifier.pool
+    return found | ({} if config.classifier.classes is None else {"classifier.classes": config.classifier.classes})
+
+
+def _sources(config: Config) -> list[Source]:
+    """Of training, then of validation."""
+    from megamug.data.shards.sources import check_labels, resolve_sources
+
+    data, found = config.data, []
+    if data.train is None:
+        raise UserError("data.train is not set; give it a folder of tar shards, a glob, or a list of {path, weight}")
+    for key, value in (("data.train", data.train), ("data.validation", data.validation)):
+        try:
+            own = [] if value is None else resolve_sources(value)
+            check_labels(found + own)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        found += own
+    return found
+
+
+def _of_training(sources: list[Source], config: Config) -> int:
+    count = len(config.data.train) if isinstance(config.data.train, list) else 1
+    return max(source.classes for source in sources[:count])

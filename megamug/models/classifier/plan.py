@@ -1,0 +1,47 @@
+"""A classifier's sizes: those of the encoder of a MUG that sees every patch, and of the head behind it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from megamug.configuration.counts import as_mug
+from megamug.configuration.sections import Config
+from megamug.models.mug.plan import MugPlan
+from megamug.models.stages import Block, Boundary, Part
+from megamug.telemetry.flops import linear_flops
+
+HEAD_STD = 2e-5  # of the linear's weights: MAE's fine-tuning starts from (nearly) equal logits
+
+
+class ClassifierPlan(MugPlan):
+    """Derived sizes of a classifier under a layout. `config.classifier.classes` is known."""
+
+    def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
+        super().__init__(as_mug(config), vocabulary, spec)
+        self.classes, self.label_smoothing = config.classifier.classes, config.classifier.label_smoothing
+        assert self.classes is not None, "the number of classes is filled in from the data before"
+        # The mean of the patches is taken before the encoder's norm, and has one of its own (MAE's fc_norm).
+        self.mean_pool = config.classifier.pool == "mean"
+        self.final_norm = not self.mean_pool
+        self.loss_weights = {"class": 1.0}
+
+    def init_std(self, name: str) -> float | None:
+        return HEAD_STD if name == "head.linear.weight" else None
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The model in order, with the forward FLOPs of one image."""
+        head = Block("class", "head", 0, linear_flops(1, self.model.width, self.classes))
+        return [*super().blocks, head]
+
+    def parts(self, stage: int) -> dict[str, Part]:
+        """What `stage` holds: of the encoder, and the head."""
+        found = {name: self.stack_part(stage, name) for name in ("encoder", "class")}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def boundary(self, stage: int) -> Boundary | None:
+        """What arrives at `stage` from the one before: hidden states of all tokens."""
+        if not 0 < stage < len(self.stages):
+            return None
+        share = self.tensor if self.sequence_parallel else 1
+        return Boundary({"latent": (self.latent_tokens // share, self.micro_batch, self.model.width)})

@@ -1,0 +1,92 @@
+"""A classifier against the same in plain torch: `VisionEncoder`, LayerNorm, Linear, cross-entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megamug.models.classifier.model import ClassBatch, Classifier
+from megamug.models.classifier.plan import HEAD_STD, ClassifierPlan
+from megamug.models.init import initialise
+from megamug.transfer.encoder import VisionEncoder, global_names
+from tests.distributed.cases.classifier_case import CLASSES, sample, tiny
+
+
+class Reference(nn.Module):
+    """The mean of the patches before the encoder's norm, or the class token behind it; bytes -> logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.encoder, self.mean = VisionEncoder(config), config.classifier.pool == "mean"
+        self.norm = nn.LayerNorm(config.model.width, config.model.layer_norm_eps)
+        self.linear = nn.Linear(config.model.width, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.mean:
+            return self.linear(self.encoder(images).class_token)
+        patches = self.encoder(images, layers=[-1]).layers[0].flatten(1, 2)
+        return self.linear(self.norm(patches.mean(1)))
+
+
+def both(pool: str, **classifier):
+    config = tiny({"classifier": {"pool": pool, "classes": CLASSES, **classifier}})
+    plan = ClassifierPlan(config, 0)
+    model, reference = Classifier(plan), Reference(config)
+    initialise(model.sharded_state_dict(), seed=3)  # the head's weights as large as the others
+    own = {entry.key: entry.data for entry in model.sharded_state_dict().values() if hasattr(entry, "data")}
+    names = {f"encoder.{mine}": theirs for mine, theirs in global_names(config.model).items()}
+    names |= {"norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias", "linear.weight": "head.linear.weight",
+              "linear.bias": "head.linear.bias"}  # fmt: skip
+    pairs = {mine: own[theirs] for mine, theirs in names.items() if theirs in own}
+    assert len(pairs) == len(own)
+    with torch.no_grad():
+        for mine, tensor in pairs.items():
+            tensor += 0.1 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(len(mine)))  # biases, too
+            reference.get_parameter(mine).copy_(tensor)
+    return plan, model, reference, pairs
+
+
+def images_and_labels(plan, count: int = 5):
+    return [torch.stack(x) for x in zip(*(sample(i, plan) for i in range(count)), strict=True)]
+
+
+@pytest.mark.parametrize("pool", ["mean", "class_token"])
+def test_loss_and_gradients_are_those_of_plain_torch(world, pool):
+    plan, model, reference, pairs = both(pool, label_smoothing=0.1)
+    images, labels = images_and_labels(plan)
+    output, losses = model(ClassBatch(images, labels))
+    assert output is None
+    total, count = losses["class"]
+    expected = F.cross_entropy(reference(images), labels, reduction="sum", label_smoothing=0.1)
+    assert count == 5
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    total.backward(), expected.backward()
+    own = {entry.data_ptr(): p.grad for p in model.parameters() for entry in [p]}
+    for mine, tensor in pairs.items():
+        found, wanted = own[tensor.data_ptr()], reference.get_parameter(mine).grad
+        assert wanted.abs().max() > 0, mine
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5, mine
+
+
+def test_held_out_losses_are_not_smoothed_and_padding_does_not_count(world):
+    plan, model, reference, _ = both("mean", label_smoothing=0.3)
+    images, labels = images_and_labels(plan)
+    model.eval()
+    total, count = model(ClassBatch(images, labels, torch.tensor([0, 2, 3])))[1]["class"]
+    assert count == 3
+    expected = F.cross_entropy(reference(images)[[0, 2, 3]], labels[[0, 2, 3]], reduction="sum")
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+
+
+def test_the_head_starts_from_maes_weights_and_matrices_alone_decay(world):
+    plan = ClassifierPlan(tiny({}), 0)
+    model = Classifier(plan)
+    initialise(model.sharded_state_dict(), 1, plan.init_std)
+    assert 0.9 * HEAD_STD < float(model.head.linear.weight.std()) < 1.1 * HEAD_STD
+    assert not model.head.linear.bias.any() and (model.head.norm.weight == 1).all()
+    decays = {name for name, p in model.named_parameters() if not p.no_weight_decay}
+    assert "head.linear.weight" in decays and "encoder.patch_embedding.weight" in decays
+    assert all(name.endswith("weight") and "norm" not in name for name in decays)
+    assert {"encoder.cls_token", "encoder.register_tokens"} & decays == set()
