@@ -22,7 +22,8 @@ def initial_parts(config: Config) -> tuple[str, ...]:
     if parts is None:
         return ()
     if config.model.initial is None:
-        raise UserError("model.initial_parts is set and model.initial is not: say whose parts they are, or leave it out")
+        raise UserError("model.initial_parts is set and model.initial is not; say whose parts they are, or leave it"
+                        " out")  # fmt: skip
     model = as_mug(config).model
     own = {"encoder": True, "image_decoder": model.image_loss_weight > 0,
            "text_decoder": model.caption_loss_weight > 0}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,13 @@ def test_a_checkpoint_without_its_run_is_compared_parameter_by_parameter(source,
 
 
 def test_an_encoder_alone_starts_a_run_whose_decoders_are_new(source, tmp_path, caplog):
-    config = new_config(source, tmp_path / "run", initial_parts=["encoder"], decoder_width=64, text_heads=8)
+    config = new_config(source, tmp_path / "run", initial_parts=["encoder"])
+    config.model.decoder_layers, config.model.text_multimodal_layers = 2, 1  # other decoders than there
     log = train(config, tmp_path, caplog)
     assert f"the encoder of step {STEP} from" in log
     found = tensors(tmp_path / "run" / "checkpoints" / "step-00000001")
-    fresh = new_config(source, tmp_path / "fresh", decoder_width=64, text_heads=8)
-    fresh.model.initial = None
+    fresh = new_config(source, tmp_path / "fresh")
+    fresh.model = replace(config.model, initial=None, initial_parts=None)
     train(fresh, tmp_path, caplog)
     drawn = tensors(tmp_path / "fresh" / "checkpoints" / "step-00000001")
     for name, value in found.items():
@@ -128,7 +130,7 @@ def test_an_encoder_alone_starts_a_run_whose_decoders_are_new(source, tmp_path, 
 
 
 def test_of_a_part_all_that_differs_is_told_at_once(source, tmp_path):
-    config = new_config(source, tmp_path / "run", initial_parts=["encoder"], decoder_width=64)
+    config = new_config(source, tmp_path / "run", initial_parts=["encoder"])
     config.model.heads, config.model.layers = 8, 3
     refused(config, "model.layers is 2 there and 3 here, model.heads is 4 there and 8 here")
     for parts, message in [
