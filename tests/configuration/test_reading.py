@@ -52,7 +52,8 @@ def test_the_fixed_keys_exist():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_fills_every_size(preset):
     model = resolve(load_config(None, [f"model.preset={preset}"])).model
-    empty = {f.name for f in dataclasses.fields(ModelConfig) if f.default is None} - {"preset", "initial", "initial_parts"}
+    set_by_none = {"preset", "initial", "initial_parts"}
+    empty = {f.name for f in dataclasses.fields(ModelConfig) if f.default is None} - set_by_none
     assert [name for name, value in dataclasses.asdict(model).items() if value is None] == ["initial", "initial_parts"]
     assert set(PRESETS[preset]) == empty
 

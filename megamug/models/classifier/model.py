@@ -57,6 +57,8 @@ class Classifier(Stage):
         self.head = Head(plan) if "class" in parts else None
         for name, parameter in self.named_parameters():
             parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(("_token", "_tokens"))
+            if plan.layer_decay < 1:
+                parameter.rate_scale = plan.rate_scale(name, parts["encoder"].first if "encoder" in parts else 0)
 
     def forward(self, batch: ClassBatch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor | int]]]:
         """Runs this stage: (packed tensors for the next stage or None, {"class": (sum, count)})."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 from megamug.configuration.counts import as_mug
@@ -23,7 +24,21 @@ class ClassifierPlan(MugPlan):
         # The mean of the patches is taken before the encoder's norm, and has one of its own (MAE's fc_norm).
         self.mean_pool = config.classifier.pool == "mean"
         self.final_norm = not self.mean_pool
+        self.layer_decay = config.classifier.layer_decay
         self.loss_weights = {"class": 1.0}
+
+    def rate_scale(self, name: str, first: int) -> float:
+        """Share of the learning rate that the parameter `name` of a stage whose layers begin at `first` has.
+
+        It is layer_decay to the power of how many layers lie behind it. The embedding, tokens included, counts as a
+        layer; so does the head with the norm before it (BEiT's rule, arXiv 2106.08254, as MAE's code has it).
+        """
+        layer = re.match(r"encoder\.stack\.layers\.(\d+)\.", name)
+        if layer:
+            number = 1 + first + int(layer[1])
+        else:
+            number = 1 + self.model.layers if name.startswith(("head.", "encoder.stack.")) else 0
+        return self.layer_decay ** (1 + self.model.layers - number)
 
     def init_std(self, name: str) -> float | None:
         return HEAD_STD if name == "head.linear.weight" else None
