@@ -92,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
     evaluate.add_argument("--samples", type=int, metavar="N",
-                          help="pairs or documents at most (default: data.validation_samples)")  # fmt: skip
+                          help="at most so many (default: data.validation_samples; classification: all)")  # fmt: skip
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
         help="shards, or folders of tokenised documents (default: data.validation of the run)",
@@ -242,7 +242,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
     kind = load_config(arguments.run_dir / "config.yaml").model.kind
     if kind == "classifier":
-        raise UserError(f"{arguments.run_dir} is a run of a classifier, which writes nothing")
+        raise UserError(f"{arguments.run_dir} is a run of a classifier, which writes nothing; measure it by megamug"
+                        f" evaluate {arguments.run_dir} --task classification")
     foreign = LM_OPTIONS if kind == "mug" else MUG_OPTIONS
     given = [name for name in foreign if getattr(arguments, name) is not None]
     if given:

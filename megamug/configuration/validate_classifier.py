@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamug.configuration.sections import Config
+from megamug.data.shards.labels import CLASSES, read_classes
 from megamug.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ def files(config: Config) -> None:
     if classes is None and found > _of_training(sources, config):
         raise UserError(f"data.validation has {found} classes and data.train {_of_training(sources, config)}; name the"
                         f" same {found} in classes.txt beside both, or set classifier.classes={found}")
+    names, run = sources[0].class_names(), Path(config.run_dir)
+    if any((run / "checkpoints").glob("step-*")) and names is not None and read_classes(run) not in (None, names):
+        raise UserError(f"run_dir: {run} holds a run on other classes: its {CLASSES} is not that of the data; set"
+                        " run_dir to a new folder")
     if found < 2:
         raise UserError(f"the data have {found} class; a classifier wants two at least")
 

@@ -38,12 +38,12 @@ def coloured(label: int, seed: int):
     return Image.fromarray(pixels)
 
 
-def options(data: Path, run: Path, **sections) -> dict:
+def options(folder: Path, run: Path, /, **sections) -> dict:
     """A configuration as YAML holds it; `sections` as {section: {key: value}}."""
     config = {
         "run_dir": str(run), "model": {"kind": "classifier", **SIZES},
         "data": {
-            "train": str(data / "train"), "validation": str(data / "heldout"), "image_size": 32,
+            "train": str(folder / "train"), "validation": str(folder / "heldout"), "image_size": 32,
             "global_batch_size": 8, "micro_batch_size": 4, "threads": 1,
         },
         "optimizer": {"learning_rate": 3e-3, "beta2": 0.999}, "train": {"steps": 8}, "checkpoint": {"every": 4},

@@ -72,6 +72,10 @@ class Classifier(Stage):
         hidden = self.incoming.unpack(self.received)["latent"] if self.incoming else None
         return hidden if self.encoder is None else self.encoder(batch, hidden)
 
+    def logits(self, batch: ClassBatch) -> Tensor:
+        """[b, C] float32; of a stage that is the whole model."""
+        return self.head(self.hidden(batch))
+
     def loss(self, batch: ClassBatch, logits: Tensor) -> tuple[Tensor, int]:
         """Cross-entropy in nat, (sum, number of images); labels are smoothed in training alone."""
         labels = batch.labels
