@@ -90,7 +90,8 @@ class ClassifierConfig:
     """What `kind: classifier` puts behind a MUG's encoder, which sees every patch of an image: one linear."""
 
     classes: int | None = None  # null: those of data.train (names in classes.txt, else its largest label and one)
-    pool: str = "mean"  # what the linear reads: mean (of the patches, then a LayerNorm) | class_token (MAE's two ways)
+    pool: str = "mean"  # what the linear reads: mean (of the patches, then a LayerNorm) | class_token
+    frozen: bool = False  # linear probe: the encoder stays as it is, features are standardised (BatchNorm) in its place
     label_smoothing: float = 0.1  # share of a target that all classes get alike; in training, held-out losses have none
     layer_decay: float = 1.0  # each layer's learning rate is so many times that of the next one; 1: all have the same
 

@@ -65,7 +65,8 @@ def model(config: Config) -> None:
     check_values(config)
     check_keys(config)
     language = (validate_lm.widths, validate_lm.context, validate_lm.fusion)
-    own = {"mug": (losses, image, widths, initial_parts), "classifier": (image, widths, initial_parts)}
+    classifier = (image, widths, validate_classifier.head, initial_parts)
+    own = {"mug": (losses, image, widths, initial_parts), "classifier": classifier}
     for check in own.get(config.model.kind, language):
         check(config)
 

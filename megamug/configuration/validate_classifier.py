@@ -16,6 +16,26 @@ if TYPE_CHECKING:
 SIZES = ("patch_size", "layers", "width", "heads", "ffn_width", "register_tokens")
 
 
+def head(config: Config) -> None:
+    """Switches of a frozen encoder that need one another."""
+    own, parallel = config.classifier, config.parallel
+    if not own.frozen:
+        return
+    if config.model.initial is None:
+        raise UserError("classifier.frozen(true) reads a trained encoder, and model.initial is not set; name a run:"
+                        " model.initial=RUN model.initial_parts=[encoder]")
+    others = {
+        "classifier.layer_decay": (own.layer_decay, 1.0, "the encoder has no learning rate"),
+        "parallel.pipeline": (parallel.pipeline, 1, "stages would have nothing to learn"),
+        "parallel.cuda_graphs": (bool(parallel.cuda_graphs), False, "running means of features are kept outside"),
+        "precision.fp8_parameters": (config.precision.fp8_parameters, False, "a frozen weight has no fp32 value"),
+    }  # fmt: skip
+    for key, (value, wanted, why) in others.items():
+        if value != wanted:
+            raise UserError(f"{key}({str(value).lower()}) does not go with classifier.frozen(true): {why}; set"
+                            f" {key}={str(wanted).lower()}")
+
+
 def files(config: Config) -> None:
     """Data sets are there and indexed, every image has a class, and the head one for each of them."""
     sources = _sources(config)
@@ -47,7 +67,7 @@ def identity(config: Config) -> dict[str, object]:
     """What makes checkpoints of one model unfit for another; the number of classes once it is known."""
     found: dict[str, object] = {"model.kind": config.model.kind, "data.image_size": config.data.image_size}
     found |= {f"model.{name}": getattr(config.model, name) for name in SIZES}
-    found["classifier.pool"] = config.classifier.pool
+    found["classifier.pool"], found["classifier.frozen"] = config.classifier.pool, str(config.classifier.frozen).lower()
     return found | ({} if config.classifier.classes is None else {"classifier.classes": config.classifier.classes})
 
 

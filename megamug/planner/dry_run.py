@@ -60,7 +60,8 @@ def _mug(config: Config) -> list[str]:
     if config.model.kind == "classifier":
         own = config.classifier
         reads = "the mean of the patches" if own.pool == "mean" else "the class token"
-        lines.append(f"head       {own.classes} classes, of {reads}; label smoothing {own.label_smoothing:g}")
+        lines.append(f"head       {own.classes} classes, of {reads}; label smoothing {own.label_smoothing:g}"
+                     + ("; the encoder is frozen" if own.frozen else ""))  # fmt: skip
     return lines
 
 

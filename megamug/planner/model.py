@@ -141,7 +141,7 @@ def _classifier(config: Config, vocabulary: int) -> Model:
     encoder, width = _mug(as_mug(config), 0), config.model.width
     *blocks, last = encoder.blocks
     head = linear(width, config.classifier.classes or CLASSES)
-    if config.classifier.pool == "mean":  # the norm stands behind the mean
+    if config.classifier.pool == "mean" and not config.classifier.frozen:  # the norm stands behind the mean
         last, head = Block("encoder", "layer", last.units[:-1]), head + norm(width)
     head = Unit(head, 2, products=(Product(1, width, config.classifier.classes or CLASSES, WHOLE, fp8=False),))
     latent = validate.visible_tokens(config) * width

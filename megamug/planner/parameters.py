@@ -103,7 +103,7 @@ def mug_stage(plan, stage: int) -> Count:
         sizes["text"] = model.text_width, 4 * model.text_width, plan.unimodal_layers + plan.multimodal_layers
     for name, part in plan.parts(stage).items():
         if name == "class":
-            count += linear(model.width, plan.classes) + (Count() if plan.final_norm else norm(model.width))
+            count += linear(model.width, plan.classes) + (norm(model.width) if plan.head_norm else Count())
             continue
         width, ffn_width, layers = sizes[name]
         vocabulary = Count(plan.padded_vocabulary * width)
@@ -137,7 +137,8 @@ def stage_counts(plan, stage: int) -> tuple[Count, Count]:
     from megamug.models.mug.plan import MugPlan
 
     if isinstance(plan, MugPlan):
-        return mug_stage(plan, stage), mug_stage(plan, stage)
+        held = mug_stage(plan, stage)
+        return held, linear(plan.model.width, plan.classes) if plan.frozen_encoder else held
     if not isinstance(plan, JamPlan):
         own = _lm_shapes(plan, stage)
         return _counted(own), _counted(own)

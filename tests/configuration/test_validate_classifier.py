@@ -12,6 +12,8 @@ from megamug.errors import UserError
 from tests.data.conftest import good_members, write_tar
 from tests.training.classified import make_shards
 
+PROBE = "classifier.frozen=true model.initial=somewhere "
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
@@ -68,6 +70,10 @@ def test_its_encoder_is_that_of_a_mug_that_sees_everything(inputs):
     ("parallel.tensor=2 parallel.sequence=true", 2, ["197", "set model.register_tokens=1"]),
     ("parallel.pipeline=16 data.global_batch_size=64", 16, ["parallel.pipeline(16)", "blocks(14)"]),
     ("precision.fp8=current precision.dtype=bf16 model.layers=2", 1, ["visible tokens(197)"]),
+    ("classifier.frozen=true", 1, ["classifier.frozen(true)", "model.initial=RUN model.initial_parts=[encoder]"]),
+    (PROBE + "classifier.layer_decay=0.5", 1, ["classifier.layer_decay(0.5)", "set classifier.layer_decay=1.0"]),
+    (PROBE + "parallel.pipeline=2", 2, ["parallel.pipeline(2)", "set parallel.pipeline=1"]),
+    (PROBE + "parallel.cuda_graphs=true", 1, ["parallel.cuda_graphs(true)", "set parallel.cuda_graphs=false"]),
 ])  # fmt: skip
 def test_what_cannot_work_is_told(inputs, overrides, processes, told):
     with pytest.raises(UserError) as caught:

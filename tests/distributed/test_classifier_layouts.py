@@ -63,3 +63,24 @@ def test_every_layout_gives_the_one_process_curve_and_gradients(reference, proce
             gradients[label] = worst_gradient(file, reference[pool]["gradients"])
     assert max(curves.values()) <= TOLERANCE, curves
     assert max(error for error, _ in gradients.values()) <= TOLERANCE, gradients
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_standardises_over_all_replicas(tmp_path):
+    """A micro-batch of one process is as many samples as those of two together; running means are in a checkpoint."""
+
+    def probe(name: str, micro: int, **more) -> dict:
+        return {"case": "tests.distributed.cases.classifier_case", "steps": STEPS, "save": str(tmp_path / name),
+                "classifier": {"classes": 7, "pool": "class_token", "frozen": True}, "validate": True,
+                "data": {"image_size": 32, "global_batch_size": 8, "micro_batch_size": micro}, **more}  # fmt: skip
+
+    alone, start, later = run([
+        probe("one", 8), probe("start", 8, steps=CUT), probe("later", 8, first=CUT, load=str(tmp_path / "start")),
+    ], 1)  # fmt: skip
+    layouts = [probe("dp", 4), probe("distributed", 4, parallel={"distributed_optimizer": True}),
+               probe("tp", 8, parallel={"tensor": 2, "sequence": True})]  # fmt: skip
+    others = run(layouts, 2)
+    assert start["records"] + later["records"] == alone["records"] and later["validation"] == alone["validation"]
+    assert alone["records"][-1][0] < alone["records"][0][0]
+    for other in others:
+        assert worst(other["records"], alone["records"]) <= TOLERANCE
+        assert abs(other["validation"]["class"] / alone["validation"]["class"] - 1) <= TOLERANCE

@@ -76,6 +76,7 @@ UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
         ("jam_cross", 2, 2, {"fusion": {"shared_embedding": True, "freeze": "both"}, "image_tower": LLAMA}),
         ("classifier", 2, 2, {"classifier": {"classes": 10}}),
         ("classifier", 1, 1, {"classifier": {"classes": 10, "pool": "class_token"}}),
+        ("classifier", 1, 1, {"classifier": {"classes": 10, "frozen": True}}),
     ],
 )
 def test_parameters_of_other_models_are_those_of_the_built_stages(world, kind, pipeline, virtual, sections):

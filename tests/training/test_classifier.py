@@ -101,3 +101,26 @@ def test_another_number_of_classes_is_not_continued(data, tmp_path, capsys):
     assert "classifier.classes was 3 and is now 5" in capsys.readouterr().err
     assert cli.main(["train", config, "classifier.pool=class_token", "train.steps=2"]) == 2
     assert "classifier.pool was mean and is now class_token" in capsys.readouterr().err
+
+
+def test_a_probe_leaves_the_encoder_as_it_was_and_goes_on_to_the_bit(data, tmp_path, capsys):
+    mug = make_data(tmp_path / "mug")
+    weights = make_run(tiny_config(mug, mug / "run"))
+    model = {"initial": str(mug / "run"), "initial_parts": ["encoder"]}
+    probe = {"frozen": True, "pool": "class_token", "label_smoothing": 0.0}
+    runs = tmp_path / "whole", tmp_path / "halves"
+    configs = [written(data, run, model=model, classifier=probe, train={"steps": 6}) for run in runs]
+    rate = "optimizer.min_learning_rate=3e-3"
+    assert cli.main(["train", configs[0], "--dry-run"]) == 0
+    assert "the encoder is frozen" in capsys.readouterr().out
+    for config, steps in ((configs[0], 6), (configs[1], 3), (configs[1], 6)):
+        assert cli.main(["train", config, f"train.steps={steps}", rate]) == 0
+    one, other = (tensors(run / "checkpoints" / "step-00000006") for run in runs)
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    compared = [name for name in weights if name in one and name.startswith("encoder.")]
+    assert len(compared) > 10 and all(torch.equal(one[name], weights[name]) for name in compared)
+    assert one["head.standardised.running_mean"].any() and one["head.linear.weight"].any()
+    assert not any(name.startswith("optimizer.") and ".encoder." in name for name in one)
+    assert cli.main(["evaluate", str(runs[0]), "--task", "classification"]) == 0
+    assert cli.main(["train", configs[0], "classifier.frozen=false"]) == 2
+    assert "classifier.frozen was true and is now false" in capsys.readouterr().err

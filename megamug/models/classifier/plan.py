@@ -11,7 +11,8 @@ from megamug.models.mug.plan import MugPlan
 from megamug.models.stages import Block, Boundary, Part
 from megamug.telemetry.flops import linear_flops
 
-HEAD_STD = 2e-5  # of the linear's weights: MAE's fine-tuning starts from (nearly) equal logits
+# Of the linear's weights: MAE's fine-tuning starts from (nearly) equal logits; its linear probe.
+HEAD_STD, PROBE_STD = 2e-5, 0.01
 
 
 class ClassifierPlan(MugPlan):
@@ -21,9 +22,11 @@ class ClassifierPlan(MugPlan):
         super().__init__(as_mug(config), vocabulary, spec)
         self.classes, self.label_smoothing = config.classifier.classes, config.classifier.label_smoothing
         assert self.classes is not None, "the number of classes is filled in from the data before"
-        # The mean of the patches is taken before the encoder's norm, and has one of its own (MAE's fc_norm).
-        self.mean_pool = config.classifier.pool == "mean"
-        self.final_norm = not self.mean_pool
+        self.mean_pool, self.frozen_encoder = config.classifier.pool == "mean", config.classifier.frozen
+        # Where the encoder learns, the mean is taken before its norm, and has one of its own (MAE's fc_norm).
+        self.head_norm = self.mean_pool and not self.frozen_encoder
+        self.final_norm = not self.head_norm
+        self.data_group = None
         self.layer_decay = config.classifier.layer_decay
         self.loss_weights = {"class": 1.0}
 
@@ -41,7 +44,9 @@ class ClassifierPlan(MugPlan):
         return self.layer_decay ** (1 + self.model.layers - number)
 
     def init_std(self, name: str) -> float | None:
-        return HEAD_STD if name == "head.linear.weight" else None
+        if name != "head.linear.weight":
+            return None
+        return PROBE_STD if self.frozen_encoder else HEAD_STD
 
     @cached_property
     def blocks(self) -> list[Block]:

@@ -37,6 +37,17 @@ class ClassifierTask(MugTask):
     def identity(self) -> dict:
         return super().identity() | {"classifier.classes": self.plan.classes}
 
+    def join(self, world) -> None:
+        super().join(world)
+        self.plan.data_group = world.dp_group if world.dp_size > 1 else None
+
+    @property
+    def flops_per_sample(self) -> float:
+        """As every model's; of a frozen encoder there is no backward."""
+        if not self.plan.frozen_encoder:
+            return super().flops_per_sample
+        return self.plan.forward_flops + 2 * self.plan.blocks[-1].flops
+
     def batch(self, pairs: PairBatch) -> ClassBatch:
         rows = None if pairs.valid.all() else torch.from_numpy(pairs.valid.nonzero()[0]).to(pairs.images.device)
         return ClassBatch(pairs.images, pairs.labels, rows)

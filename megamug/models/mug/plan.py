@@ -18,6 +18,7 @@ class MugPlan(Plan):
     """Derived sizes of a MUG model under a layout."""
 
     final_norm = True  # behind the encoder's last layer
+    frozen_encoder = False
 
     def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
         super().__init__(config, vocabulary)

@@ -35,7 +35,8 @@ def both(pool: str, **classifier):
     plan = ClassifierPlan(config, 0)
     model, reference = Classifier(plan), Reference(config)
     initialise(model.sharded_state_dict(), seed=3)  # the head's weights as large as the others
-    own = {entry.key: entry.data for entry in model.sharded_state_dict().values() if hasattr(entry, "data")}
+    state = model.sharded_state_dict().values()
+    own = {entry.key: entry.data for entry in state if ".running_" not in entry.key}
     names = {f"encoder.{mine}": theirs for mine, theirs in global_names(config.model).items()}
     names |= {"norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias", "linear.weight": "head.linear.weight",
               "linear.bias": "head.linear.bias"}  # fmt: skip
@@ -48,8 +49,8 @@ def both(pool: str, **classifier):
     return plan, model, reference, pairs
 
 
-def images_and_labels(plan, count: int = 5):
-    return [torch.stack(x) for x in zip(*(sample(i, plan) for i in range(count)), strict=True)]
+def images_and_labels(plan, count: int = 5, start: int = 0):
+    return [torch.stack(x) for x in zip(*(sample(start + i, plan) for i in range(count)), strict=True)]
 
 
 @pytest.mark.parametrize("pool", ["mean", "class_token"])
@@ -90,3 +91,30 @@ def test_the_head_starts_from_maes_weights_and_matrices_alone_decay(world):
     assert "head.linear.weight" in decays and "encoder.patch_embedding.weight" in decays
     assert all(name.endswith("weight") and "norm" not in name for name in decays)
     assert {"encoder.cls_token", "encoder.register_tokens"} & decays == set()
+
+
+@pytest.mark.parametrize("pool", ["mean", "class_token"])
+def test_a_probe_is_torchs_batch_norm_on_features_of_an_encoder_that_stays(world, pool):
+    plan, model, reference, pairs = both(pool, frozen=True)
+    norm = nn.BatchNorm1d(plan.model.width, eps=1e-6, affine=False)
+
+    def logits(images):
+        features = reference.encoder(images)
+        return reference.linear(norm((features.mean if pool == "mean" else features.class_token).detach()))
+
+    for start in (0, 6):
+        images, labels = images_and_labels(plan, 6, start)
+        total, _ = model(ClassBatch(images, labels))[1]["class"]
+        expected = F.cross_entropy(logits(images), labels, reduction="sum", label_smoothing=0.1)
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    total.backward(), expected.backward()
+    found, wanted = model.head.linear.weight.grad, reference.linear.weight.grad
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-5  # the mean taken off makes rounding larger
+    assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
+    model.eval(), norm.eval()
+    torch.testing.assert_close(model.logits(ClassBatch(images, labels)), logits(images), rtol=1e-5, atol=1e-5)
+    state = model.sharded_state_dict()
+    initialise(state, 1, plan.init_std)
+    kept = {f"head.standardised.running_{name}" for name in ("mean", "var")}
+    assert kept <= {entry.key for entry in state.values()}
+    assert 0.009 < float(model.head.linear.weight.std()) < 0.011 and (model.head.standardised.running_var == 1).all()
