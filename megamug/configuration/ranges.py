@@ -22,6 +22,7 @@ RANGES = {
     "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE, "model.z_loss_weight": _FROM_ZERO,
     "fusion.cross_every": _COUNT, "fusion.output_width": _COUNT,
     "classifier.classes": Range(2), "classifier.label_smoothing": _DECAY,
+    "classifier.drop_path": _DECAY, "classifier.mixup": _FROM_ZERO, "classifier.cutmix": _FROM_ZERO,
     "classifier.layer_decay": Range(0, 1, open_low=True),
     "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,

@@ -93,6 +93,9 @@ class ClassifierConfig:
     pool: str = "mean"  # what the linear reads: mean (of the patches, then a LayerNorm) | class_token
     frozen: bool = False  # linear probe: the encoder stays as it is, features are standardised (BatchNorm) in its place
     label_smoothing: float = 0.1  # share of a target that all classes get alike; in training, held-out losses have none
+    drop_path: float = 0.0  # share of images that skip a part of the last layer; linearly fewer before it
+    mixup: float = 0.0  # alpha of the beta distribution by which images are mixed in pairs; 0: not
+    cutmix: float = 0.0  # alpha of that by which one has a box of the other; 0: not; with mixup, half of them each
     layer_decay: float = 1.0  # each layer's learning rate is so many times that of the next one; 1: all have the same
 
 

@@ -17,14 +17,28 @@ SIZES = ("patch_size", "layers", "width", "heads", "ffn_width", "register_tokens
 
 
 def head(config: Config) -> None:
-    """Switches of a frozen encoder that need one another."""
-    own, parallel = config.classifier, config.parallel
+    """Stochastic depth where layers have it, whole images in pairs; what a frozen encoder does not go with."""
+    own, parallel, precision = config.classifier, config.parallel, config.precision
+    if own.drop_path > 0 and (precision.layers == "te" or precision.fp8 != "none"):
+        said = "precision.layers(te)" if precision.layers == "te" else f"precision.fp8({precision.fp8})"
+        raise UserError(f"classifier.drop_path({own.drop_path:g}): Transformer Engine's layers have no stochastic"
+                        f" depth, and {said} asks for them; set precision.layers=local precision.fp8=none, or"
+                        " classifier.drop_path=0")
+    if own.drop_path > 0 and parallel.tensor > 1 and precision.layers != "local":
+        raise UserError(f"classifier.drop_path({own.drop_path:g}): under parallel.tensor({parallel.tensor})"
+                        " precision.layers=auto may take Transformer Engine's layers, which have no stochastic depth;"
+                        " set precision.layers=local")
+    for key in ("mixup", "cutmix"):
+        if getattr(own, key) > 0 and config.data.micro_batch_size == 1:
+            raise UserError(f"classifier.{key}({getattr(own, key):g}) mixes the images of a micro-batch, and"
+                            f" data.micro_batch_size is 1; set data.micro_batch_size=2 or classifier.{key}=0")
     if not own.frozen:
         return
     if config.model.initial is None:
         raise UserError("classifier.frozen(true) reads a trained encoder, and model.initial is not set; name a run:"
                         " model.initial=RUN model.initial_parts=[encoder]")
     others = {
+        "classifier.drop_path": (own.drop_path, 0.0, "what does not learn drops nothing"),
         "classifier.layer_decay": (own.layer_decay, 1.0, "the encoder has no learning rate"),
         "parallel.pipeline": (parallel.pipeline, 1, "stages would have nothing to learn"),
         "parallel.cuda_graphs": (bool(parallel.cuda_graphs), False, "running means of features are kept outside"),

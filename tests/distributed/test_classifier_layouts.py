@@ -1,5 +1,5 @@
 """A classifier in every layout gives the one-process curve and the one-process gradient of every parameter, to 1e-5
-relative, in float32; its checkpoints go on in other layouts. One has layer-wise learning rates."""
+relative, in float32; its checkpoints go on in other layouts. One has layer-wise learning rates and stochastic depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.distributed.layouts import TOLERANCE, references, run, worst, worst_g
 
 STEPS, CUT = 10, 5
 POOLS = ("mean", "class_token")
-RATES = {"mean": 0.5, "class_token": 1.0}
+OPTIONS = {"mean": {"layer_decay": 0.5, "drop_path": 0.3}, "class_token": {}}
 LAYOUTS: dict[int, dict[str, dict]] = {
     1: {"recomputed": {"recompute": "full"}},
     2: {
@@ -26,7 +26,7 @@ RESUMED = {1: {}, 2: {"tensor": 2, "sequence": True}}  # a checkpoint of one pro
 
 def job(pool: str, **more) -> dict:
     return {"case": "tests.distributed.cases.classifier_case", "steps": STEPS,
-            "classifier": {"classes": 7, "pool": pool, "layer_decay": RATES[pool]}, **more}  # fmt: skip
+            "classifier": {"classes": 7, "pool": pool, **OPTIONS[pool]}, **more}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

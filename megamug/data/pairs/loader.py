@@ -274,7 +274,7 @@ class PairLoader:
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
                 samples.epochs[rows], unique[rows], samples.valid[rows], None if labels is None else labels[rows],
-                locations, (self.caption_lines, samples.draws[rows]),
+                self.train, locations, (self.caption_lines, samples.draws[rows]),
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()

@@ -24,10 +24,11 @@ from megamug.models.stages import Stage, tensors_alone
 class ClassBatch:
     """One micro-batch."""
 
-    images: Tensor  # [b, 3, H, W] uint8
-    labels: Tensor  # [b] int64
+    images: Tensor  # [b, 3, H, W] uint8; mixed ones as float32 of the same range
+    labels: Tensor  # [b] int64, or the classes' shares [b, C] of mixed images
     rows: Tensor | None = None  # int64: the rows that count, where some are padding
     visible_ids: None = None  # the encoder sees every patch
+    scales: Tensor | None = None  # [layers, 2, b, 1]: stochastic depth, see `megamug.data.pairs.mixing`
 
 
 class Standardised(nn.Module):
@@ -120,7 +121,7 @@ class Classifier(Stage):
         if self.encoder is None:
             return hidden
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.plan.frozen_encoder):
-            return self.encoder(batch, hidden)
+            return self.encoder(batch, hidden, batch.scales if self.training else None)
 
     def logits(self, batch: ClassBatch) -> Tensor:
         """[b, C] float32; of a stage that is the whole model."""

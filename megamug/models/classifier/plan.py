@@ -27,6 +27,9 @@ class ClassifierPlan(MugPlan):
         self.head_norm = self.mean_pool and not self.frozen_encoder
         self.final_norm = not self.head_norm
         self.data_group = None
+        self.drop_path, self.mixup, self.cutmix = (
+            getattr(config.classifier, key) for key in ("drop_path", "mixup", "cutmix")
+        )
         self.layer_decay = config.classifier.layer_decay
         self.loss_weights = {"class": 1.0}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megamug.configuration.counts import as_mug
 from megamug.configuration.sections import Config
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.images import SHARE
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
+from megamug.data.pairs.mixing import kept_shares, path_scales
 from megamug.data.shards.sources import resolve_sources
 from megamug.models.classifier.model import ClassBatch, Classifier
 from megamug.models.classifier.plan import ClassifierPlan
@@ -49,8 +51,23 @@ class ClassifierTask(MugTask):
         return self.plan.forward_flops + 2 * self.plan.blocks[-1].flops
 
     def batch(self, pairs: PairBatch) -> ClassBatch:
-        rows = None if pairs.valid.all() else torch.from_numpy(pairs.valid.nonzero()[0]).to(pairs.images.device)
-        return ClassBatch(pairs.images, pairs.labels, rows)
+        """In training images are mixed and parts of layers left out, by draws that are a pure function of (seed, epoch,
+        sample). The partner of a micro-batch's i-th image is its i-th from the end (timm's order)."""
+        plan, device, images, labels = self.plan, pairs.images.device, pairs.images, pairs.labels
+        if not pairs.train:
+            rows = None if pairs.valid.all() else torch.from_numpy(pairs.valid.nonzero()[0]).to(device)
+            return ClassBatch(images, labels, rows)
+        sample = self.config.seed, pairs.epochs, pairs.indices
+        if plan.mixup > 0 or plan.cutmix > 0:
+            kept = torch.from_numpy(kept_shares(*sample, images.shape[-1], plan.mixup, plan.cutmix)).to(device)
+            own, shares = F.one_hot(labels, plan.classes).float(), kept.mean(dim=(1, 2)).unsqueeze(1)
+            labels = shares * own + (1 - shares) * own.flip(0)
+            images, kept = images.float(), kept.unsqueeze(1)
+            images = kept * images + (1 - kept) * images.flip(0)
+        scales = None
+        if plan.drop_path > 0:
+            scales = torch.from_numpy(path_scales(*sample, plan.model.layers, plan.drop_path)).to(device, plan.dtype)
+        return ClassBatch(images, labels, scales=scales)
 
     def totals(self, pairs: GlobalBatch, batches: list[ClassBatch], world) -> dict[str, float]:
         """The number of images in the whole global batch. One small all-reduce over the replicas."""

@@ -95,8 +95,8 @@ class Encoder(MegatronModule):
         tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1).transpose(0, 1).contiguous()
         return scatter_to_sequence_parallel_region(tokens) if self.plan.sequence_parallel else tokens
 
-    def forward(self, batch: MugBatch, hidden: Tensor | None) -> Tensor:
-        return self.stack(self.embed(batch) if hidden is None else hidden, attention_mask=None)
+    def forward(self, batch: MugBatch, hidden: Tensor | None, scales: Tensor | None = None) -> Tensor:
+        return self.stack(self.embed(batch) if hidden is None else hidden, attention_mask=None, scales=scales)
 
 
 class ImageDecoder(MegatronModule):

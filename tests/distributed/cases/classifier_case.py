@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from megamug.configuration.reading import resolve
@@ -45,13 +46,18 @@ def sample(index: int, plan) -> tuple[torch.Tensor, torch.Tensor]:
 
 def micro_batches(step: int, plan, config: Config, world):
     """(this replica's micro-batches of a step, totals of the whole global batch by loss name)."""
+    from megamug.data.pairs.mixing import path_scales
     from megamug.models.classifier.model import ClassBatch
 
     count, size = config.data.global_batch_size, config.data.micro_batch_size
     samples = [sample(step * count + i, plan) for i in range(count)]
-    mine = samples[world.dp_rank * count // world.dp_size : (world.dp_rank + 1) * count // world.dp_size]
-    batches = [
-        ClassBatch(*(torch.stack(x) for x in zip(*mine[start : start + size], strict=True)))
-        for start in range(0, len(mine), size)
-    ]
+    first, last = (rank * count // world.dp_size for rank in (world.dp_rank, world.dp_rank + 1))
+    batches = []
+    for start in range(first, last, size):
+        batch = ClassBatch(*(torch.stack(x) for x in zip(*samples[start : start + size], strict=True)))
+        if plan.drop_path > 0:
+            indices = step * count + np.arange(start, start + size)
+            drawn = path_scales(config.seed, np.zeros_like(indices), indices, plan.model.layers, plan.drop_path)
+            batch.scales = torch.from_numpy(drawn)
+        batches.append(batch)
     return batches, {"class": float(count)}

@@ -118,3 +118,21 @@ def test_a_probe_is_torchs_batch_norm_on_features_of_an_encoder_that_stays(world
     kept = {f"head.standardised.running_{name}" for name in ("mean", "var")}
     assert kept <= {entry.key for entry in state.values()}
     assert 0.009 < float(model.head.linear.weight.std()) < 0.011 and (model.head.standardised.running_var == 1).all()
+
+
+def test_a_part_that_is_left_out_adds_nothing_and_one_that_stays_adds_more(world):
+    plan, model, reference, _ = both("mean", drop_path=0.5)
+    images, labels = images_and_labels(plan, 2)
+    scales = torch.tensor([[[1.0, 0.0], [2.0, 1.0]], [[0.0, 3.0], [1.0, 0.0]], [[1.0, 1.0], [0.0, 2.0]]])
+    x = reference.encoder._embed(images)
+    for block, (attention, ffn) in zip(reference.encoder.blocks, scales, strict=True):
+        b, n, h = x.shape
+        q, k, v = block.qkv(block.norm1(x)).view(b, n, block.heads, 3, h // block.heads).permute(3, 0, 2, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, h)
+        x = x + attention.view(-1, 1, 1) * block.projection(attended)
+        x = x + ffn.view(-1, 1, 1) * block.fc2(F.gelu(block.fc1(block.norm2(x))))
+    expected = reference.linear(reference.norm(x[:, 4:].mean(1)))
+    batch = ClassBatch(images, labels, scales=scales.unsqueeze(-1))
+    torch.testing.assert_close(model.logits(batch), expected, rtol=1e-5, atol=1e-5)
+    model.eval()
+    torch.testing.assert_close(model.logits(batch), reference(images), rtol=1e-5, atol=1e-5)
