@@ -216,13 +216,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if data is not None and len(data) == 1:
         data = data[0]
     if data is not None:
-        from megamug.data.shards.sources import parse_sets, resolve_sources
+        from megamug.data.shards.sources import resolve_sources
 
         try:
             if arguments.task == "perplexity":
-                from megamug.data.documents.indexed import read_header
+                from megamug.data.documents.indexed import document_folders, read_header
 
-                for folder, _ in parse_sets(data):
+                for folder, _ in document_folders(data):
                     read_header(Path(folder))
             else:
                 resolve_sources(data, captions=arguments.task == "captioning")

@@ -46,6 +46,8 @@ PACKAGES = (
     Package("nvidia-dali-cuda130", "nvidia.dali", ">=2.1", "decoding and cropping of images, on CPU and GPU", "",
             'pip install "nvidia-dali-cuda130>=2.1"'),
     Package("sentencepiece", "sentencepiece", "", "tokens of captions", "", "pip install sentencepiece"),
+    Package("tokenizers", "tokenizers", ">=0.20", "tokenizer.json of other models", "",
+            'pip install "tokenizers>=0.20"'),
     Package("psutil", "psutil", "", "Megatron-core's checkpoint writer, which hangs without it", "",
             "pip install psutil"),
     Package("pyyaml", "yaml", "", "configuration files", "", "pip install pyyaml"),

@@ -16,6 +16,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import BinaryIO
 
+_asides: set[Path] = set()  # of `replacing`, not yet renamed
+
 
 def folder_problem(path: Path) -> str | None:
     """Why nothing can be written into `path`, a folder that is there or shall be made; None where it can."""
@@ -78,6 +80,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises OSError where the disk is full or not writable; `path` is then unchanged, as where the block raises.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
+    _asides.add(aside)
     try:
         with open(aside, "wb") as file:
             yield file
@@ -86,7 +89,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+        _asides.discard(aside)
     fsync_folder(path.parent)
+
+
+def remove_asides() -> None:
+    """Removes what `replacing` is writing in this process: for one that ends at once, in a signal's handler."""
+    for aside in list(_asides):
+        aside.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

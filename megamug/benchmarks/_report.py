@@ -18,7 +18,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megamug.command_line.arguments import Parser, new_file, typed_command
+from megamug.command_line.arguments import Parser, any_path, new_file, typed_command
 from megamug.durable import replace_text
 from megamug.errors import UserError
 from megamug.telemetry.environment import hardware, versions
@@ -43,7 +43,7 @@ def _run_of(name: str):
 
     def stored_run(text: str) -> dict:
         try:
-            run = json.loads(Path(text).read_text(encoding="utf-8"))
+            run = json.loads(any_path(text).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"{text} cannot be read: {error}") from None
         if not isinstance(run, dict) or run.get("benchmark") != name or not isinstance(run.get("results"), list):
@@ -54,11 +54,12 @@ def _run_of(name: str):
 
 
 def _folder(text: str) -> Path:
+    path = any_path(text)
     try:
-        Path(text).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: no folder can be made there: {error.strerror}") from None
-    return Path(text)
+    return path
 
 
 class Report:

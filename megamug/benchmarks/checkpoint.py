@@ -42,7 +42,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default="vit_b16")
     mug.add_vocabulary(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--folder", default=".", metavar="DIR", help="on the disk to measure (default: this folder)")
+    parser.add_argument("--folder", type=Path, default=".", metavar="DIR",
+                        help="on the disk to measure (default: this folder)")  # fmt: skip
     parser.add_argument("--repeats", type=COUNT, default=3)
     return _steps.parse(parser, argv)
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     own = [f"model.preset={options.preset}", "model.caption_loss_weight=0"]
     config = _steps.settings(own, world_size(), options.dtype, options.overrides)
-    parent = Path(options.folder)
+    parent = options.folder
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--folder {parent}: not a folder that this user can write to; name another one")
     speaks = os.environ.get("RANK", "0") == "0"
@@ -88,13 +89,15 @@ def measure(report: _report.Report, world, chunks: list, optimizer, folder: Path
     size = sum(path.stat().st_size for path in store.path(step).rglob("*") if path.is_file())
     report.say(f"# a checkpoint of {size / 1e9:.3f} GB")
     seconds: dict[str, list[float]] = defaultdict(list)
+    processor: dict[str, list[float]] = defaultdict(list)  # seconds of this process and those it started, all cores
 
     def timed(name: str, action: Callable[[], object]) -> None:
         torch.distributed.barrier()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), sum(os.times()[:4])
         action()
         torch.distributed.barrier()
         seconds[name].append(time.perf_counter() - start)
+        processor[name].append(sum(os.times()[:4]) - used)
 
     for _ in range(report.options.repeats):
         if world.is_first:
@@ -106,6 +109,7 @@ def measure(report: _report.Report, world, chunks: list, optimizer, folder: Path
         stalled = seconds["stall"][-1]
         timed("save behind", behind.wait)
         seconds["save behind"][-1] += stalled
+        processor["save behind"][-1] += processor["stall"][-1]
         path = store.path(step)
         evict(path)
         timed("verify", store.newest_complete)
@@ -124,6 +128,7 @@ def measure(report: _report.Report, world, chunks: list, optimizer, folder: Path
         median, spread = statistics.median(taken), _contest.spread(taken)
         report.add(
             name, gb_per_second=rates[name] / 1e9, seconds=median, spread=spread, share_of_disk=share,
+            cpu_seconds=statistics.median(processor[name]) if name in processor else None,
             gigabytes=size / 1e9, peak_gib=_contest.peak_gib(), profile=found if name == "save" else None,
         )  # fmt: skip
         told = f"  {share:.2f} of the disk's rate" if share else ""

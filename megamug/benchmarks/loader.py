@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megamug.benchmarks import _contest, _loader_peers, _profile, _report
-from megamug.command_line.arguments import COUNT
+from megamug.command_line.arguments import COUNT, expand_home
 from megamug.data.pairs.text import Tokenizer, iterate_captions, train_tokenizer
 from megamug.data.shards.index_file import find_index
 from megamug.data.shards.indexing import index_paths
@@ -36,8 +36,9 @@ PEERS = ("pillow", "webdataset")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _report.parser("loader", __doc__)
-    parser.add_argument("--data", default=os.environ.get("MEGAMUG_PHOTOS") or str(PHOTOS), metavar="PATH")
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: one made of the captions")
+    parser.add_argument("--data", type=expand_home, default=os.environ.get("MEGAMUG_PHOTOS") or str(PHOTOS),
+                        metavar="PATH")  # fmt: skip
+    parser.add_argument("--tokenizer", type=expand_home, metavar="FILE", help="default: one made of the captions")
     parser.add_argument("--image-size", type=COUNT, default=224)
     parser.add_argument("--caption-length", type=COUNT, default=64)
     parser.add_argument("--workers", type=COUNT, default=2, help="decoding threads, and worker processes (default 2)")

@@ -24,6 +24,6 @@ def check_vocabulary(rows: int, size: int, folder: object) -> str | None:
     if size > rows or padded_vocabulary(size) != padded_vocabulary(rows):
         raise UserError(
             f"data.tokenizer: {folder} has {size} ids and the model's tables have {rows} rows, so it is another's;"
-            " give the vocabulary that this one was trained with"
+            " give the vocabulary that this one was trained with, or convert it with --vocabulary, which adds rows"
         )
     return None if size == rows else f"{rows - size} of {rows} rows of the tables are of no id of {folder}"

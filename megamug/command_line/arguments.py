@@ -45,10 +45,12 @@ class Range:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are a `UserError` of one sentence, not a usage text; options are not abbreviated."""
+    """Errors are a `UserError` of one sentence, not a usage text; options are not abbreviated; `~` in a `Path` is the
+    home folder, as it is to a shell that sees it without quotes."""
 
     def __init__(self, *args, **settings) -> None:
         super().__init__(*args, **{**DEFAULTS, **settings})
+        self.register("type", Path, any_path)  # what argparse calls in place of Path itself
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -73,9 +75,29 @@ def number(kind: type, allowed: Range) -> Callable[[str], float]:
 COUNT, FROM_ZERO = number(int, Range(1)), number(int, Range(0))
 
 
+def expand_home(text: str) -> str:
+    """A path with the `~` or `~user` at its start written out.
+
+    Raises UserError where there is no such user, and no file of that name either: a folder `~user` would be made here.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded[:1] == "~" and not os.path.lexists(expanded):
+        user = text.partition("/")[0]
+        raise UserError(f"{text}: {user} is the home folder of no user here; write ./{text} for a name in this folder")
+    return expanded
+
+
+def any_path(text: str) -> Path:
+    """A `type` for argparse, which `Parser` takes `Path` for: see `expand_home`."""
+    try:
+        return Path(expand_home(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def output_folder(text: str) -> Path:
     """A `type` for argparse: a folder that is there or can be made, and written into."""
-    path = Path(text)
+    path = any_path(text)
     if problem := folder_problem(path):
         raise argparse.ArgumentTypeError(f"{problem}; name another folder")
     return path
@@ -83,7 +105,7 @@ def output_folder(text: str) -> Path:
 
 def output_file(text: str) -> Path:
     """A `type` for argparse: a file that can be written, in a folder that is there or can be made."""
-    path = Path(text)
+    path = any_path(text)
     problem = f"{path} is a folder" if path.is_dir() else folder_problem(path.parent)
     if problem:
         raise argparse.ArgumentTypeError(f"{problem}; name another file")
@@ -92,7 +114,7 @@ def output_file(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """A `type` for argparse: a file that can be written when the work is done, in a folder that is there."""
-    path = Path(text)
+    path = any_path(text)
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is not a file in a folder that exists; name one")

@@ -136,10 +136,14 @@ def announcing(command: str) -> Iterator[None]:
 
 def _interrupted(_number: int, frame: object) -> None:
     """Ctrl-C. An import that is torn apart tells so in forty lines, or takes it for a package that is missing and goes
-    on without: where one is under way, with nothing begun, the process ends here."""
+    on without: where one is under way, with nothing begun, the process ends here. Out of a `__del__` no exception
+    comes, it is told and dropped: there it waits a moment."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os._exit(128 + signal.SIGINT)
+        if frame.f_code.co_name == "__del__":
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return
         frame = frame.f_back
     raise KeyboardInterrupt
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from megamug.checkpoint.tensors import TensorReader, write_run
 from megamug.command_line.arguments import Parser, output_folder
@@ -20,6 +21,7 @@ from megamug.convert.conversion import (
     read_configuration,
     to_megamug,
 )
+from megamug.convert.language import growth
 from megamug.convert.registry import FORMATS, IMAGE_TOKENIZERS, MEGAMUG, format_named
 from megamug.convert.shown import shown
 from megamug.errors import UserError
@@ -42,11 +44,17 @@ def main(argv: list[str], prog: str | None = None) -> None:
         epilog=f"formats:\n  {MEGAMUG:<12} a run folder, or the folder of an image tokenizer\n{formats}\n"
                f"image tokenizers:\n  {' '.join(IMAGE_TOKENIZERS)}",
     )  # fmt: skip
-    parser.add_argument("source", help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")
+    parser.add_argument("source", type=Path,
+                        help="a file or folder; for megamug a run folder or its checkpoint step-XXXXXXXX")  # fmt: skip
     parser.add_argument("output", type=output_folder, help="a folder that does not exist yet")
     parser.add_argument("--from", dest="source_format", required=True, metavar="FORMAT")
     parser.add_argument("--to", dest="output_format", required=True, metavar="FORMAT")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="of the run that is written")
+    parser.add_argument("--vocabulary", metavar="FOLDER", help="of a language model that is read, of its own tokenizer"
+                        " (megamug data vocabulary); its tables get rows for ids that they lack")  # fmt: skip
+    parser.add_argument("--new-rows", choices=growth.KINDS, help="those rows: the mean of the old ones with a little"
+                        " noise (default), or zeros")  # fmt: skip
+    parser.add_argument("--new-rows-seed", type=int, metavar="N", help="of the noise (default 1)")
     parser.add_argument("--allow-missing", nargs="+", default=[], metavar="KEY",
                         help="missing keys, or unknown ones of the tensors or of config.json, to go on without; *"
                              " stands for any text")  # fmt: skip
@@ -65,6 +73,7 @@ def convert(options: argparse.Namespace) -> list[str]:
     source, output = options.source_format, options.output_format
     if output != MEGAMUG and options.config:
         raise UserError(f"--config describes the run that is written, but --to is {output}; leave it out")
+    _check_vocabulary(options)
     if source == output == MEGAMUG:
         reader = TensorReader(options.source)
         state = reader.state()
@@ -81,8 +90,23 @@ def convert(options: argparse.Namespace) -> list[str]:
         )  # fmt: skip
     if output == MEGAMUG:
         form = format_named(source)
-        return to_megamug(form, options.source, options.output, options.config, options.allow_missing)
+        new = growth.NewRows(options.new_rows or "mean", 1 if options.new_rows_seed is None else options.new_rows_seed)
+        return to_megamug(
+            form, options.source, options.output, options.config, options.allow_missing, options.vocabulary, new
+        )
     form = format_named(output)
     if source != MEGAMUG:
         raise UserError(f"--from {source} --to {output}: convert to megamug first, then from megamug")
     return from_megamug(form, options.source, options.output, options.allow_missing, size(options.max_shard_size))
+
+
+def _check_vocabulary(options: argparse.Namespace) -> None:
+    """Raises UserError for --vocabulary and what belongs to it where they say nothing."""
+    foreign = options.output_format == MEGAMUG and options.source_format not in (MEGAMUG, *IMAGE_TOKENIZERS)
+    if options.vocabulary is not None and not foreign:
+        raise UserError("--vocabulary is for a published language model that becomes megamug's; leave it out")
+    for name, value in (("--new-rows", options.new_rows), ("--new-rows-seed", options.new_rows_seed)):
+        if value is not None and options.vocabulary is None:
+            raise UserError(f"{name} is about ids that --vocabulary FOLDER adds; give that, or leave {name} out")
+    if options.new_rows_seed is not None and options.new_rows == "zeros":
+        raise UserError("--new-rows-seed is of noise, and --new-rows zeros has none; leave one of them out")

@@ -13,6 +13,7 @@ from pathlib import Path
 from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, device, output_folder
 from megamug.data.documents.reading import PAIR_ORDERS
 from megamug.data.documents.tokenizer import tokenize_documents
+from megamug.data.shards.captions import LINES
 from megamug.models.image_tokenizer.encoder import ImageEncoder
 
 
@@ -22,14 +23,17 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--vocabulary", type=Path, required=True, metavar="FOLDER", help="of megamug data vocabulary")
     parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--pair-order", choices=PAIR_ORDERS, default="random", help="of a pair (default %(default)s)")
-    parser.add_argument("--seed", type=FROM_ZERO, default=1, help="of the random order of pairs (default %(default)s)")
+    parser.add_argument("--caption-lines", choices=LINES, default="join",
+                        help="of a pair whose caption has several lines (default %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=FROM_ZERO, default=1, help="of what is random of pairs (default %(default)s)")
     parser.add_argument("--workers", type=COUNT, help="processes at work (default: one per core)")
     parser.add_argument("--device", type=device, default="cpu", help="of the image tokenizer (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace other tokenised documents in FOLDER")
     args = parser.parse_args(argv)
     report = tokenize_documents(
-        args.shards, args.vocabulary, args.output, ImageEncoder, pair_order=args.pair_order, seed=args.seed,
-        workers=args.workers, device=args.device, overwrite=args.overwrite,
+        args.shards, args.vocabulary, args.output, ImageEncoder, pair_order=args.pair_order,
+        caption_lines=args.caption_lines, seed=args.seed, workers=args.workers, device=args.device,
+        overwrite=args.overwrite,
     )  # fmt: skip
     made = report.header
     print(

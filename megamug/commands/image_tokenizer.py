@@ -8,7 +8,7 @@ SIGTERM (exit code 3), is continued by the same command. Under torchrun the proc
 
 from __future__ import annotations
 
-from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, Range, number, output_folder
+from megamug.command_line.arguments import COUNT, FROM_ZERO, Parser, Range, expand_home, number, output_folder
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import ImageTokenizerConfig
 from megamug.models.image_tokenizer.run import RunOptions, train
@@ -89,7 +89,8 @@ def _parser(prog: str | None) -> Parser:
     add(loop, "--ema-decay", share, training.ema_decay, "per step, of code averages and usage counts")
     add(loop, "--quantise-from", FROM_ZERO, training.quantise_from, "step up to which there are no codes yet")
     add(loop, "--dead-below", weight, training.dead_below, "share of the mean use that revives a code")
-    loop.add_argument("--perceptual-weights", metavar="FILE", help="torchvision's vgg16-*.pth: adds a perceptual loss")
+    loop.add_argument("--perceptual-weights", type=expand_home, metavar="FILE",
+                      help="torchvision's vgg16-*.pth: adds a perceptual loss")  # fmt: skip
     add(loop, "--perceptual-weight", positive, training.perceptual_weight, "of that loss")
     add(loop, "--adversarial-weight", weight, training.adversarial_weight, "0: no discriminator")
     add(loop, "--adversarial-from", FROM_ZERO, training.adversarial_from, "step at which it begins to count")

@@ -23,13 +23,15 @@ from megamug.errors import UserError
 
 def main(argv: list[str], prog: str | None = None) -> int:
     parser = Parser(prog, description=__doc__.split("\n")[0])
-    parser.add_argument("path", help="a run folder, a checkpoint step-XXXXXXXX, a .safetensors or .pth file, a folder")
+    parser.add_argument(
+        "path", type=Path, help="a run folder, a checkpoint step-XXXXXXXX, a .safetensors or .pth file, a folder"
+    )
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--norms", action="store_true", help="their Euclidean norms as well (reads every tensor)")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
     options = parser.parse_args(argv)
     try:
-        report = inspect(Path(options.path), options.norms)
+        report = inspect(options.path, options.norms)
     except UserError as error:  # it may quote what a file holds
         raise UserError(shown(str(error))) from None
     print(json.dumps(report, indent=1) if options.json else as_text(report, options.tensors or options.norms))

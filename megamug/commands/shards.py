@@ -8,6 +8,8 @@ them from a .json as COCO and iNaturalist write it (images, annotations, categor
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megamug.command_line.arguments import COUNT, Parser, output_folder
 from megamug.command_line.console import counted
 from megamug.data.shards.annotations import Limits
@@ -18,7 +20,8 @@ from megamug.errors import printable
 
 def main(argv: list[str], prog: str | None = None) -> None:
     parser = Parser(prog, description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of images, or a .tsv file of paths and captions")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a folder of images, or a .tsv file of paths and"
+                        " captions")  # fmt: skip
     parser.add_argument("--output", type=output_folder, required=True, metavar="FOLDER", help="where the shards go")
     parser.add_argument("--prefix", default="shard", help="shards are called PREFIX-000000.tar (default %(default)s)")
     parser.add_argument("--shard-size", type=COUNT, default=10000, metavar="N", help="pairs each (default %(default)s)")

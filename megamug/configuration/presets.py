@@ -38,8 +38,8 @@ def _cm3leon(layers: int, width: int, heads: int, init_std: float = 0.006) -> di
     """No biases, LayerNorm without affine parameters, feed-forward 4x, learned positions, tied embeddings."""
     return dict(
         layers=layers, width=width, heads=heads, ffn_width=4 * width, norm="layernorm_plain", norm_eps=1e-5,
-        activation="gelu", bias=False, positions="learned", max_positions=4096, rotary_base=10000.0, qk_norm=False,
-        qk_norm_per_head=False, res_post_norm=False, grid=0,
+        activation="gelu", bias=False, positions="learned", max_positions=4096, rotary_base=10000.0,
+        rotary_scaling=[], qk_norm=False, qk_norm_per_head=False, res_post_norm=False, grid=0,
         tie_vocabulary=True, init_std=init_std,
     )
 

@@ -61,13 +61,14 @@ for _tower in ("lm", "text_tower", "image_tower"):
     RANGES |= {f"{_tower}.{key}": _COUNT for key in ("layers", "width", "heads", "query_groups", "ffn_width")}
     RANGES |= {f"{_tower}.max_positions": _COUNT, f"{_tower}.norm_eps": _POSITIVE, f"{_tower}.init_std": _POSITIVE}
     RANGES[f"{_tower}.grid"] = _FROM_ZERO
-    RANGES[f"{_tower}.rotary_base"] = Range(1, open_low=True)
+    RANGES[f"{_tower}.rotary_base"], RANGES[f"{_tower}.rotary_scaling"] = Range(1, open_low=True), _POSITIVE
     CHOICES[f"{_tower}.norm"] = ("layernorm", "layernorm_plain", "rmsnorm")
     CHOICES[f"{_tower}.activation"] = ("gelu", "relu", "swiglu")
     CHOICES[f"{_tower}.positions"] = ("learned", "rotary", "rotary_grid")
 
 LARGEST = 2**31 - 1  # of whole numbers: what C++ underneath takes everywhere
-LENGTHS = {"data.crop_scale": 2, "data.background": 3, "data.mean": 3, "data.std": 3}
+EMPTY = {f"{_tower}.rotary_scaling" for _tower in ("lm", "text_tower", "image_tower")}  # or may be []
+LENGTHS = {"data.crop_scale": 2, "data.background": 3, "data.mean": 3, "data.std": 3} | dict.fromkeys(EMPTY, 4)
 
 
 def check_values(config: Config) -> None:
@@ -86,7 +87,7 @@ def check_values(config: Config) -> None:
                 choices, near = CHOICES[key], nearest(word, CHOICES[key])
                 near = f"[{near}]" if isinstance(value, list) else near
                 raise UserError(f"{key}: {word!r} is none of {', '.join(choices)}; set {key}={near}")
-        if key in LENGTHS and len(value) != LENGTHS[key]:
+        if key in LENGTHS and not (key in EMPTY and not value) and len(value) != LENGTHS[key]:
             raise UserError(f"{key}: {LENGTHS[key]} numbers wanted, found {len(value)}: {value}")
         if key in RANGES and value is not None:
             for number in value if isinstance(value, list) else [value]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from megamug.command_line.arguments import expand_home
 from megamug.configuration import presets
 from megamug.configuration.sections import Config, TowerConfig
 from megamug.durable import replace_text
@@ -118,7 +119,7 @@ def absolute(config: Config) -> Config:
 
 
 def _absolute(path: str) -> str:
-    return "::".join(os.path.abspath(os.path.expanduser(part)) for part in path.split("::"))  # `::` joins several
+    return "::".join(os.path.abspath(expand_home(part)) for part in path.split("::"))  # `::` joins several
 
 
 def check_own_folder(path: Path, config: Config, overrides: Iterable[str]) -> None:
@@ -246,7 +247,13 @@ def _set(config: Config, name: str, value: object, known: dict[str, object]) -> 
     if name not in known:
         raise UserError(f"unknown key {name}; the nearest is {_nearest_key(name, known)}")
     section, _, key = name.rpartition(".")
-    setattr(getattr(config, section) if section else config, key, _coerce(value, known[name], name))
+    value = _coerce(value, known[name], name)
+    if name in _PATHS and value is not None:
+        try:
+            value = expand_home(value)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    setattr(getattr(config, section) if section else config, key, value)
 
 
 def _nearest_key(name: str, known: Iterable[str]) -> str:
@@ -306,6 +313,7 @@ def _source(entry: object, name: str) -> dict:
     return {key: _coerce(value, kinds[key], f"{name}.{key}") for key, value in entry.items()}
 
 
+_PATHS = ("run_dir", "data.tokenizer", "model.initial")  # those of data are globs, see `data.shards.sources.expand`
 _KIND_NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
     list[int]: "a list of whole numbers", list[float]: "a list of numbers", list[str]: "a list of names",

@@ -66,6 +66,7 @@ class TowerConfig:
     grid: int | None = None  # rotary_grid: side of the square of image codes behind a row's first token; 0: none
     max_positions: int | None = None  # rows of the learned table; holds data.context_length; unused by rotary
     rotary_base: float | None = None  # theta: rotary frequencies are theta^(-2i/d) for a head of width d
+    rotary_scaling: list[float] | None = None  # LLaMA 3.1: factor, low and high frequency factor, positions; []: none
     qk_norm: bool | None = None  # norm of every query and key head before attention
     qk_norm_per_head: bool | None = None  # it is a LayerNorm with weights and biases of its own for each head
     res_post_norm: bool | None = None  # norms stand behind attention and feed-forward, before the residual sum
@@ -106,7 +107,7 @@ class DataConfig:
 
     train: Sources | None = None  # folder of shards | glob | list of {path, weight}; tokenised documents; must be set
     validation: Sources | None = None  # the same; None: no validation
-    tokenizer: str | None = None  # SentencePiece model (mug with captions); vocabulary folder (decoder_lm, jam_cross)
+    tokenizer: str | None = None  # tokenizer, a file or its folder (mug); vocabulary folder (decoder_lm, jam_cross)
     verify: bool = False  # compare every pair as it is read, and all documents at the start, with their SHA-256
     # rows of tokens
     context_length: int = 2048  # tokens of a row

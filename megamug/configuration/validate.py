@@ -278,7 +278,7 @@ def files(config: Config) -> None:
         raise UserError(f"data.tokenizer is not set and model.caption_loss_weight is"
                         f" {config.model.caption_loss_weight:g}; make one with `megamug data tokenizer SHARDS"
                         f" --output FILE --vocab-size N`, or set model.caption_loss_weight=0")
-    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+    if data.tokenizer is not None and not Path(data.tokenizer).exists():
         raise UserError(f"data.tokenizer: there is no file {data.tokenizer}; make it with"
                         f" `megamug data tokenizer SHARDS --output {data.tokenizer} --vocab-size N`")
 

@@ -39,6 +39,10 @@ def widths(config: Config) -> None:
             raise UserError(f"{name}: rows and columns of a grid need a head width divisible by 4, but {name}.width"
                             f"({tower.width}) / {name}.heads({tower.heads}) = {head};"
                             f" set {name}.width={tower.heads * round_up(head, 4)}")
+        scaling = tower.rotary_scaling
+        if scaling and (scaling[1] >= scaling[2] or tower.positions != "rotary"):
+            raise UserError(f"{name}.rotary_scaling({scaling}) is for {name}.positions=rotary: factor, low and"
+                            f" high frequency factor, positions; set {name}.rotary_scaling=[] for none")
         if tower.qk_norm_per_head and not tower.qk_norm:
             raise UserError(f"{name}.qk_norm_per_head(true) says what {name}.qk_norm(false) is made of; set"
                             f" {name}.qk_norm=true or {name}.qk_norm_per_head=false")
@@ -109,7 +113,7 @@ def files(config: Config) -> None:
     """A vocabulary that the data were tokenised with and the ranks share evenly, and tokens that carry loss."""
     data, tensor = config.data, config.parallel.tensor
     if data.tokenizer is None:
-        raise UserError("data.tokenizer is not set; a language model needs a vocabulary folder: python"
+        raise UserError("data.tokenizer is not set; a language model needs a vocabulary folder:"
                         " megamug data vocabulary --text TOKENIZER.model --image-tokenizer FOLDER --output FOLDER")
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tokenised documents (megamug data documents),"
@@ -150,7 +154,7 @@ def reading(config: Config, run_dir: Path) -> None:
     if towers(config) and config.data.tokenizer is None:
         raise UserError(
             f"data.tokenizer is not set in {run_dir / 'config.yaml'}; write the vocabulary folder of the model there"
-            " (megamug data vocabulary makes one), or convert the model again with --config data.tokenizer=FOLDER"
+            " (megamug data vocabulary makes one), or convert the model again with --vocabulary FOLDER"
         )
 
 
@@ -161,6 +165,9 @@ def identity(config: Config) -> dict[str, object]:
         found |= {f"{name}.{key}": _word(getattr(tower, key)) for key in TOWER_SIZES}
         found[f"{name}.max_positions"] = tower.max_positions if tower.positions == "learned" else None
         found[f"{name}.rotary_base"] = tower.rotary_base if tower.positions != "learned" else None
+        # A word: nothing would fit anything.
+        scaling = str(tower.rotary_scaling) if tower.rotary_scaling else "none"
+        found[f"{name}.rotary_scaling"] = scaling if tower.positions == "rotary" else None
         found[f"{name}.grid"] = tower.grid if tower.positions == "rotary_grid" else None
     if config.model.kind == "jam_cross":
         found |= {f"fusion.{key}": _word(getattr(config.fusion, key)) for key in FUSION_SIZES}

@@ -11,13 +11,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megamug.checkpoint import configured
+from megamug.checkpoint import configured, tokenizer_copy
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.tensors import LazyTensor, TensorReader, write_run
 from megamug.configuration import validate, validate_lm
@@ -26,9 +28,12 @@ from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
 from megamug.convert.described import check as check_described
 from megamug.convert.formats import Format, View, VocabularyRows
+from megamug.convert.language import growth
+from megamug.convert.language.growth import MEAN_ROWS, NewRows
 from megamug.convert.safetensors_out import write_folder
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
+from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 
 SHARD_BYTES = 5 << 30
@@ -38,20 +43,27 @@ COARSE_TOLERANCE = 1e-2  # of 16-bit tables
 
 
 def to_megamug(
-    form: Format, source: str | Path, run_dir: str | Path, overrides: Iterable[str] = (), allow: Iterable[str] = ()
+    form: Format, source: str | Path, run_dir: str | Path, overrides: Iterable[str] = (), allow: Iterable[str] = (),
+    vocabulary: str | Path | None = None, new_rows: NewRows = MEAN_ROWS,
 ) -> list[str]:
     """Writes the run folder `run_dir` with the weights of the foreign checkpoint `source`; returns remarks, a sentence
-    each. The configuration is what the checkpoint tells, then `overrides` (`section.key=value`).
+    each. The configuration is what the checkpoint tells, then `overrides` (`section.key=value`). `vocabulary`: the
+    folder that is to be a language model's, whose tables get `new_rows` for ids that they lack.
 
     Raises UserError: unknown or missing keys that `allow` (names or patterns) does not name, shapes or positions that
     differ, a model that megamug does not have, a damaged or hostile file, a `run_dir` that holds a run.
     """
     view, overrides, allow = View(ForeignTensors(source), form.canonical), list(overrides), list(allow)
+    opened = _given(vocabulary, overrides, form)
     with _about(source):
         config = configure(form, view, overrides, allow)
-        vocabulary = form.vocabulary(view)
-        rows, fixed = form.rows(config, vocabulary), form.fixed(config)
-        view.remarks += _vocabulary_fits(config, sum(vocabulary))
+        found = form.vocabulary(view)
+        rows, fixed = form.rows(config, found), form.fixed(config)
+        if opened is None:
+            view.remarks += _vocabulary_fits(config, sum(found))
+        else:
+            size, remarks = growth.rows_in(opened, found, view.config)
+            view.remarks += remarks + growth.remark(*found, size, new_rows)
     wanted = dict.fromkeys([name for row in rows for name in row.theirs] + list(fixed))
     missing = [name for name in wanted if name not in view]
     unknown = [name for name in view.actual if name not in wanted and not re.search(form.ignored, name)]
@@ -78,8 +90,28 @@ def to_megamug(
         tensors.append(_turned(row, view))
     if any(view.dtype(name) == torch.float16 for name in view.actual):
         remarks.append("float16 became float32: megamug computes in fp32 or bf16")
-    write_run(run_dir, config, tensors, origin={"format": form.name, "vocabulary": vocabulary})
+    identity = None
+    if opened is not None:
+        fit = partial(growth.fitted, old=found[0], size=size, new=new_rows)
+        tensors = [fit(tensor) if tensor.name in growth.TABLES else tensor for tensor in tensors]
+        identity = {"data.tokenizer": opened.fingerprint(), "precision.dtype": config.precision.dtype}
+        found = (size,)
+    write_run(run_dir, config, tensors, identity, origin={"format": form.name, "vocabulary": found})
+    if opened is not None:
+        tokenizer_copy.keep(replace(config, run_dir=str(run_dir)))
     return remarks
+
+
+def _given(vocabulary: str | Path | None, overrides: list[str], form: Format) -> Vocabulary | None:
+    """The vocabulary folder that the user gives, opened and written into `overrides`."""
+    if vocabulary is None:
+        return None
+    if form.kind != "decoder_lm":
+        raise UserError(f"--vocabulary is for language models, and {form.name} is of kind {form.kind}; leave it out")
+    if any(override.partition("=")[0].strip() == "data.tokenizer" for override in overrides):
+        raise UserError("--vocabulary and --config data.tokenizer=... say the same thing; leave out one of them")
+    overrides.append(f"data.tokenizer={Path(vocabulary).resolve()}")
+    return Vocabulary.load(vocabulary)
 
 
 def from_megamug(
@@ -152,8 +184,6 @@ def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:
     if vocabulary_rows(state):
         known = state["origin"]["vocabulary"]
         return tuple(known) if isinstance(known, list) else (int(known),)
-    from megamug.data.documents.vocabulary import Vocabulary
-
     return (Vocabulary.load(config.data.tokenizer).size,)
 
 
@@ -162,8 +192,6 @@ def _vocabulary_fits(config: Config, rows: int) -> list[str]:
     cannot be."""
     if config.model.kind == "mug" or config.data.tokenizer is None:
         return []
-    from megamug.data.documents.vocabulary import Vocabulary
-
     remark = check_vocabulary(rows, Vocabulary.load(config.data.tokenizer).size, config.data.tokenizer)
     return [] if remark is None else [remark]
 

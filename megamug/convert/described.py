@@ -33,6 +33,8 @@ _ANY_VALUES = {
     "tie_encoder_decoder": (False,), "pruned_heads": ({},),
 }  # fmt: skip
 ROPE_KEYS = {"rope_type", "type", "rope_theta"}
+# In the order of `rotary_scaling` of a tower.
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,32 @@ def _odd(key: str, value: object) -> UserError:
     return UserError(f"its config.json is not what the library writes ({key} is {value!r:.60}); copy the whole folder")
 
 
-def rotary_base(config: Mapping, name: str, default: float = 10000.0) -> float:
-    """theta of unscaled rotary positions. transformers 5 keeps it in `rope_parameters`; before it `rope_theta` and
-    `rope_scaling` stood for themselves, and converted files have both. Raises UserError for scaled positions, for a
-    part of a head turned, for one set of positions per kind of layer, and where the two say unlike things."""
-    bases = {}
+def rotary(
+    config: Mapping, name: str, scalings: Iterable[str] = (), default: float = 10000.0
+) -> tuple[float, list[float]]:
+    """(theta, scaling) of rotary positions, the scaling as `rotary_scaling` of a tower, [] for none. transformers 5
+    keeps both in `rope_parameters`; before it `rope_theta` and `rope_scaling` stood for themselves, and converted files
+    have both. Raises UserError for kinds of scaling that `scalings` does not name, for a part of a head turned, for one
+    set of positions per kind of layer, and where the two say unlike things."""
+    bases, scaled = {}, {}
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
         if not isinstance(rope, dict):
             raise _odd(key, rope)
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        if scaling not in ("default", None):
-            raise UserError(f"{name}: rotary positions scaled by {scaling!r} are not supported, only unscaled ones")
-        unknown = [part for part, value in rope.items() if part not in ROPE_KEYS and value is not None]
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        known = ROPE_KEYS
+        if kind == "llama3" and kind in scalings:
+            lacking = [part for part in LLAMA3_KEYS if rope.get(part) is None]
+            if lacking:
+                raise UserError(f"its config.json does not say {key}.{lacking[0]}; copy the whole folder")
+            scaled[key] = [positive(rope[part], f"{key}.{part}") for part in LLAMA3_KEYS]
+            known = ROPE_KEYS | set(LLAMA3_KEYS)
+        elif kind not in ("default", None):
+            raise UserError(f"{name}: rotary positions scaled by {kind!r} are not supported, only"
+                            f" {' and '.join(['unscaled ones', *scalings])}")  # fmt: skip
+        elif rope:
+            scaled[key] = []
+        unknown = [part for part, value in rope.items() if part not in known and value is not None]
         if unknown == ["partial_rotary_factor"] and rope["partial_rotary_factor"] == 1:
             unknown = []
         if unknown:
@@ -135,4 +150,7 @@ def rotary_base(config: Mapping, name: str, default: float = 10000.0) -> float:
     if len(set(bases.values())) > 1:
         said = " and ".join(f"{key} {value:g}" for key, value in bases.items())
         raise UserError(f"its config.json says {said}: one of them is of another model; copy the whole folder again")
-    return next(iter(bases.values()), default)
+    if len(set(map(tuple, scaled.values()))) > 1:
+        raise UserError("its config.json says one scaling of positions in rope_parameters and another in rope_scaling:"
+                        " one of them is of another model; copy the whole folder again")  # fmt: skip
+    return next(iter(bases.values()), default), next(iter(scaled.values()), [])

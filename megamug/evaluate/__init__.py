@@ -96,7 +96,7 @@ def _check_documents(run_dir: Path, data: object) -> None:
     validate_lm.reading(config, run_dir)
     sets = config.data.validation if data is None else data
     if config.model.kind != "mug" and sets is not None:
-        open_documents(sets, Vocabulary.load(config.data.tokenizer))
+        open_documents(sets, Vocabulary.load(config.data.tokenizer), config.data.verify)
 
 
 def check_kind(task: str, kind: str, run_dir: str | Path) -> None:

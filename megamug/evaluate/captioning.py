@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamug.data.pairs.text import PAD
 from megamug.durable import write_atomically
 from megamug.errors import UserError
 from megamug.generation.captions import all_visible, encode, generate_tokens
@@ -49,16 +48,16 @@ class View:
         self.loss += _loss(model, batch, latent)
         self.other_loss += _loss(model, batch, other)
         written = generate_tokens(model, latent)
-        true = batch.tokens[:, 1:]
-        self.right_tokens += right_tokens(written, true)
-        self.tokens += int((true != PAD).sum())
+        true, pad = batch.tokens[:, 1:], model.plan.marks.pad
+        self.right_tokens += right_tokens(written, true, pad)
+        self.tokens += int((true != pad).sum())
         texts = [tokenizer.decode(row) for row in written.tolist()]
         exact = [text == tokenizer.decode(row) for text, row in zip(texts, true.tolist(), strict=True)]
         self.exact += sum(exact)
         self.pairs += len(texts)
         self.written += texts[: EXAMPLES - len(self.written)]
         return [
-            {"caption": text, "exact": same, "right_tokens": right_tokens(written[i : i + 1], true[i : i + 1])}
+            {"caption": text, "exact": same, "right_tokens": right_tokens(written[i : i + 1], true[i : i + 1], pad)}
             for i, (text, same) in enumerate(zip(texts, exact, strict=True))
         ]
 
@@ -87,7 +86,7 @@ def measure(run, samples: int, folder: Path) -> dict:
             seen = masked.add(model, tokenizer, batch)
             unmasked = whole.add(model, tokenizer, all_visible(batch, plan.patches))
             for place, caption in enumerate(true):
-                tokens = int((batch.tokens[place, 1:] != PAD).sum())
+                tokens = int((batch.tokens[place, 1:] != plan.marks.pad).sum())
                 results.append({"sample": len(results), "caption": caption, "tokens": tokens,
                                 "all_visible": unmasked[place], "masked": seen[place]})  # fmt: skip
             missing = EXAMPLES - len(rows)
@@ -114,9 +113,9 @@ def measure(run, samples: int, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def right_tokens(written: Tensor, true: Tensor) -> int:
-    """True tokens (padding is none) that `written` [b, t] has in the same place; `true` is [b, T], T >= t."""
-    return int(((written == true[:, : written.shape[1]]) & (written != PAD)).sum())
+def right_tokens(written: Tensor, true: Tensor, pad: int) -> int:
+    """True tokens (padding, `pad`, is none) that `written` [b, t] has in the same place; `true` is [b, T], T >= t."""
+    return int(((written == true[:, : written.shape[1]]) & (written != pad)).sum())
 
 
 def _loss(model, batch: MugBatch, latent: Tensor) -> float:

@@ -28,7 +28,6 @@ import torch
 from megamug.data.documents.indexed import IMAGE, DocumentSet, open_documents
 from megamug.data.documents.loader import IGNORE
 from megamug.data.documents.vocabulary import Vocabulary
-from megamug.data.pairs.text import PAD
 from megamug.losses.cross_entropy import forward_torch, make_terms
 
 MODALITIES = ("text", "caption_given_image", "image_given_caption", "image_first", "mark_behind_image")
@@ -43,7 +42,7 @@ def measure(run, samples: int) -> dict:
     `open_documents`.
     """
     vocabulary, data = run.task.vocabulary, run.config.data
-    sets = open_documents(data.validation, vocabulary)
+    sets = open_documents(data.validation, vocabulary, data.verify)
     total = sum(len(one) for one in sets)
     count = min(samples, total)
     chosen = np.arange(count) * total // count
@@ -110,7 +109,7 @@ def batches(
         size = min(len(places), max(1, tokens_at_once // (places[-1][0] - 1)))
         part, places = places[-size:], places[:-size]
         shape = (size, part[-1][0] - 1)
-        tokens, labels = np.full(shape, PAD, np.int64), np.full(shape, IGNORE, np.int64)
+        tokens, labels = np.full(shape, vocabulary.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
         modalities = np.zeros(shape, np.int64)
         for i, (length, which, own, start, end, first) in enumerate(part):
             document, modes = sets[which].document(own)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
+from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import uniform
 from megamug.losses.masked_patch import VARIANCE_EPSILON
 from megamug.models.blocks.layers import key_value_cache
@@ -81,27 +81,28 @@ def generate_tokens(
         cache: keep the keys and values of earlier tokens and of the latent (`local` layers only); the tokens are the
             same without, where every step runs all tokens so far.
     """
-    plan, decoder = model.plan, model.text_decoder
+    plan, decoder, marks = model.plan, model.text_decoder, model.plan.marks
     assert plan.tensor == plan.pipeline == 1, "one process holds the whole model"
     b, steps, device = latent.shape[1], plan.caption_length, latent.device
     draws = None
     if top_p is not None:
         numbers = np.arange(b) if samples is None else np.asarray(samples)
         draws = torch.from_numpy(uniform(seed, "caption", 0, numbers, steps)).to(device)
-    tokens = torch.full((b, 1), BOS, dtype=torch.int64, device=device)
+    tokens = torch.full((b, 1), marks.bos, dtype=torch.int64, device=device)
     ended = torch.zeros(b, dtype=torch.bool, device=device)
+    never = [marks.pad] if marks.bos == marks.eos else [marks.pad, marks.bos]
     with key_value_cache(decoder, steps) if cache else nullcontext():
         for position in range(steps):
             new, first = (tokens[:, -1:], position) if cache else (tokens, 0)
             hidden = decoder.stack(decoder.embed(new, first), attention_mask=None, context=latent)
             logits = decoder.logits(hidden[-1:])[0, :, : plan.vocabulary].float()
-            logits[:, [PAD, BOS]] = -torch.inf  # no caption holds them
+            logits[:, never] = -torch.inf  # no caption holds them
             if draws is None:
                 chosen = logits.argmax(dim=-1)
             else:
                 chosen = nucleus_choice(logits / temperature, top_p, draws[:, position])
-            tokens = torch.cat([tokens, chosen.masked_fill(ended, PAD).unsqueeze(1)], dim=1)
-            ended |= chosen == EOS
+            tokens = torch.cat([tokens, chosen.masked_fill(ended, marks.pad).unsqueeze(1)], dim=1)
+            ended |= chosen == marks.eos
             if ended.all():
                 break
     return tokens[:, 1:]

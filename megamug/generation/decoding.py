@@ -82,7 +82,7 @@ class Row:
             self.place = FIRST
         else:
             self.place = TEXT
-        if token == v.eos_id:
+        if token == v.eos_id and len(self.tokens) > 1:  # one token may begin and end a document
             self.ended = "eos"
 
     def write(self, token: int) -> None:

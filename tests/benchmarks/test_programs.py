@@ -116,6 +116,7 @@ def test_checkpoint(tmp_path):
     }  # fmt: skip
     assert all(result["gb_per_second"] > 0 and result["gigabytes"] > 1e-5 for result in found.values())
     assert found["stall"]["seconds"] < found["save behind"]["seconds"]
+    assert found["save behind"]["cpu_seconds"] >= found["stall"]["cpu_seconds"] >= 0 < found["save"]["cpu_seconds"]
     assert {"write", "hash, fsync, rename"} <= {part["part"] for part in found["save"]["profile"]["parts"]}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("megamug")] == []
 

@@ -47,6 +47,36 @@ def test_a_file_and_a_folder_are_kept(tmp_path):
     assert read_config(tmp_path / "run").data.tokenizer == str(copy)
 
 
+def test_what_tokens_are_for_is_kept_beside_a_tokenizer(tmp_path):
+    from megamug.data.text.tokenizer import Tokenizer
+    from tests.data.text.foreign import tokenizer_json
+
+    folder = tmp_path / "model"
+    tokenizer_json("bpe_llama3", folder / "tokenizer.json")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.model").write_bytes(b"another tokenizer, of before")
+    before = Tokenizer(folder)
+    config = configured(tmp_path, folder)
+    tokenizer_copy.keep(config)
+    copy = tmp_path / "run" / "tokenizer"
+    assert sorted(p.name for p in copy.iterdir()) == ["special_tokens_map.json", "tokenizer.json"]
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
+    inode = copy.stat().st_ino
+    tokenizer_copy.keep(config)
+    assert copy.stat().st_ino == inode
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    found = Tokenizer(read_config(tmp_path / "elsewhere").data.tokenizer)
+    assert (found.sha256, found.eos_id) == (before.sha256, 2)
+
+    config = configured(tmp_path, tokenizer_json("bpe_llama3", tmp_path / "other.json"))  # of another name, alone
+    tokenizer_copy.keep(config)
+    kept = tokenizer_copy.kept(tmp_path / "run")
+    assert [p.name for p in kept.iterdir()] == ["tokenizer.json"] and Tokenizer(kept).eos_id == 1
+
+
 def test_paths_of_data_hold_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/her")

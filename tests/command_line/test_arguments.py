@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megamug.command_line.arguments import device
+from megamug.command_line.arguments import device, expand_home
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -131,3 +131,35 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
     assert "cuda:2: torch sees 2 GPUs" in refused("tokenize_documents", *words, "cuda:2")
+
+
+def test_a_home_folder_in_quotes_is_written_out(tmp_path, monkeypatch):
+    """`megamug ... '~/x'`: a shell would have done it. Else a folder of the name `~` is made, or nothing found."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert expand_home("~/runs/x") == f"{home}/runs/x" and expand_home("~") == str(home)
+    assert [expand_home(text) for text in ("a~", "./~", "/~/x", "", "a/~/b")] == ["a~", "./~", "/~/x", "", "a/~/b"]
+    code, _, error = called("make_demo_data", "~/demo", "--train", 2, "--heldout", 1, "--processes", 1)
+    assert code == 0 and sorted(path.name for path in home.iterdir()) == ["demo"], error
+    for words in (
+        ["inspect_checkpoint", "~/demo/none"], ["make_shards", "~/none", "--output", "~/shards"],
+        ["train_tokenizer", "~/none", "--output", "~/t", "--vocab-size", 300],
+        ["make_vocabulary", "--text", "~/none", "--output", "~/v"],
+        ["convert_checkpoint", "--from", "mae", "--to", "megamug", "~/none", "~/run"],
+        ["fuse_towers", "~/none", "~/none", "--kind", "uniform", "--output", "~/fused"],
+        ["benchmark", "checkpoint", "--folder", "~/none"], ["benchmark", "loader", "--data", "~/none"],
+    ):
+        assert f"{home}/" in refused(*words), words
+    assert list(here.iterdir()) == []
+
+
+def test_a_home_folder_of_nobody_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused("make_demo_data", "~no-such-user/demo")
+    assert "~no-such-user is the home folder of no user here; write ./~no-such-user/demo" in message
+    (tmp_path / "~backup.tar").write_text("")
+    assert expand_home("~backup.tar") == "~backup.tar"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["~backup.tar"]

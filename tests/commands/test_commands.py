@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from megamug import cli, commands
+from megamug.command_line import console
 from tests.command_line.test_arguments import called
 from tests.distributed.launch import ROOT, environment
 from tests.test_cli import no_launcher, told  # noqa: F401
@@ -72,6 +75,7 @@ def test_no_message_and_no_page_names_a_script_that_is_not_there():
     for path, text in said:
         assert not script.search(text), (path, script.search(text)[0])
         assert not re.search(r"megamug\[\w", text), path
+        assert "python megamug" not in text, path
 
 
 SLOW_TORCH = "import sys, time\nprint('begun', flush=True)\ntime.sleep(60)\n"
@@ -104,6 +108,35 @@ def test_ctrl_c_while_torch_is_loaded(words, name, tmp_path):
     finally:
         process.kill()
     assert (process.returncode, error) == (130, f"{name}: loading torch and Megatron-core ...\n")
+
+
+def test_ctrl_c_while_the_program_itself_is_loaded(tmp_path):
+    (tmp_path / "yaml.py").write_text(SLOW_TORCH)
+    env = environment()
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    process = subprocess.Popen([sys.executable, "-m", "megamug", "doctor"], env=env, cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        while process.stdout.readline() != "begun\n":
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("", 130)
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_in_a_finalizer_is_not_dropped():
+    """Python tells what `__del__` raises and goes on: a loader that is let go would have swallowed it."""
+    class Closing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def work():
+        Closing()
+        time.sleep(30)
+
+    with console.interruptible(), pytest.raises(KeyboardInterrupt):
+        work()
 
 
 def test_ctrl_c_in_the_work_of_a_command(monkeypatch, capsys):

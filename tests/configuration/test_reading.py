@@ -251,3 +251,17 @@ def test_the_documentation_is_what_the_code_says():
     for key in keys():
         assert f"| `{key}` |" in text
     assert yaml.safe_dump(Config().optimizer.beta2).split()[0] in text
+
+
+def test_paths_begin_at_home_where_they_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = written(tmp_path, "run_dir: ~/runs/a\ndata: {tokenizer: ~/t.model}\nmodel: {initial: \"~/runs/b\"}\n")
+    config = load_config(path)
+    assert (config.run_dir, config.data.tokenizer, config.model.initial) == (
+        "/home/somebody/runs/a", "/home/somebody/t.model", "/home/somebody/runs/b"
+    )  # fmt: skip
+    assert load_config(None, ["run_dir=~/c", "data.tokenizer='~/d'"]).run_dir == "/home/somebody/c"
+    assert load_config(None, ["data.tokenizer=~"]).data.tokenizer is None  # YAML's null, as before
+    assert "run_dir: ~no-such-user/x: ~no-such-user is the home folder of no user" in refusal(
+        None, "run_dir=~no-such-user/x"
+    )

@@ -52,6 +52,7 @@ GOOD = [
     (LM, 1), (JAM, 1), (LM + "parallel.tensor=2 parallel.sequence=true parallel.pipeline=2 parallel.virtual=2", 4),
     (JAM + "parallel.pipeline=2 parallel.virtual=3", 4), (LM + "parallel.pipeline=4", 4),
     (LM + "lm.positions=rotary data.context_length=8192", 1), (LM + "model.z_loss_weight=1e-4", 1),
+    (LM + "lm.positions=rotary lm.rotary_scaling=[8,1,4,8192]", 1),
     (JAM + "image_tower.width=128 image_tower.heads=4 image_tower.layers=4 fusion.cross_every=4 fusion.freeze=text", 1),
 ]  # fmt: skip
 
@@ -78,6 +79,10 @@ BAD = [
                                                     "set data.context_length=50"]),
     (LM + "lm.positions=rotary_grid lm.grid=8 lm.width=40 lm.heads=4", 1,
      ["head width divisible by 4", "lm.width(40) / lm.heads(4) = 10", "set lm.width=48"]),
+    (LM + "lm.rotary_scaling=[8,1,4,8192]", 1, ["lm.rotary_scaling([8.0, 1.0", "set lm.rotary_scaling=[]"]),
+    (LM + "lm.positions=rotary lm.rotary_scaling=[8,4,1,8192]", 1,
+     ["lm.rotary_scaling([8.0, 4.0", "low and high frequency", "set lm.rotary_scaling=[]"]),
+    (LM + "lm.positions=rotary lm.rotary_scaling=[8,1]", 1, ["lm.rotary_scaling: 4 numbers wanted, found 2"]),
     (LM + "lm.qk_norm_per_head=true", 1, ["lm.qk_norm_per_head(true)", "lm.qk_norm(false)", "set lm.qk_norm=true"]),
     (LM + "lm.query_groups=1 parallel.tensor=2", 2, ["lm.query_groups(1) is not divisible by parallel.tensor(2)",
                                                      "parallel.tensor to one of 1"]),

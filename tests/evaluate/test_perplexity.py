@@ -1,12 +1,14 @@
 """Perplexity by modality against plain passes over each document; every token counted once; documents in windows."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from megamug import evaluate
+from megamug import cli, evaluate
+from megamug.configuration.reading import load_config, to_yaml
 from megamug.data.documents.indexed import DocumentSet
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
@@ -132,3 +134,42 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="tokenised with another vocabulary"):
         evaluate.run_task(folder / "jam", "perplexity", data=str(tmp_path / "set"))
     assert Vocabulary.load(folder / "vocabulary").size != other.size
+
+
+def test_data_is_named_as_for_training(folder, tmp_path, monkeypatch, capsys):
+    """`--data` of the command: braces, `::`, globs, `~` and several, as data.train takes them."""
+    monkeypatch.setenv("HOME", str(folder))
+
+    def measured(*words):
+        out = tmp_path / "out"
+        assert cli.main(["evaluate", str(folder / "learned"), "--task", "perplexity", "--output", str(out),
+                         "--data", *map(str, words)]) == 0  # fmt: skip
+        capsys.readouterr()
+        return json.loads((out / "perplexity.json").read_text())["data_fingerprints"]
+
+    expected = measured(folder / "documents", folder / "long")
+    assert len(expected) == 2
+    for words in (f"{folder}/{{documents,long}}", f"{folder}/documents::{folder}/long", f"{folder}/[dl]o[cn]*",
+                  "~/{documents,long}"):  # fmt: skip
+        assert measured(words) == expected, words
+    assert cli.main(["evaluate", str(folder / "learned"), "--task", "perplexity", "--data", f"{folder}/nothing-*"]) == 2
+    assert "nothing-*: no folder matches" in capsys.readouterr().err
+
+
+def test_tokens_are_compared_where_the_run_asks_for_it(folder, tmp_path):
+    """data.verify: a flipped bit of a token is another figure, and nothing else would tell."""
+    run = shutil.copytree(folder / "learned", tmp_path / "run")
+    damaged = shutil.copytree(folder / "long", tmp_path / "damaged")
+    data = bytearray((damaged / "documents.bin").read_bytes())
+    data[4] ^= 1
+    (damaged / "documents.bin").write_bytes(data)
+    assert evaluate.run_task(run, "perplexity", data=str(damaged))["all"]["tokens"] > 0
+    config = load_config(run / "config.yaml")
+    config.data.verify = True
+    (run / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(UserError, match="the tokens are not those that were written"):
+        evaluate.run_task(run, "perplexity", data=str(damaged))
+    config.data.validation = str(damaged)
+    (run / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(UserError, match="the tokens are not those that were written"):
+        evaluate.run_task(run, "perplexity")

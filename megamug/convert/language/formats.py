@@ -9,6 +9,7 @@ from types import ModuleType
 
 from megamug.configuration.sections import Config, DataConfig, TowerConfig
 from megamug.configuration.shapes import tower_shapes
+from megamug.convert.described import LLAMA3_KEYS
 from megamug.convert.formats import Format, View, VocabularyRows, is_count
 from megamug.convert.language import chameleon, llama, llamagen, opt
 from megamug.convert.table import Row
@@ -62,12 +63,12 @@ def _check(module: ModuleType, tower: TowerConfig) -> None:
         },
         "hf_chameleon": {
             "norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary",), "qk_norm": (True,),
-            "qk_norm_per_head": (True,), "norm_eps": (chameleon.HEAD_NORM_EPS,),
+            "qk_norm_per_head": (True,), "rotary_scaling": ([],), "norm_eps": (chameleon.HEAD_NORM_EPS,),
         },
         "llamagen_gpt": {
             "norm": ("rmsnorm",), "activation": ("swiglu",), "positions": ("rotary_grid",), "qk_norm": (False,),
             "res_post_norm": (False,), "bias": (False,), "tie_vocabulary": (False,), "norm_eps": (llamagen.NORM_EPS,),
-            "rotary_base": (llamagen.ROTARY_BASE,),
+            "rotary_base": (llamagen.ROTARY_BASE,), "rotary_scaling": ([],),
         },
         "hf_opt": {
             "norm": ("layernorm", "layernorm_plain"), "activation": ("relu", "gelu"), "positions": ("learned",),
@@ -91,13 +92,18 @@ def vocabulary(names: tuple[str, ...], view: View) -> VocabularyRows:
 
 def llama_files(config: Config, vocabulary: VocabularyRows) -> dict[str, dict]:
     tower = config.lm
+    rope = {"rope_type": "default", "rope_theta": tower.rotary_base}
+    if tower.rotary_scaling:
+        rope |= {"rope_type": "llama3"} | dict(zip(LLAMA3_KEYS, tower.rotary_scaling, strict=True))
+        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
     return {"config.json": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": sum(vocabulary),
         "hidden_size": tower.width, "num_hidden_layers": tower.layers, "num_attention_heads": tower.heads,
         "num_key_value_heads": tower.query_groups, "intermediate_size": tower.ffn_width, "hidden_act": "silu",
         "max_position_embeddings": tower.max_positions, "rms_norm_eps": tower.norm_eps,
         "rope_theta": tower.rotary_base,  # transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": tower.rotary_base},  # transformers 5
+        **({"rope_scaling": rope} if tower.rotary_scaling else {}),
+        "rope_parameters": rope,  # transformers 5
         "attention_bias": tower.bias, "mlp_bias": tower.bias, "tie_word_embeddings": tower.tie_vocabulary,
         "initializer_range": tower.init_std,
     }}  # fmt: skip

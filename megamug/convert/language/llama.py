@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megamug.configuration.sections import TowerConfig
 from megamug.convert import parts
-from megamug.convert.described import Described, flag, positive, rotary_base
+from megamug.convert.described import Described, flag, positive, rotary
 from megamug.errors import UserError
 
 NAME = "hf_llama"
@@ -26,15 +26,15 @@ MISTRAL_SAYS = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"
 
 def tower_config(hf_config: dict, name: str = NAME) -> TowerConfig:
     """The tower of a `config.json`; `name` is the format's in messages. Raises UserError for what DecoderLM has not:
-    scaled rotary positions, heads whose width is not hidden_size / num_attention_heads, another activation, biases in a
-    part of the linears."""
+    positions scaled otherwise than LLaMA 3.1's, heads whose width is not hidden_size / num_attention_heads, another
+    activation, biases in a part of the linears."""
     heads, width = hf_config["num_attention_heads"], hf_config["hidden_size"]
     _check_window(hf_config, name)
     head_dim = hf_config.get("head_dim") or width // heads
     if head_dim * heads != width:
         raise UserError(f"{name}: head_dim({head_dim}) x num_attention_heads({heads}) is not hidden_size({width});"
                         f" such heads are not supported")  # fmt: skip
-    base = rotary_base(hf_config, name)
+    base, scaling = rotary(hf_config, name, ("llama3",) if name == NAME else ())
     if hf_config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{name}: hidden_act is {hf_config['hidden_act']!r}; only silu is supported")
     bias = flag(hf_config, "attention_bias", False)
@@ -46,7 +46,7 @@ def tower_config(hf_config: dict, name: str = NAME) -> TowerConfig:
         norm="rmsnorm", norm_eps=positive(hf_config.get("rms_norm_eps", 1e-6), "rms_norm_eps"), activation="swiglu",
         bias=bias,
         positions="rotary", max_positions=hf_config.get("max_position_embeddings", 2048),
-        rotary_base=base, qk_norm=False, qk_norm_per_head=False, res_post_norm=False,
+        rotary_base=base, rotary_scaling=scaling, qk_norm=False, qk_norm_per_head=False, res_post_norm=False,
         tie_vocabulary=flag(hf_config, "tie_word_embeddings", False),
         init_std=float(hf_config.get("initializer_range", 0.02)),
     )  # fmt: skip

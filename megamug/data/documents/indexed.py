@@ -14,6 +14,7 @@ so, and not the end of the process (SIGBUS).
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -344,15 +345,25 @@ def check_contents(folder: Path, header: DocumentsHeader) -> None:
 
 
 def document_folders(value: object) -> list[tuple[str, float | None]]:
-    """(folder, weight or None) of each set that `data.train` or `data.validation` of a language model names; braces,
-    `~` and `::` as of shards. Raises `UserError`."""
+    """(folder, weight or None) of each set that `data.train` or `data.validation` of a language model names; globs,
+    braces, `~` and `::` as of shards. Raises `UserError`."""
     found = []
     for path, weight in parse_sets(value):
-        folders = expand(path)
+        folders = [folder for part in expand(path) for folder in _matching(part)]
         if weight is not None and len(folders) > 1:
             raise UserError(f"data: {path} is {len(folders)} folders under one weight; give each folder its own")
         found += [(folder, weight) for folder in folders]
     return found
+
+
+def _matching(text: str) -> list[str]:
+    """The folders that a glob names, sorted; a plain path is itself."""
+    if os.path.lexists(text) or not any(character in text for character in "*?["):
+        return [text]
+    folders = sorted(match for match in glob.glob(text, recursive=True) if os.path.isdir(match))
+    if not folders:
+        raise UserError(f"{text}: no folder matches; give a folder of tokenised documents, a glob or a list of those")
+    return folders
 
 
 def open_documents(value: object, vocabulary: Vocabulary, verify: bool = False) -> list[DocumentSet]:

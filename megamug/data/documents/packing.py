@@ -22,7 +22,6 @@ import numpy as np
 from megamug.data.documents.cm3 import GROWTH, draw_counts, draw_spans, mask_spans, maskable
 from megamug.data.documents.indexed import IMAGE, RESPONSE, DocumentSet
 from megamug.data.documents.vocabulary import Vocabulary
-from megamug.data.pairs.text import PAD
 from megamug.data.random import uniform
 from megamug.errors import UserError
 
@@ -149,7 +148,7 @@ def _cut(documents: DocumentSet, number: int, limit: int, context_length: int) -
 class Rows:
     """n rows of C tokens."""
 
-    tokens: np.ndarray  # int64 [n, C], padded with `PAD`
+    tokens: np.ndarray  # int64 [n, C], padded
     loss: np.ndarray  # bool [n, C]: which tokens are to be predicted
     segments: np.ndarray  # int32 [n, C]: number of the piece in its row; padding is one of its own
     positions: np.ndarray  # int64 [n, C]: place in the piece
@@ -195,8 +194,9 @@ class RowMaker:
     def make(self, rows: np.ndarray, epochs: np.ndarray) -> Rows:
         """Rows of the numbers `rows` [n] in their epochs [n]. Raises `UserError` for ids beyond the vocabulary."""
         made = Rows(
-            np.full((len(rows), self.columns), PAD, np.int64), np.zeros((len(rows), self.columns), bool),
-            np.zeros((len(rows), self.columns), np.int32), np.zeros((len(rows), self.columns), np.int64),
+            np.full((len(rows), self.columns), self.vocabulary.pad_id, np.int64),
+            np.zeros((len(rows), self.columns), bool), np.zeros((len(rows), self.columns), np.int32),
+            np.zeros((len(rows), self.columns), np.int64),
         )  # fmt: skip
         starts, ends = self.packing.row_starts[rows], self.packing.row_starts[rows + 1]
         places = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])

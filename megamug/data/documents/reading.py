@@ -121,19 +121,22 @@ def _scan(path: Path, quarantine: list[dict]) -> dict[str, Sample]:
 
 
 def read_pairs(
-    path: Path, first: int, count: int, sha256: str, pair_order: str, seed: int, quarantine: list[dict]
+    path: Path, first: int, count: int, sha256: str, pair_order: str, seed: int, quarantine: list[dict],
+    caption_lines: str = "join",
 ) -> Iterator[Document]:
     """Pairs first .. first + count of an indexed shard as documents.
 
-    `pair_order`: `caption_first`, `image_first`, or `random`, a pure function of (seed, shard's content, number).
+    `pair_order`: `caption_first`, `image_first`, or `random`; `caption_lines`: all lines `join`ed, the `first`, or a
+    `random` one. What is random is a pure function of (seed, shard's content, number).
     """
-    shard = Shard(path)
-    draws = uniform(seed, f"pair order/{sha256}", 0, np.arange(first, first + count), 1)[:, 0]
+    shard, numbers = Shard(path), np.arange(first, first + count)
+    draws = uniform(seed, f"pair order/{sha256}", 0, numbers, 1)[:, 0]
+    line_draws = uniform(seed, f"caption line/{sha256}", 0, numbers, 1)[:, 0]
     try:
-        for i, draw in zip(range(first, first + count), draws, strict=True):
+        for i, draw, line in zip(range(first, first + count), draws, line_draws, strict=True):
             key = shard.key(i)
             try:
-                image, caption, record = shard.read(i)
+                image, caption, record = shard.read(i, lines=caption_lines, draw=float(line))
                 picture = Picture(f"{key} (image)", image, int(record["width"]), int(record["height"]))
                 segments = [Segment(text=caption), Segment(image=picture)]
             except (OSError, ValueError) as error:

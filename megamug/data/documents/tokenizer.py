@@ -44,6 +44,7 @@ from megamug.data.documents.reading import (
     read_pairs,
 )
 from megamug.data.documents.vocabulary import Vocabulary
+from megamug.data.shards.captions import LINES
 from megamug.data.shards.sources import find_shards
 from megamug.data.shards.tar_members import problem
 from megamug.data.tooling import Progress, default_processes, parallel_map
@@ -71,6 +72,7 @@ class Settings:
     vocabulary: Path
     output: Path
     pair_order: str
+    caption_lines: str
     seed: int
     device: str
     threads: int  # of one process
@@ -105,6 +107,7 @@ def tokenize_documents(
     open_encoder: OpenEncoder,
     *,
     pair_order: str = "random",
+    caption_lines: str = "join",
     seed: int = 1,
     workers: int | None = None,
     device: str = "cpu",
@@ -113,12 +116,15 @@ def tokenize_documents(
     """Tokenise the documents of `shards` (folders, globs, tar files) into folder `output`.
 
     `open_encoder`: what encodes images, opened once in each process, and only where the vocabulary knows images.
-    `pair_order`: how a pair becomes a document, `caption_first`, `image_first`, or `random` for each by `seed`.
+    `pair_order`: how a pair becomes a document, `caption_first`, `image_first`, or `random` for each by `seed`;
+    `caption_lines`: what of a caption of several lines, see `read_pairs`.
     Raises `UserError`: nothing there, another vocabulary's or other shards' documents in `output`, not one document.
     """
     output, vocabulary = Path(output), Path(vocabulary)
     if pair_order not in PAIR_ORDERS:
         raise UserError(f"--pair-order is {pair_order!r}; it is one of {', '.join(PAIR_ORDERS)}")
+    if caption_lines not in LINES:
+        raise UserError(f"--caption-lines is {caption_lines!r}; it is one of {', '.join(LINES)}")
     opened = Vocabulary.load(vocabulary)
     paths = list(dict.fromkeys(shard for path in shards for shard in find_shards(path)))
     found = [open_shard(path) for path in paths]
@@ -126,7 +132,8 @@ def tokenize_documents(
         raise UserError(f"{paths[0]}: no sample with a caption in {counted(len(found), 'shard')}; documents are made of"
                         " image-caption pairs or of texts")  # fmt: skip
     request = {
-        "vocabulary": opened.fingerprint(), "pair_order": pair_order, "seed": seed, "chunk": CHUNK,
+        "vocabulary": opened.fingerprint(), "pair_order": pair_order, "caption_lines": caption_lines, "seed": seed,
+        "chunk": CHUNK,
         "shards": [{"path": str(shard.path), "sha256": shard.sha256, "samples": shard.count} for shard in found],
     }  # fmt: skip
     _claim(output, request, overwrite)
@@ -137,7 +144,7 @@ def tokenize_documents(
     missing = [chunk for chunk in chunks if not (output / _PARTS / f"{chunk.name}.npz").is_file()]
     workers = min(workers or default_processes(), max(len(missing), 1))
     threads = max(1, default_processes() // workers)
-    settings = Settings(open_encoder, vocabulary, output, pair_order, seed, device, threads)
+    settings = Settings(open_encoder, vocabulary, output, pair_order, caption_lines, seed, device, threads)
     _run(missing, settings, workers, sum(chunk.count for chunk in chunks))
     return _join(output, found, chunks, opened, request)
 
@@ -165,9 +172,10 @@ def _claim(output: Path, request: dict, overwrite: bool) -> None:
 
 
 def _identity(request: dict) -> dict:
-    """A request without what may change between calls: where the shards lie."""
+    """A request without what may change between calls: where the shards lie. One written before there were
+    `caption_lines` joined them."""
     shards = [(shard["sha256"], shard["samples"]) for shard in request["shards"]]
-    return {**request, "shards": shards}
+    return {"caption_lines": "join", **request, "shards": shards}
 
 
 def _chunks(shards: list[DocumentShard]) -> list[Chunk]:
@@ -197,8 +205,9 @@ def _tokenize_chunk(chunk: Chunk, settings: Settings) -> dict:
     quarantine: list[dict] = []
     if chunk.samples is None:
         documents = read_pairs(
-            chunk.shard, chunk.first, chunk.count, chunk.sha256, settings.pair_order, settings.seed, quarantine
-        )
+            chunk.shard, chunk.first, chunk.count, chunk.sha256, settings.pair_order, settings.seed, quarantine,
+            settings.caption_lines,
+        )  # fmt: skip
     else:
         documents = read_documents(chunk.shard, chunk.samples, quarantine)
     made = Part(vocabulary.size)

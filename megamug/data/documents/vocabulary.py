@@ -1,9 +1,10 @@
-"""One vocabulary for text and images: SentencePiece pieces, the image tokenizer's codes, and what joins them.
+"""One vocabulary for text and images: a text tokenizer's pieces, the image tokenizer's codes, and what joins them.
 
-Ids: text pieces [0, T) as SentencePiece numbers them (padding 0, begin of a document 1, end of a document 2), image
-codes [T, T + K), then `<break>` (between text and image), `<eoss>` (end of a masked span), `<mask>` (stands for text in
-unconditional guidance), and the sentinels of masked spans. A vocabulary is a folder: `vocabulary.json`, `text.model`
-and, where it knows images, `image_tokenizer/`. Made by
+Ids: text pieces [0, T) as their tokenizer numbers them, image codes [T, T + K), then `<break>` (between text and
+image), `<eoss>` (end of a masked span), `<mask>` (stands for text in unconditional guidance), the sentinels of masked
+spans and, where the tokenizer has no padding, `<pad>`. Begin and end of a document are the tokenizer's (padding is 0,
+begin 1, end 2 in one that was trained here). A vocabulary is a folder: `vocabulary.json`, `text.model` (SentencePiece)
+or `text.json` (a tokenizer.json) and, where it knows images, `image_tokenizer/`. Made by
 megamug data vocabulary (`megamug.models.image_tokenizer.vocabulary`).
 """
 
@@ -12,18 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from megamug.data.padding import padded_vocabulary
-from megamug.data.pairs.text import BOS, EOS, PAD, Tokenizer
+from megamug.data.pairs.text import Tokenizer
+from megamug.data.text.marks import TRAINED_HERE, Marks
 from megamug.durable import read_record
 from megamug.errors import UserError
 
 VOCABULARY_VERSION = 1
-FILE, TEXT_MODEL, IMAGE_TOKENIZER = "vocabulary.json", "text.model", "image_tokenizer"
+FILE, IMAGE_TOKENIZER = "vocabulary.json", "image_tokenizer"
+TEXT_FILES = {"tokenizer.model": "text.model", "tokenizer.json": "text.json"}  # by kind of tokenizer
 _SPECIALS = 3  # <break>, <eoss>, <mask>
 
 
@@ -39,6 +42,31 @@ class VocabularySpec:
     image_tokenizer: str  # its fingerprint; "": text alone
     sentinels: int
     version: int = VOCABULARY_VERSION
+    # Of the text tokenizer. Left out of the file and the fingerprint where they are those of one that was trained here.
+    text_file: str = TEXT_FILES["tokenizer.model"]
+    begin: int = TRAINED_HERE.bos
+    end: int = TRAINED_HERE.eos
+    pad: int = TRAINED_HERE.pad  # the last id of all where the tokenizer has none
+
+    def record(self) -> dict:
+        """What is written, and hashed."""
+        defaults = {field.name: field.default for field in fields(self)}
+        new = ("text_file", "begin", "end", "pad")
+        return {key: value for key, value in asdict(self).items() if key not in new or value != defaults[key]}
+
+    @property
+    def own_pad(self) -> bool:
+        """Whether padding is a piece of the tokenizer."""
+        return self.pad < self.text_pieces
+
+    @property
+    def size(self) -> int:
+        """Ids in all."""
+        return self.text_pieces + self.codes + _SPECIALS + self.sentinels + (not self.own_pad)
+
+    @property
+    def marks(self) -> Marks:
+        return Marks(self.begin, self.end, self.pad if self.own_pad else None)
 
 
 class Vocabulary:
@@ -53,8 +81,8 @@ class Vocabulary:
         self.eoss_id, self.mask_id = self.break_id + 1, self.break_id + 2
         first_sentinel = self.break_id + _SPECIALS
         self.sentinels = range(first_sentinel, first_sentinel + spec.sentinels)
-        self.size = self.sentinels.stop
-        self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
+        self.size = spec.size
+        self.pad_id, self.bos_id, self.eos_id = spec.pad, spec.begin, spec.end
         self.image_size, self.image_grid = spec.image_size, spec.image_grid
         self.image_tokens = spec.image_grid[0] * spec.image_grid[1]  # of one image, row by row
 
@@ -75,11 +103,20 @@ class Vocabulary:
             raise UserError(f"{folder / FILE}: not a vocabulary ({error}); {remedy}") from error
         if spec.version != VOCABULARY_VERSION:
             raise UserError(f"{folder / FILE}: version {spec.version}, this program reads {VOCABULARY_VERSION}")
-        text = Tokenizer(folder / TEXT_MODEL)
+        wrong = [spec.begin, spec.end] if max(spec.begin, spec.end) >= spec.text_pieces else []
+        wrong += [spec.pad] if not spec.own_pad and spec.pad != spec.size - 1 else []
+        if wrong or spec.text_file not in TEXT_FILES.values():
+            said = f"a mark {wrong[0]}" if wrong else f"text_file {spec.text_file!r}"
+            raise UserError(f"{folder / FILE} says {said}, which no vocabulary has; restore the file, or make the"
+                            " vocabulary again")  # fmt: skip
+        path = folder / spec.text_file
+        if not path.is_file():
+            raise UserError(f"{path} is missing; restore the file, or make the vocabulary again")
+        text = Tokenizer(path, marks=spec.marks)
         found = text.sha256
-        if (text.vocab_size, found) != (spec.text_pieces, spec.text_sha256):
+        if (text.pieces, found) != (spec.text_pieces, spec.text_sha256):
             raise UserError(
-                f"{folder / TEXT_MODEL}: another model (SHA-256 {found[:12]}) than the vocabulary was made of "
+                f"{path}: another model (SHA-256 {found[:12]}) than the vocabulary was made of "
                 f"({spec.text_sha256[:12]}); restore the file, or make the vocabulary again"
             )
         return Vocabulary(spec, text, folder)
@@ -91,7 +128,7 @@ class Vocabulary:
 
     def fingerprint(self) -> str:
         """SHA-256 over the specification: equal where every id means the same."""
-        return hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.spec.record(), sort_keys=True).encode()).hexdigest()
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of the text alone, without begin and end."""
@@ -99,7 +136,7 @@ class Vocabulary:
 
     def decode_text(self, tokens: Iterable[int]) -> str:
         """The text of the pieces among `tokens`; image codes, `<break>` and other marks are left out."""
-        return self._text.decode([int(t) for t in tokens if int(t) < self.text_pieces and int(t) != EOS])
+        return self._text.decode([int(t) for t in tokens if int(t) < self.text_pieces and int(t) != self.eos_id])
 
     def image_ids(self, codes: np.ndarray) -> np.ndarray:
         """Codes of the image tokenizer [...] -> ids, int64 [...]. Raises `UserError` for one outside the codebook."""
@@ -139,10 +176,12 @@ class Vocabulary:
     def name(self, token: int) -> str:
         """How a person reads one id: the text of a piece, `<image 17>`, `<break>`, `<sentinel 0>`, ..."""
         if token < self.text_pieces:
-            return {PAD: "<pad>", BOS: "<bos>", EOS: "<eos>"}.get(token) or self._text.decode([token])
+            marks = {self.eos_id: "<eos>", self.bos_id: "<bos>", self.pad_id: "<pad>"}
+            return marks.get(token) or self._text.decode([token])
         if token < self.break_id:
             return f"<image {token - self.first_code}>"
         if token >= self.size:
             return f"<unused {token}>"
         marks = {self.break_id: "<break>", self.eoss_id: "<eoss>", self.mask_id: "<mask>"}
+        marks |= {} if self.spec.own_pad else {self.pad_id: "<pad>"}
         return marks.get(token) or f"<sentinel {token - self.sentinels.start}>"

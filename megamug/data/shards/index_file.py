@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.arguments import expand_home
 from megamug.durable import write_atomically
 
 MAGIC = b"megamug-index-03"
@@ -80,7 +81,7 @@ def index_candidates(shard: Path) -> list[Path]:
     if not root:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamug" / "index"
     folder = hashlib.sha256(os.fsencode(shard.resolve().parent)).hexdigest()[:16]
-    return [shard.with_name(shard.name + SUFFIX), Path(root) / folder / (shard.name + SUFFIX)]
+    return [shard.with_name(shard.name + SUFFIX), Path(expand_home(str(root))) / folder / (shard.name + SUFFIX)]
 
 
 def index_path(shard: Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamug.command_line.console import counted
-from megamug.data.shards.captions import parse_caption
+from megamug.data.shards.captions import parse_captions
 from megamug.data.shards.index_file import SUFFIX
 from megamug.data.shards.labels import CLASSES, classes_bytes, labels_of_folders, read_classes, read_label_list
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
@@ -126,7 +126,8 @@ def _read(
         try:
             data = image.read_bytes()
             if isinstance(caption, Path):
-                caption = parse_caption(caption.read_bytes(), caption.suffix.lower() == ".json").encode()
+                lines = parse_captions(caption.read_bytes(), caption.suffix.lower() == ".json")
+                caption = "\n".join(lines).encode()  # as many as there are: `data.caption_lines` chooses
         except (OSError, ValueError) as error:
             skipped.append((image, str(error)))
         else:

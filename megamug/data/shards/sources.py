@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamug.command_line.arguments import expand_home
 from megamug.command_line.console import counted
 from megamug.data.shards.index_file import find_index, index_command
 from megamug.data.shards.labels import CLASSES, classes_sha256, read_classes
@@ -128,7 +129,7 @@ def expand(path: str | Path) -> list[str]:
     text = str(path)
     if os.path.lexists(text):
         return [text]
-    parts = [os.path.expanduser(part) for part in text.split("::")]
+    parts = [expand_home(part) for part in text.split("::")]
     if not all(parts):
         raise UserError(f"data: {text!r} has an empty part beside `::`; give a path on both sides")
     paths = [one for part in parts for one in ([part] if os.path.lexists(part) else _braces(part))]

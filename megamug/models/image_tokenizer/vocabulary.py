@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ import torch
 from megamug.data.documents.vocabulary import (
     FILE,
     IMAGE_TOKENIZER,
-    TEXT_MODEL,
+    TEXT_FILES,
     Vocabulary,
     VocabularySpec,
 )
 from megamug.data.pairs.text import Tokenizer
-from megamug.durable import file_sha256, fsync_folder, write_atomically
+from megamug.durable import fsync_folder, write_atomically
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.model import ImageTokenizer
 
@@ -38,21 +39,32 @@ def load_image_tokenizer(vocabulary: Vocabulary, device: str = "cpu") -> ImageTo
 
 
 def make_vocabulary(
-    text: str | Path, image_tokenizer: str | Path | None, sentinels: int, output: str | Path, *, overwrite: bool = False
+    text: str | Path,
+    image_tokenizer: str | Path | None,
+    sentinels: int,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    named: Mapping[str, str] | None = None,
 ) -> Vocabulary:
-    """Write a vocabulary folder and open it: `text` a SentencePiece model, `image_tokenizer` a folder or None.
+    """Write a vocabulary folder and open it: `text` a tokenizer, `image_tokenizer` a folder or None, `named` tokens by
+    role (`megamug.data.text.tokenizer`).
 
     The JSON comes last, so a folder that holds one is complete. Raises `UserError`: files missing, fewer than one
     sentinel, an image tokenizer with a codebook that its codes leave, another vocabulary in `output`.
     """
     if sentinels < 1:
         raise UserError(f"--sentinels is {sentinels}; masked spans need at least 1")
-    text, output = Path(text), Path(output)
-    pieces = Tokenizer(text).vocab_size
+    tokenizer, output = Tokenizer(text, named=named), Path(output)
     codes, grid, size, fingerprint = 0, (0, 0), 0, ""
     if image_tokenizer is not None:
         codes, grid, size, fingerprint = _examine(Path(image_tokenizer))
-    spec = VocabularySpec(pieces, file_sha256(text), codes, grid, size, fingerprint, sentinels)
+    spec = VocabularySpec(
+        tokenizer.pieces, tokenizer.sha256, codes, grid, size, fingerprint, sentinels,
+        text_file=TEXT_FILES[tokenizer.name], begin=tokenizer.bos_id, end=tokenizer.eos_id, pad=tokenizer.pad_id,
+    )  # fmt: skip
+    if tokenizer.marks.pad is None:
+        spec = replace(spec, pad=spec.size - 1)
     if (output / FILE).is_file() and not overwrite:
         old = Vocabulary.load(output)
         if old.spec != spec:
@@ -65,13 +77,16 @@ def make_vocabulary(
         raise UserError(f"{output} is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
     (output / FILE).unlink(missing_ok=True)
-    write_atomically(output / TEXT_MODEL, text.read_bytes())
+    for name in TEXT_FILES.values():
+        if name != spec.text_file:
+            (output / name).unlink(missing_ok=True)
+    write_atomically(output / spec.text_file, tokenizer.data)
     target = output / IMAGE_TOKENIZER
     if target.exists() and (image_tokenizer is None or target.resolve() != Path(image_tokenizer).resolve()):
         shutil.rmtree(target)
     if image_tokenizer is not None and not target.exists():
         _copy_folder(Path(image_tokenizer), target)
-    write_atomically(output / FILE, (json.dumps(asdict(spec), indent=1) + "\n").encode())
+    write_atomically(output / FILE, (json.dumps(spec.record(), indent=1) + "\n").encode())
     return Vocabulary.load(output)
 
 

@@ -10,6 +10,7 @@ parallelism each tensor-parallel rank holds s / tp of them.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -144,7 +145,19 @@ class TowerPlan:
             cells = (positions - GRID_PREFIX).clamp(min=0)
             head, places = head // 2, [cells // self.tower.grid, cells % self.tower.grid]
         exponents = torch.arange(0, head, 2, dtype=torch.float32, device=positions.device) / head
+        if self.tower.rotary_scaling:
+            frequencies = scaled_frequencies(1 / self.tower.rotary_base**exponents, *self.tower.rotary_scaling)
+            return positions.float().unsqueeze(-1) * frequencies
         return torch.cat([p.float().unsqueeze(-1) / self.tower.rotary_base**exponents for p in places], dim=-1)
+
+
+def scaled_frequencies(frequencies: Tensor, factor: float, low: float, high: float, positions: float) -> Tensor:
+    """Rotary frequencies [d/2], radians a position, for contexts beyond the `positions` that a model began with, as
+    LLaMA 3.1 (arXiv 2407.21783, and its published code) has them: waves shorter than positions / high stay, those
+    longer than positions / low are `factor` times slower, between them both are mixed."""
+    turns = positions * frequencies / (2 * math.pi)
+    mix = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - mix) * frequencies / factor + mix * frequencies
 
 
 class TowerEmbedding(MegatronModule):

@@ -29,8 +29,6 @@ from megamug.models.blocks.positions import sincos_positions
 from megamug.models.mug.plan import MugPlan
 from megamug.models.stages import Part, Stage, second_copy, tensors_alone
 
-PAD = 0  # token id that ends no caption and carries no loss
-
 
 @dataclass
 class MugBatch:
@@ -40,7 +38,7 @@ class MugBatch:
     masked_ids: Tensor  # [b, M] int64, ascending
     images: Tensor | None = None  # [b, 3, H, W] uint8
     tokens: Tensor | None = None  # [b, T + 1] int64: bos, caption, eos, padding
-    rows: Tensor | None = None  # int64: the rows that count, where some are padding (their captions are all PAD)
+    rows: Tensor | None = None  # int64: the rows that count, where some are padding (their captions are all padding)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -208,7 +206,7 @@ class TextDecoder(MegatronModule):
     def loss(self, batch: MugBatch, hidden: Tensor, per_token: bool = False) -> tuple[Tensor, ...]:
         return vocab_parallel_cross_entropy(
             self.logits(hidden), batch.tokens[:, 1:].transpose(0, 1).contiguous(), vocab_size=self.plan.vocabulary,
-            group=self.plan.tensor_group, ignore_index=PAD, return_per_token=per_token,
+            group=self.plan.tensor_group, ignore_index=self.plan.marks.pad, return_per_token=per_token,
         )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megamug.configuration.sections import Config
+from megamug.data.text.marks import TRAINED_HERE, Marks
 from megamug.models.blocks import specs
 from megamug.models.stages import Block, Boundary, Part, Plan
 from megamug.telemetry.flops import layer_flops, linear_flops
@@ -20,10 +21,11 @@ class MugPlan(Plan):
     final_norm = True  # behind the encoder's last layer
     frozen_encoder = False
 
-    def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
+    def __init__(self, config: Config, vocabulary: int, spec: str = "local", marks: Marks = TRAINED_HERE):
+        """`marks`: ids that frame captions; the padding is an id of the vocabulary."""
         super().__init__(config, vocabulary)
         model, data = config.model, config.data
-        self.model, self.spec = model, spec
+        self.model, self.spec, self.marks = model, spec, marks
         self.recompute, self.execution = config.parallel.recompute == "full", specs.execution(config)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
         self.patch_size, self.norm_pix = model.patch_size, model.norm_pix_loss

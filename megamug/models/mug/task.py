@@ -15,8 +15,9 @@ from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks
 from megamug.data.shards.sources import Source, resolve_sources
+from megamug.data.text.marks import TRAINED_HERE
 from megamug.errors import printable
-from megamug.models.mug.model import PAD, Mug, MugBatch
+from megamug.models.mug.model import Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
 from megamug.models.task import Task
 
@@ -33,7 +34,8 @@ class MugTask(Task):
         self.tokenizer = Tokenizer(config.data.tokenizer) if config.model.caption_loss_weight > 0 else None
         self.told: set[str] = set()
         self.vocabulary = self.tokenizer.vocab_size if self.tokenizer else 0
-        self.plan = MugPlan(config, self.vocabulary, self.spec)
+        marks = self.tokenizer.framing if self.tokenizer else TRAINED_HERE
+        self.plan = MugPlan(config, self.vocabulary, self.spec, marks)
         self.loss_names = [n for n, used in (("image", self.plan.paints), ("caption", self.plan.writes)) if used]
 
     # ------------------------------------------------------------------------------------------ data
@@ -101,7 +103,7 @@ class MugTask(Task):
         rows = None if pairs.valid.all() else torch.from_numpy(pairs.valid.nonzero()[0]).to(device)
         tokens = pairs.tokens
         if rows is not None and tokens is not None:
-            tokens = torch.where(torch.from_numpy(pairs.valid).to(device).unsqueeze(1), tokens, PAD)
+            tokens = torch.where(torch.from_numpy(pairs.valid).to(device).unsqueeze(1), tokens, self.plan.marks.pad)
         return MugBatch(
             torch.from_numpy(visible).to(device), torch.from_numpy(masked).to(device), pairs.images, tokens, rows
         )
@@ -109,7 +111,8 @@ class MugTask(Task):
     def totals(self, pairs: GlobalBatch, batches: list[MugBatch], world) -> dict[str, float]:
         """By loss name, the number of terms in the whole global batch. One small all-reduce over the replicas."""
         patches = sum(int(p.valid.sum()) for p in pairs.micro_batches) * self.plan.masked
-        tokens = sum(int((b.tokens[:, 1:] != PAD).sum()) for b in batches) if self.plan.writes else 0
+        pad = self.plan.marks.pad
+        tokens = sum(int((b.tokens[:, 1:] != pad).sum()) for b in batches) if self.plan.writes else 0
         counts = torch.tensor([patches, tokens], dtype=torch.float64, device=world.device)
         if world.dp_size > 1:
             dist.all_reduce(counts, group=world.dp_group)

@@ -22,6 +22,10 @@ SIZES = dict(
     eos_token_id=2,
 )  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16, "rope_theta": 500000.0,
+}
 # Class of transformers without "Config" and "ForCausalLM", its options, and what is said; None: the same logits.
 MODELS = {
     "granite": ("Granite", {"attention_multiplier": 0.1, "residual_multiplier": 0.5}, "model_type 'granite'"),
@@ -43,6 +47,7 @@ MODELS = {
     "llama, yarn": ("Llama", {"rope_parameters": YARN}, "rotary positions scaled by 'yarn'"),
     "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
                       "rotary positions scaled by 'linear'"),
+    "llama, 3.1's scaling": ("Llama", {"rope_parameters": LLAMA3}, None),
     "llama, theta": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, None),
     "llama, relu": ("Llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
     "llama, wide heads": ("Llama", {"head_dim": 32}, "head_dim"),
@@ -86,6 +91,10 @@ def test_a_model_of_llama_s_names_has_its_logits_or_is_refused_by_name(tmp_path,
     ("hf_llama", "quantization_config", {"bits": 4}, "quantization_config"),
     ("hf_llama", "auto_map", {"AutoModelForCausalLM": "modeling.Own"}, "auto_map"),
     ("hf_llama", "rope_scaling", {"factor": 2.0}, "rope_scaling.factor 2.0"),
+    ("hf_llama", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "does not say rope_scaling.low_freq_factor"),
+    ("hf_llama", "rope_scaling", LLAMA3 | {"factor": -8.0}, "rope_scaling.factor -8.0 where a number above 0"),
+    ("hf_llama", "rope_scaling", LLAMA3 | {"rope_theta": 10000.0}, "one scaling of positions in rope_parameters and"),
+    ("hf_llama", "rope_scaling", LLAMA3 | {"mscale": 2.0}, "rope_scaling.mscale 2.0"),
     ("hf_llama", "rope_theta", 500.0, "rope_parameters.rope_theta 10000 and rope_theta 500"),
     ("hf_llama", "rope_theta", -1, "rope_theta -1 where a number above 0"),
     ("hf_llama", "rms_norm_eps", "1e-5", "not what the library writes .rms_norm_eps is '1e-5'"),
@@ -173,3 +182,30 @@ def test_rows_that_publishers_round_up_to_are_told_and_loaded(tmp_path, vocabula
     assert remark.startswith(f"{rows - vocabulary.size} of {rows} rows of the tables are of no id of ")
     with load_run(tmp_path / "run") as run:
         assert run.task.plan.padded_vocabulary == rows
+
+
+def test_scaled_frequencies_are_the_library_s_and_go_back(tmp_path):
+    """At LLaMA 3.1's sizes, where waves of all three kinds are; there and back the same config.json."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from megamug.convert.conversion import from_megamug
+    from megamug.models.language.tower import scaled_frequencies
+    from tests.convert.common import tensors_in
+
+    rope = LLAMA3 | {"original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(hidden_size=4096, num_attention_heads=32, rope_parameters=rope)
+    expected, factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
+    found = scaled_frequencies(plain, 8.0, 1.0, 4.0, 8192)
+    assert factor == 1 and (found == plain).any() and (found == plain / 8).any()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+    model = written(tmp_path / "model", "Llama", {"rope_parameters": LLAMA3})
+    to_megamug(FORMATS["hf_llama"], tmp_path / "model", tmp_path / "run")
+    from_megamug(FORMATS["hf_llama"], tmp_path / "run", tmp_path / "out")
+    again = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path / "out")).eval()
+    again.load_state_dict(tensors_in(tmp_path / "out"))
+    tokens = torch.randint(3, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    to_megamug(FORMATS["hf_llama"], tmp_path / "out", tmp_path / "run again")

@@ -228,3 +228,6 @@ def test_folders_by_braces_and_lists(folders, vocabulary):
     assert len(open_documents(f"{folders[0]}::{folders[1]}", vocabulary)) == 2
     with pytest.raises(UserError, match="2 folders under one weight; give each folder its own"):
         open_documents([{"path": f"{root}/{{a,b}}", "weight": 1}], vocabulary)
+    assert [s.name for s in open_documents(f"{root}/[ab]", vocabulary)] == [str(folder) for folder in folders]
+    with pytest.raises(UserError, match="no folder matches"):
+        open_documents(f"{root}/x*", vocabulary)

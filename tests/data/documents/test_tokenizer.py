@@ -82,6 +82,43 @@ def test_pairs_in_both_orders(vocabulary, shard_folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "parts").exists()
 
 
+def test_captions_of_several_lines(vocabulary, helpers, tmp_path, monkeypatch):
+    """`--caption-lines`: all of them, the first, or one by (seed, sample), whatever the chunks."""
+    members = []
+    for n in range(24):
+        caption = ("c.json", b'{"caption": ["two triangles", "a red circle"]}') if n % 2 else (
+            "c.txt", b"two triangles\na red circle\n")  # fmt: skip
+        members += [(f"{n:03d}.jpg", helpers.encoded(helpers.picture(n))), (f"{n:03d}{caption[0][1:]}", caption[1])]
+    helpers.write_tar(tmp_path / "s.tar", members)
+    index_paths([tmp_path / "s.tar"], processes=1)
+
+    def texts(name, **options):
+        tokenize_documents([tmp_path / "s.tar"], vocabulary.folder, tmp_path / name, workers=1, **options)
+        documents = DocumentSet(tmp_path / name, vocabulary)
+        return [vocabulary.decode_text(documents.document(n)[0]) for n in range(len(documents))]
+
+    assert texts("default") == texts("join", caption_lines="join") == ["two triangles a red circle"] * 24
+    assert texts("first", caption_lines="first") == ["two triangles"] * 24
+    drawn = texts("random", caption_lines="random")
+    assert set(drawn) == {"two triangles", "a red circle"} and 4 < drawn.count("two triangles") < 20
+    monkeypatch.setattr(document_tokenizer, "CHUNK", 5)
+    assert texts("chunks", caption_lines="random") == drawn
+    assert texts("seed", caption_lines="random", seed=2) != drawn
+    with pytest.raises(UserError, match="with other caption_lines"):
+        texts("chunks", caption_lines="first")
+    with pytest.raises(UserError, match="--caption-lines is 'last'; it is one of join, first, random"):
+        texts("last", caption_lines="last")
+
+
+def test_an_interrupted_call_from_before_there_were_caption_lines_goes_on(vocabulary, texts, tmp_path):
+    made = tokenize_documents(texts, vocabulary.folder, tmp_path / "out", workers=1)
+    request = json.loads((tmp_path / "out" / "request.json").read_text())
+    del request["caption_lines"]
+    (tmp_path / "out" / "request.json").write_text(json.dumps(request))
+    again = tokenize_documents(texts, vocabulary.folder, tmp_path / "out", workers=1)
+    assert again.action == "up to date" and again.header == made.header
+
+
 def test_images_are_the_tokenizers_codes(vocabulary, shard_folder, tmp_path):
     tokenize_documents([shard_folder], vocabulary.folder, tmp_path / "out", workers=1, pair_order="image_first")
     documents = DocumentSet(tmp_path / "out", vocabulary)

@@ -1,16 +1,24 @@
 """One vocabulary for text and images."""
 
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from megamug.commands.vocabulary import main as command
+from megamug.data.documents.cm3 import restore
+from megamug.data.documents.indexed import DocumentSet
+from megamug.data.documents.packing import RowMaker
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.data.pairs.text import train_tokenizer
+from megamug.data.text.tokenizer import Tokenizer
 from megamug.errors import UserError
 from megamug.models.image_tokenizer.vocabulary import load_image_tokenizer, make_vocabulary
-from tests.data.language import TEXTS, tiny_image_tokenizer
+from tests.data.language import TEXTS, some_documents, tiny_image_tokenizer, write_set
+from tests.data.text.foreign import TEXTS as FOREIGN_TEXTS
+from tests.data.text.foreign import llama_sentencepiece, tokenizer_json
 
 
 @pytest.fixture
@@ -81,3 +89,78 @@ def test_mistakes_are_told(parts, tmp_path):
     (tmp_path / "v" / "vocabulary.json").write_text(json.dumps({"text_pieces": 3}))
     with pytest.raises(UserError, match="not a vocabulary"):
         Vocabulary.load(tmp_path / "v")
+
+
+def test_a_vocabulary_of_a_tokenizer_trained_here_keeps_its_fingerprint(parts, tmp_path):
+    """Documents and checkpoints of earlier versions name it."""
+    v = make_vocabulary(*parts, 5, tmp_path / "v")
+    written = json.loads((tmp_path / "v" / "vocabulary.json").read_text())
+    assert set(written) == {"text_pieces", "text_sha256", "codes", "image_grid", "image_size", "image_tokenizer",
+                            "sentinels", "version"}  # fmt: skip
+    assert written["text_sha256"] == hashlib.sha256(parts[0].read_bytes()).hexdigest()
+    assert v.fingerprint() == hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bpe", "bpe_llama3", "unigram", "wordpiece"])
+def test_ids_of_a_foreign_tokenizer_stay_and_ours_lie_behind(parts, tmp_path, kind):
+    path = llama_sentencepiece(tmp_path) if kind == "llama" else tokenizer_json(kind, tmp_path / "t.json")
+    own = Tokenizer(path)
+    v = make_vocabulary(path, parts[1], 5, tmp_path / "v")
+    path.unlink()
+    again = Vocabulary.load(tmp_path / "v")
+    assert again.fingerprint() == v.fingerprint() and (again.bos_id, again.eos_id) == (own.bos_id, own.eos_id)
+    ids = own.encode(FOREIGN_TEXTS[0])
+    assert again.encode_text(FOREIGN_TEXTS[0]) == ids and again.first_code == own.pieces
+    framed = [v.bos_id, *ids, v.break_id, v.first_code, *v.sentinels, v.pad_id, v.eos_id]
+    assert v.decode_text(framed) == own.decode(ids)
+    assert v.size == own.pieces + 16 + 3 + 5 + (own.marks.pad is None)
+    assert v.pad_id == (v.size - 1 if own.marks.pad is None else own.marks.pad) and v.name(v.pad_id) == "<pad>"
+    assert v.name(v.eos_id) == ("<bos>" if v.eos_id == v.bos_id else "<eos>")
+    hidden = v.without_text(np.array(framed))
+    assert hidden.tolist() == [v.bos_id, *[v.mask_id] * len(ids), *framed[1 + len(ids) :]]
+    assert Vocabulary.load(shutil.copytree(tmp_path / "v", tmp_path / "moved")).fingerprint() == v.fingerprint()
+
+
+def test_marks_that_the_user_names_and_files_that_were_changed(parts, tmp_path, capsys):
+    path = tokenizer_json("bpe_llama3", tmp_path / "t.json")
+    command([f"--text={path}", "--end", "<|eot_id|>", "--pad", "<|end_of_text|>", f"--output={tmp_path / 'v'}"])
+    assert "begin 0, end 2, padding 1; fingerprint" in capsys.readouterr().out
+    v = Vocabulary.load(tmp_path / "v")
+    assert (v.bos_id, v.eos_id, v.pad_id) == (0, 2, 1)
+    with pytest.raises(UserError, match="holds another vocabulary"):
+        make_vocabulary(path, None, 512, tmp_path / "v")  # the file's own end
+    with pytest.raises(UserError, match="has no token '<stop>' to end a text"):
+        command([f"--text={path}", "--end", "<stop>", f"--output={tmp_path / 'w'}"])
+    spec = tmp_path / "v" / "vocabulary.json"
+    before = json.loads(spec.read_text())
+    for change, said in (({"begin": 900}, "a mark 900"), ({"pad": 900}, "a mark 900"), ({"end": 1}, "another model"),
+                         ({"text_file": "../t"}, "text_file '../t'")):  # fmt: skip
+        spec.write_text(json.dumps(before | change))
+        with pytest.raises(UserError, match=said):
+            Vocabulary.load(tmp_path / "v")
+    spec.write_text(json.dumps(before))
+    (tmp_path / "v" / "text.json").unlink()
+    with pytest.raises(UserError, match="text.json is missing"):
+        Vocabulary.load(tmp_path / "v")
+    train_tokenizer(TEXTS, tmp_path / "own.model", 300)
+    make_vocabulary(tmp_path / "own.model", None, 5, tmp_path / "v", overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "v").iterdir()) == ["text.model", "vocabulary.json"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "llama"])  # one mark for begin and end; no padding
+def test_documents_of_a_foreign_vocabulary_are_packed_and_masked(parts, tmp_path, kind):
+    path = llama_sentencepiece(tmp_path) if kind == "llama" else tokenizer_json(kind, tmp_path / "t.json")
+    v = make_vocabulary(path, parts[1], 8, tmp_path / "v")
+    documents = DocumentSet(write_set(tmp_path / "set", v, some_documents(v, 60)), v)
+    maker = RowMaker(documents, v, context_length=63, cm3_spans=1.0, loss_on="all", seed=1)
+    rows = maker.make(np.arange(len(maker)), np.zeros(len(maker), np.int64))
+    seen = 0
+    for tokens, segments, loss in zip(rows.tokens, rows.segments, rows.loss, strict=True):
+        pieces = int(segments.max())
+        assert (tokens[segments == pieces] == v.pad_id).all() and not loss[segments == pieces].any()
+        for piece in range(pieces):
+            document = restore(tokens[segments == piece], v)
+            assert document[0] == v.bos_id and document[-1] == v.eos_id and v.eos_id not in document[1:-1]
+            assert v.pad_id not in document
+            seen += 1
+    assert seen == 60 and (rows.tokens == v.pad_id).any() and np.isin(rows.tokens, v.sentinels).any()

@@ -71,3 +71,17 @@ def test_bad_tables(folder, tmp_path, text, message):
         make_shards(folder / "none", tmp_path / "out")
     with pytest.raises(UserError, match="plain name"):
         make_shards(folder, tmp_path / "out", prefix="../x")
+
+
+def test_captions_keep_their_lines(helpers, tmp_path):
+    """Packed as one line, `data.caption_lines` has nothing left to choose from."""
+    (tmp_path / "source").mkdir()
+    for name, caption in (("a.txt", "one\n\n  two  words\n"), ("b.json", '{"caption": ["three", "four\\nfive"]}')):
+        (tmp_path / "source" / name).write_text(caption)
+        (tmp_path / "source" / name).with_suffix(".jpg").write_bytes(helpers.encoded())
+    shards, _ = make_shards(tmp_path / "source", tmp_path / "out")
+    index_paths(shards, processes=1)
+    shard = Shard(shards[0])
+    assert [shard.caption(0, "first"), shard.caption(0, "random", 0.6), shard.caption(0)] == [
+        "one", "two words", "one two words"]  # fmt: skip
+    assert [shard.caption(1, "first"), shard.caption(1, "random", 0.6)] == ["three", "four five"]

@@ -40,7 +40,7 @@ def make_task(config: Config):
 
 def sample(index: int, plan):
     """Pixels, mask and caption of sample `index`: a pure function of it."""
-    from megamug.models.mug.model import PAD
+    from megamug.data.pairs.text import PAD
 
     g = torch.Generator().manual_seed(1000 + index)
     size = plan.grid[0] * plan.patch_size
@@ -53,7 +53,8 @@ def sample(index: int, plan):
 
 def micro_batches(step: int, plan, config: Config, world):
     """(this replica's micro-batches of a step, totals of the whole global batch by loss name)."""
-    from megamug.models.mug.model import PAD, MugBatch
+    from megamug.data.pairs.text import PAD
+    from megamug.models.mug.model import MugBatch
 
     count = config.data.global_batch_size
     samples = [sample(step * count + i, plan) for i in range(count)]
