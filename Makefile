@@ -1,4 +1,4 @@
-# make demo | demo-jam | test | lint | venv      PYTHON=python3.12: another interpreter, with an environment of its own
+# make demo | demo-jam | demo-real | test | lint | venv      PYTHON=python3.12: another interpreter, with an environment of its own
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
 VENV ?= .venv
@@ -8,7 +8,7 @@ endif
 TESTS ?= tests
 TORCH := torch>=2.10,<2.14
 
-.PHONY: venv demo demo-jam test lint
+.PHONY: venv demo demo-jam demo-real test lint
 
 venv: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ $(VENV)/.installed: pyproject.toml $(wildcard setup.py csrc/* csrc/*/* csrc/*/*/
 
 demo: venv
 	$(VENV)/bin/python examples/mug/demo.py
+
+demo-real: venv
+	$(VENV)/bin/python examples/transfer/demo.py
 
 demo-jam: venv
 	$(VENV)/bin/python examples/jam/demo.py

@@ -27,15 +27,15 @@ def run(*arguments: str | Path) -> None:
         raise SystemExit(code)
 
 
-def look(*arguments: str | Path) -> None:
-    """`python -m megamug` of a command that measures or writes, shown and run in this process: its imports would take
-    longer than it does. What it prints on stdout is in files, too, and is left out.
+def look(*arguments: str | Path, quiet: bool = True) -> None:
+    """`python -m megamug` of a command, shown and run in this process: its imports would take longer than it does.
+    `quiet`: what it prints on stdout is in files, too, and is left out.
     """
     from megamug.cli import main
 
     words = [str(a) for a in arguments]
     show(["-m", "megamug", *words])
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
         code = main(words)
     if code:
         raise SystemExit(code)

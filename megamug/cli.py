@@ -32,7 +32,7 @@ from megamug.command_line import console, launcher
 from megamug.command_line.arguments import Parser
 from megamug.command_line.launcher import world_size
 from megamug.command_line.tool import INTERRUPTED, STOPPED, of_a_file
-from megamug.configuration import validate
+from megamug.configuration import validate, validate_classifier
 from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
@@ -92,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
     evaluate.add_argument("--samples", type=int, metavar="N",
-                          help="pairs or documents at most (default: data.validation_samples)")  # fmt: skip
+                          help="at most so many (default: data.validation_samples; classification: all)")  # fmt: skip
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
         help="shards, or folders of tokenised documents (default: data.validation of the run)",
@@ -186,6 +186,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config = resolve(load_config(arguments.config, arguments.overrides))
     check_own_folder(arguments.config, config, arguments.overrides)
     validate.validate(config, size, here=not elsewhere)
+    if config.model.kind == "classifier":
+        config = validate_classifier.with_classes(config)
     if arguments.dry_run:
         from megamug.planner import dry_run
 
@@ -239,6 +241,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
     kind = load_config(arguments.run_dir / "config.yaml").model.kind
+    if kind == "classifier":
+        raise UserError(f"{arguments.run_dir} is a run of a classifier, which writes nothing; measure it by megamug"
+                        f" evaluate {arguments.run_dir} --task classification")
     foreign = LM_OPTIONS if kind == "mug" else MUG_OPTIONS
     given = [name for name in foreign if getattr(arguments, name) is not None]
     if given:

@@ -68,13 +68,13 @@ def test_the_commands_of_the_readme_run_in_their_order(reader):
     seen = []
     for command in commands():
         seen.append(command)
-        if command in ("make demo", "make demo-jam", "make test", "megamug doctor"):
-            continue  # below, tests/examples/test_jam_demo.py, and tests/test_doctor.py
+        if command in ("make demo", "make demo-jam", "make demo-real", "make test", "megamug doctor"):
+            continue  # below, tests/examples, and tests/test_doctor.py
         words = python_words(command)
         if "train" in words:  # as it stands, but small
             words = [w if w != "8" else "2" for w in words] + TINY
         run(words, reader)
-    assert {"make demo", "make demo-jam", "make test", "megamug doctor"} <= set(seen)
+    assert {"make demo", "make demo-jam", "make demo-real", "make test", "megamug doctor"} <= set(seen)
     metrics = [json.loads(line) for line in (reader / "runs/vit_s16/metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2]
     assert (reader / "runs/vit_l16/checkpoints/latest").read_text().strip() == "step-00000002"
@@ -89,6 +89,7 @@ def test_the_commands_of_the_readme_run_in_their_order(reader):
 def test_make_demo_runs_the_demo_script():
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^demo: venv\n\t.*python examples/mug/demo\.py$", makefile, flags=re.MULTILINE)
+    assert re.search(r"^demo-real: venv\n\t.*python examples/transfer/demo\.py$", makefile, flags=re.MULTILINE)
     assert re.search(r"^demo-jam: venv\n\t.*python examples/jam/demo\.py$", makefile, flags=re.MULTILINE)
     assert re.search(r"^test: venv\n(.*\n)*?\t\$\(PYTEST\) -n 2 .*\$\(TESTS\)$", makefile, flags=re.MULTILINE)
     assert re.search(r"^PYTEST = .*-m pytest", makefile, flags=re.MULTILINE)

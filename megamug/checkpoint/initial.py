@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # What a model of the same parameters may differ in: MUG's patch positions are computed, so images may grow.
 FREE = {"data.image_size"}
+ENCODERS = ("mug", "classifier")  # kinds of model with the same encoder
 
 
 def check(config: Config, task) -> None:
@@ -45,6 +46,8 @@ def check(config: Config, task) -> None:
         before, now = (validate.model_identity(c) for c in (resolve(load_config(written)), config))
         if parts:
             wanted = {f"model.{key}" for part in parts for key in PARTS[part]} | {"model.kind"}
+            if before["model.kind"] in ENCODERS and now["model.kind"] in ENCODERS:
+                wanted.discard("model.kind")
             now = {key: value for key, value in now.items() if key in wanted}
         # A part that this model lacks may be in the other: a False or None here fits anything.
         other = {
@@ -52,7 +55,7 @@ def check(config: Config, task) -> None:
             if key not in FREE and value not in (None, False) and before.get(key) != value
         }  # fmt: skip
         if other:
-            raise _other_model(path, other)
+            raise _other_model(path, other, before, config)
     if launcher.rank() == 0:
         reader = _reader(path)
         state = reader.state()
@@ -116,18 +119,21 @@ def misfits(
 MOST_TOLD = 6
 
 
-def _other_model(path: Path, other: dict[str, tuple[object, object]]) -> UserError:
-    """`other`: {what differs: (there, here)}"""
+def _other_model(
+    path: Path, other: dict[str, tuple[object, object]], before: dict | None = None, config: Config | None = None
+) -> UserError:
+    """`other`: {what differs: (there, here)}; `before`: identity of the model there."""
     told = [
         f"{key} {'is not in it' if found is None else f'is {found} there'} and {wanted} here"
         for key, (found, wanted) in [*other.items()][:MOST_TOLD]
     ]
     if len(other) > MOST_TOLD:
         told.append(f"{len(other) - MOST_TOLD} more")
-    return UserError(
-        f"model.initial: {path} holds the weights of another model: {', '.join(told)}; give the weights of a model of"
-        " these sizes, or set model.initial=null"
-    )
+    fix = "give the weights of a model of these sizes, or set model.initial=null"
+    if config is not None and config.model.kind == "classifier" and before["model.kind"] in ENCODERS:
+        if config.model.initial_parts is None:
+            fix = "set model.initial_parts=[encoder] to take its encoder alone"
+    return UserError(f"model.initial: {path} holds the weights of another model: {', '.join(told)}; {fix}")
 
 
 def _reader(path: Path) -> TensorReader:

@@ -1,6 +1,6 @@
 """The tokenizer in the run folder: a file, with those beside it that say what its tokens are for, or a vocabulary with
-its image tokenizer. Evaluation and generation read this copy, so that a run folder can be moved, and its tokenizer's
-original be changed."""
+its image tokenizer; of a classifier the names of its classes. Evaluation and generation read this copy, so that a run
+folder can be moved, and its tokenizer's original be changed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from megamug.configuration.sections import Config
 from megamug.data.documents import vocabulary
+from megamug.data.shards.labels import CLASSES, classes_bytes, read_classes
+from megamug.data.shards.sources import resolve_sources
 from megamug.data.text.sentencepiece_model import SentencePieceModel
 from megamug.data.text.tokenizer import files_beside, tokenizer_file
 from megamug.data.text.tokenizer_json import TokenizerJson
@@ -20,7 +22,12 @@ FILE, FILES, FOLDER = "tokenizer.model", "tokenizer", "vocabulary"
 
 
 def keep(config: Config) -> None:
-    """Copies `data.tokenizer` into the run folder, whole or not at all, unless it is there. One process calls it."""
+    """Copies `data.tokenizer` into the run folder, whole or not at all, unless it is there; of a classifier the names
+    of its classes. One process calls it."""
+    if config.model.kind == "classifier":
+        names = resolve_sources(config.data.train)[0].class_names()
+        if names is not None:
+            write_atomically(Path(config.run_dir, CLASSES), classes_bytes(names))
     run, source = Path(config.run_dir), config.data.tokenizer
     if source is None:
         return
@@ -45,6 +52,11 @@ def keep(config: Config) -> None:
 def kept(run_dir: Path) -> Path | None:
     """The copy in a run folder; None where there is none (runs of earlier versions, converted weights)."""
     return next((path for path in (run_dir / FOLDER, run_dir / FILES, run_dir / FILE) if path.exists()), None)
+
+
+def kept_classes(run_dir: Path) -> list[str] | None:
+    """The names of the classes that a run was trained on; None where they had none. Raises UserError."""
+    return read_classes(run_dir)
 
 
 def _keep_folder(files: dict[str, Path], target: Path) -> None:

@@ -15,7 +15,7 @@ from megamug.checkpoint import configured
 from megamug.checkpoint.store import STEP_FOLDER, CheckpointStore
 from megamug.checkpoint.tensors import TensorReader
 from megamug.command_line.arguments import Parser
-from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.reading import load_config, resolve, towers
 from megamug.convert.shown import shown
 from megamug.convert.source import ForeignTensors
 from megamug.errors import UserError
@@ -92,7 +92,7 @@ def _checkpoint(path: Path, norms: bool) -> dict:
         if changes and state.get(configured.KEY) is not None:
             report["configuration"] = changes[0]
         report["model"] = config.model.kind
-        if config.model.kind != "mug" and report["samples_seen"] is not None:
+        if towers(config) and report["samples_seen"] is not None:
             report["tokens_seen"] = report["samples_seen"] * config.data.context_length
     return report | {"tensors": _tensors(reader, reader.names, norms)}
 

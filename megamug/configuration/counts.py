@@ -5,6 +5,8 @@ The formulas are those of `megamug.models.mug.plan`, which needs torch; a test c
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 
@@ -19,6 +21,15 @@ def data_parallel(config: Config, world_size: int) -> int:
     return world_size // (config.parallel.tensor * config.parallel.pipeline)
 
 
+def as_mug(config: Config) -> Config:
+    """A classifier's configuration as that of a MUG without decoders that sees every patch, which is what its encoder
+    is; any other one as it is."""
+    if config.model.kind != "classifier":
+        return config
+    model = replace(config.model, kind="mug", mask_ratio=0.0, image_loss_weight=0.0, caption_loss_weight=0.0)
+    return replace(config, model=model)
+
+
 def patch_count(config: Config) -> int:
     """Patches of one image."""
     return (config.data.image_size // config.model.patch_size) ** 2
@@ -26,7 +37,7 @@ def patch_count(config: Config) -> int:
 
 def visible_patches(config: Config) -> int:
     """Patches that the encoder sees, rounded as MAE rounds."""
-    return int(patch_count(config) * (1 - config.model.mask_ratio))
+    return int(patch_count(config) * (1 - as_mug(config).model.mask_ratio))
 
 
 def visible_tokens(config: Config) -> int:
@@ -41,8 +52,8 @@ def decoder_tokens(config: Config) -> int:
 
 def stack_layers(config: Config) -> dict[str, int]:
     """Layers of each stack of the model, by the key (or keys) that set them."""
-    model = config.model
-    if model.kind != "mug":
+    model = as_mug(config).model
+    if towers(config):
         return {f"{name}.layers": tower.layers for name, tower in towers(config).items()}
     layers = {"model.layers": model.layers}
     if model.image_loss_weight > 0:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from megamug.configuration.counts import as_mug
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
-PARTS = {  # of a MUG: keys of `model_identity` that their tensors depend on, beside model.kind
+# Of a MUG (a classifier has the first): keys of `model_identity` that their tensors depend on, beside model.kind.
+PARTS = {
     "encoder": ("patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"),
     "image_decoder": ("patch_size", "width", "decoder_layers", "decoder_width", "decoder_heads",
                       "decoder_register_tokens"),
@@ -22,13 +24,15 @@ def initial_parts(config: Config) -> tuple[str, ...]:
     if config.model.initial is None:
         raise UserError("model.initial_parts is set and model.initial is not; say whose parts they are, or leave it"
                         " out")  # fmt: skip
-    own = {"encoder": True, "image_decoder": config.model.image_loss_weight > 0,
-           "text_decoder": config.model.caption_loss_weight > 0}  # fmt: skip
+    model = as_mug(config).model
+    own = {"encoder": True, "image_decoder": model.image_loss_weight > 0,
+           "text_decoder": model.caption_loss_weight > 0}  # fmt: skip
     for part in parts:
         if part not in own:
             raise UserError(f"model.initial_parts: there is no part {part!r}; there are {', '.join(own)}")
         if not own[part]:
-            raise UserError(f"model.initial_parts: this model has no {part} (its loss weight is 0); leave it out")
+            why = "it is a classifier" if config.model.kind == "classifier" else "its loss weight is 0"
+            raise UserError(f"model.initial_parts: this model has no {part} ({why}); leave it out")
     if not parts or len(set(parts)) < len(parts):
         raise UserError("model.initial_parts: name each part once, at least one; null takes all of them")
     return tuple(parts)

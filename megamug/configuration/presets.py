@@ -66,6 +66,8 @@ def _jam(tower: str) -> dict:
     return {"text_tower": TOWERS[tower], "image_tower": TOWERS[tower]}
 
 
+_OF_ENCODER = ("patch_size", "layers", "width", "heads", "ffn_width")
+
 # kind -> preset -> section -> key -> size
 BY_KIND: dict[str, dict[str, dict[str, dict]]] = {
     "mug": {name: {"model": sizes} for name, sizes in PRESETS.items()},
@@ -73,8 +75,9 @@ BY_KIND: dict[str, dict[str, dict[str, dict]]] = {
     "jam_cross": {
         "jam_2x350m": _jam("cm3leon_350m"), "jam_2x7b": _jam("cm3leon_7b"), "jam_demo": _jam("lm_demo"),
     },
+    "classifier": {name: {"model": {key: sizes[key] for key in _OF_ENCODER}} for name, sizes in PRESETS.items()},
 }  # fmt: skip
-DEFAULT = {"mug": "vit_b16", "decoder_lm": "cm3leon_350m", "jam_cross": "jam_2x350m"}
+DEFAULT = {"mug": "vit_b16", "decoder_lm": "cm3leon_350m", "jam_cross": "jam_2x350m", "classifier": "vit_b16"}
 # Ids that the planner assumes where neither data.tokenizer nor its command says how many: LLaMA's for captions, and
-# CM3leon's (arXiv 2309.02591).
-VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320}
+# CM3leon's (arXiv 2309.02591). A classifier has none.
+VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320, "classifier": 0}

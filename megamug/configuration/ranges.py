@@ -21,6 +21,9 @@ RANGES = {
     "model.text_unimodal_layers": _FROM_ZERO, "model.text_multimodal_layers": _COUNT, "model.text_width": _COUNT,
     "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE, "model.z_loss_weight": _FROM_ZERO,
     "fusion.cross_every": _COUNT, "fusion.output_width": _COUNT,
+    "classifier.classes": Range(2), "classifier.label_smoothing": _DECAY,
+    "classifier.drop_path": _DECAY, "classifier.mixup": _FROM_ZERO, "classifier.cutmix": _FROM_ZERO,
+    "classifier.layer_decay": Range(0, 1, open_low=True),
     "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
     "data.micro_batch_size": _COUNT, "data.crop_scale": Range(0, 1, open_low=True), "data.mean": Range(0, 1),
@@ -42,6 +45,7 @@ RANGES = {
 CHOICES = {
     "model.kind": tuple(BY_KIND),
     "fusion.freeze": ("none", "text", "image", "both"),
+    "classifier.pool": ("mean", "class_token"),
     "data.caption_lines": LINES,
     "data.loss_on": ("all", "response", "text", "image"),
     "parallel.recompute": ("none", "full"),
@@ -103,14 +107,17 @@ def _texts(value: object) -> list[str]:
 
 # What only models of some kinds read; the rest of `model` belongs to mug.
 _KINDS = {"lm": ("decoder_lm",), "text_tower": ("jam_cross",), "image_tower": ("jam_cross",), "fusion": ("jam_cross",)}
-_LANGUAGE = tuple(kind for kind in BY_KIND if kind != "mug")
-_KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), ("mug", *_LANGUAGE)) | {"model": ("mug",)}
-_KINDS |= {"model.z_loss_weight": _LANGUAGE, "model.initial_parts": ("mug",)}
+_VISION = ("mug", "classifier")
+_LANGUAGE = tuple(kind for kind in BY_KIND if kind not in _VISION)
+_KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), tuple(BY_KIND)) | {"model": ("mug",)}
+_KINDS |= {"model.z_loss_weight": _LANGUAGE, "classifier": ("classifier",), "data.tokenizer": ("mug", *_LANGUAGE)}
+_KINDS |= {f"model.{key}": _VISION for key in ("initial_parts", "patch_size", "layers", "width", "heads", "ffn_width",
+                                               "register_tokens", "layer_norm_eps")}  # fmt: skip
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
                                                   "separate_documents", "loss_on")}  # fmt: skip
-_KINDS |= {f"data.{key}": ("mug",) for key in ("image_size", "caption_length", "caption_lines",
-                                               "crop_scale", "flip", "background",
-                                               "mean", "std", "threads", "prefetch", "max_failure_rate")}  # fmt: skip
+_KINDS |= {f"data.{key}": _VISION for key in ("image_size", "crop_scale", "flip", "background",
+                                              "mean", "std", "threads", "prefetch", "max_failure_rate")}  # fmt: skip
+_KINDS |= {f"data.{key}": ("mug",) for key in ("caption_length", "caption_lines")}
 
 
 def check_keys(config: Config) -> None:

@@ -13,14 +13,14 @@ Sources = str | list[dict]  # a folder of shards, a glob, or a list of {path, we
 
 @dataclass
 class ModelConfig:
-    """The model. What follows `initial` and `z_loss_weight` is for `kind: mug`; the sizes of the other kinds are in the
-    sections `lm`, or `text_tower`, `image_tower` and `fusion`. A `None` size is taken from the preset
-    (`megamug.configuration.presets`)."""
+    """The model. What follows `initial` and `z_loss_weight` is for `kind: mug`, the sizes of its encoder for `kind:
+    classifier` too; the sizes of the other kinds are in the sections `lm`, or `text_tower`, `image_tower` and `fusion`.
+    A `None` size is taken from the preset (`megamug.configuration.presets`)."""
 
-    kind: str = "mug"  # mug: vision learner | decoder_lm: one decoder-only tower | jam_cross: two towers fused
-    preset: str | None = None  # a name of the tables below; null: vit_b16, cm3leon_350m or jam_2x350m by kind
+    kind: str = "mug"  # mug: vision learner | decoder_lm: one tower | jam_cross: two fused | classifier: of images
+    preset: str | None = None  # a name of the tables below; null: see the tables below
     initial: str | None = None  # run folder or checkpoint folder whose weights start the run; unused once it resumes
-    initial_parts: list[str] | None = None  # of `initial`: encoder, image_decoder, text_decoder (mug); null: all
+    initial_parts: list[str] | None = None  # of `initial`: encoder, image_decoder, text_decoder; null: all
     z_loss_weight: float = 0.0  # factor of the mean squared log-sum-exp of the logits; decoder_lm and jam_cross
     # mug
     image_loss_weight: float = 1.0  # 0 removes the image decoder
@@ -87,8 +87,23 @@ class FusionConfig:
 
 
 @dataclass
+class ClassifierConfig:
+    """What `kind: classifier` puts behind a MUG's encoder, which sees every patch of an image: one linear."""
+
+    classes: int | None = None  # null: those of data.train (names in classes.txt, else its largest label and one)
+    pool: str = "mean"  # what the linear reads: mean (of the patches, then a LayerNorm) | class_token
+    frozen: bool = False  # linear probe: the encoder stays as it is, features are standardised (BatchNorm) in its place
+    label_smoothing: float = 0.1  # share of a target that all classes get alike; in training, held-out losses have none
+    drop_path: float = 0.0  # share of images that skip a part of the last layer; linearly fewer before it
+    mixup: float = 0.0  # alpha of the beta distribution by which images are mixed in pairs; 0: not
+    cutmix: float = 0.0  # alpha of that by which one has a box of the other; 0: not; with mixup, half of them each
+    layer_decay: float = 1.0  # each layer's learning rate is so many times that of the next one; 1: all have the same
+
+
+@dataclass
 class DataConfig:
-    """Data. Batch sizes count image-caption pairs; rows of `context_length` tokens for decoder_lm and jam_cross."""
+    """Data. Batch sizes count images with their captions or classes; rows of `context_length` tokens for decoder_lm and
+    jam_cross."""
 
     train: Sources | None = None  # folder of shards | glob | list of {path, weight}; tokenised documents; must be set
     validation: Sources | None = None  # the same; None: no validation
@@ -204,6 +219,7 @@ class Config:
     text_tower: TowerConfig = field(default_factory=TowerConfig)
     image_tower: TowerConfig = field(default_factory=TowerConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -13,8 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from megamug.configuration import validate_lm, validate_precision
+from megamug.configuration import validate_classifier, validate_lm, validate_precision
 from megamug.configuration.counts import (
+    as_mug,
     data_parallel,
     decoder_tokens,
     patch_count,
@@ -40,7 +41,8 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     config = resolve(config)
     sizes(config, world_size)
     trackers(config)
-    for check in (files, run_folder, vocabulary) if config.model.kind == "mug" else (validate_lm.files, run_folder):
+    own = {"mug": (files, run_folder, vocabulary), "classifier": (validate_classifier.files, run_folder)}
+    for check in own.get(config.model.kind, (validate_lm.files, run_folder)):
         check(config)
     if here:
         devices(config)
@@ -62,9 +64,10 @@ def model(config: Config) -> None:
     """Sizes of the model of a resolved configuration, whatever the layout."""
     check_values(config)
     check_keys(config)
-    mug = (losses, image, widths, initial_parts)
     language = (validate_lm.widths, validate_lm.context, validate_lm.fusion)
-    for check in mug if config.model.kind == "mug" else language:
+    classifier = (image, widths, validate_classifier.head, initial_parts)
+    own = {"mug": (losses, image, widths, initial_parts), "classifier": classifier}
+    for check in own.get(config.model.kind, language):
         check(config)
 
 
@@ -78,6 +81,7 @@ def losses(config: Config) -> None:
 
 def image(config: Config) -> None:
     """Whole patches, some of them visible and, for the image loss, some hidden."""
+    config = as_mug(config)
     size, patch, ratio = config.data.image_size, config.model.patch_size, config.model.mask_ratio
     if size % patch:
         fix = max(patch, round(size / patch) * patch)
@@ -97,7 +101,7 @@ def image(config: Config) -> None:
 
 def widths(config: Config) -> None:
     """Widths that heads share evenly; widths that 2-D sine-cosine positions (four equal parts) can fill."""
-    model = config.model
+    model = as_mug(config).model
     stacks = [("width", "heads", 4)]
     if model.image_loss_weight > 0:
         stacks.append(("decoder_width", "decoder_heads", 4))
@@ -170,8 +174,8 @@ def schedule(config: Config) -> None:
 def tensor_parallel(config: Config) -> None:
     """Heads and feed-forward shared evenly. The decoders' feed-forwards are 4 x width, and the heads divide the width,
     so their heads say it all."""
-    model, tensor = config.model, config.parallel.tensor
-    if model.kind != "mug":
+    model, tensor = as_mug(config).model, config.parallel.tensor
+    if towers(config):
         return validate_lm.tensor_parallel(config)
     shared = {"heads": model.heads, "ffn_width": model.ffn_width}
     if model.image_loss_weight > 0:
@@ -188,10 +192,10 @@ def tensor_parallel(config: Config) -> None:
 
 def sequence_parallel(config: Config) -> None:
     """Tokens of each stack shared evenly under parallel.sequence."""
-    model, tensor = config.model, config.parallel.tensor
+    model, tensor = as_mug(config).model, config.parallel.tensor
     if not config.parallel.sequence:
         return
-    if model.kind != "mug":
+    if towers(config):
         return validate_lm.sequence_parallel(config)
     tokens = visible_tokens(config)
     if tokens % tensor:
@@ -330,10 +334,10 @@ def devices(config: Config) -> None:
 
 def block_count(config: Config) -> int:
     """What a pipeline can be cut into: layers, and each stack's embedding and head."""
-    model = config.model
-    if model.kind != "mug":
+    model = as_mug(config).model
+    if towers(config):
         return validate_lm.block_count(config)
-    blocks = 1 + model.layers
+    blocks = 1 + model.layers + (config.model.kind == "classifier")
     if model.image_loss_weight > 0:
         blocks += 1 + model.decoder_layers + 1
     if model.caption_loss_weight > 0:
@@ -344,8 +348,10 @@ def block_count(config: Config) -> int:
 def model_identity(config: Config) -> dict[str, object]:
     """What makes checkpoints of one model unfit for another."""
     model = config.model
-    if model.kind != "mug":
+    if towers(config):
         return validate_lm.identity(config)
+    if model.kind == "classifier":
+        return validate_classifier.identity(config)
     sizes = ["patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"]
     if model.image_loss_weight > 0:
         sizes += ["decoder_layers", "decoder_width", "decoder_heads", "decoder_register_tokens"]
@@ -364,15 +370,13 @@ def model_identity(config: Config) -> dict[str, object]:
 def meaning(config: Config) -> dict[str, object]:
     """`function`, and what the weights are trained for: a run that went on with another value would have one curve of
     two losses. New runs may start from its weights (`model.initial`)."""
-    return function(config) | ({} if config.model.kind == "mug" else {"data.loss_on": config.data.loss_on})
+    return function(config) | ({"data.loss_on": config.data.loss_on} if towers(config) else {})
 
 
 def function(config: Config) -> dict[str, object]:
     """What the same weights compute something else under, beside `model_identity`, or what pixels mean to them."""
     model, data = config.model, config.data
-    if model.kind != "mug":  # the base of rotary positions is in `model_identity`
+    if towers(config):  # the base of rotary positions is in `model_identity`
         return {f"{name}.norm_eps": tower.norm_eps for name, tower in towers(config).items()}
-    return {
-        "model.layer_norm_eps": model.layer_norm_eps, "model.norm_pix_loss": model.norm_pix_loss,
-        "data.mean": data.mean, "data.std": data.std,
-    }  # fmt: skip
+    painted = {"model.norm_pix_loss": model.norm_pix_loss} if model.kind == "mug" else {}
+    return {"model.layer_norm_eps": model.layer_norm_eps, **painted, "data.mean": data.mean, "data.std": data.std}

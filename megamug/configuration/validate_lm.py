@@ -150,8 +150,8 @@ def files(config: Config) -> None:
 
 
 def reading(config: Config, run_dir: Path) -> None:
-    """A vocabulary, to read a trained or converted run with; a run of MUG passes."""
-    if config.model.kind != "mug" and config.data.tokenizer is None:
+    """A vocabulary, to read a trained or converted run of a language model with; other runs pass."""
+    if towers(config) and config.data.tokenizer is None:
         raise UserError(
             f"data.tokenizer is not set in {run_dir / 'config.yaml'}; write the vocabulary folder of the model there"
             " (megamug data vocabulary makes one), or convert the model again with --vocabulary FOLDER"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
-from megamug.configuration.counts import decoder_tokens, round_up, stack_layers, visible_tokens
+from megamug.configuration.counts import as_mug, decoder_tokens, round_up, stack_layers, visible_tokens
 from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
@@ -85,9 +85,9 @@ def overlap_tensor(config: Config) -> None:
     if config.precision.layers == "local":
         raise UserError(f"{needs} needs Transformer Engine layers but precision.layers is local;"
                         f" set precision.layers=te or {off}")
-    if config.model.kind == "mug":
-        raise UserError(f"{needs} wants layers of one width and token count, and the stacks of model.kind(mug) differ;"
-                        f" set {off}")
+    if not towers(config):
+        raise UserError(f"{needs} wants layers of one width and token count, and the stacks of model.kind"
+                        f"({config.model.kind}) differ or are followed by others; set {off}")
     widths = {f"{name}.width({tower.width})": tower.width for name, tower in towers(config).items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"{needs} wants towers of one width, but {' is not '.join(widths)}; set {off}")
@@ -98,10 +98,10 @@ def cuda_graphs(config: Config) -> None:
     parallel, precision = config.parallel, config.precision
     if not parallel.cuda_graphs:
         return
-    if config.model.kind == "mug" and (precision.layers == "te" or precision.fp8 != "none"):
-        raise UserError("parallel.cuda_graphs(true): a graph of Transformer Engine's layers in model.kind(mug) fails on"
-                        " the GPU when it is replayed; set parallel.cuda_graphs=false, or precision.fp8=none"
-                        " precision.layers=local")
+    if not towers(config) and (precision.layers == "te" or precision.fp8 != "none"):
+        raise UserError(f"parallel.cuda_graphs(true): a graph of Transformer Engine's layers in model.kind"
+                        f"({config.model.kind}) fails on the GPU when it is replayed; set parallel.cuda_graphs=false,"
+                        " or precision.fp8=none precision.layers=local")
     for key, alone in (("tensor", 1), ("pipeline", 1), ("overlap_grad_reduce", False), ("overlap_param_gather", False)):
         value = getattr(parallel, key)
         if value != alone:
@@ -163,7 +163,7 @@ def sizes(config: Config) -> None:
     Passes without gradients have the same rows (a validation's last batch is filled up), or, in pictures while
     training, eight times as many as there are tokens, which is what a product forward asks for.
     """
-    rows = _rows_of_mug(config) if config.model.kind == "mug" else _rows_of_language(config)
+    rows = _rows_of_language(config) if towers(config) else _rows_of_mug(as_mug(config))
     needs, micro = f"precision.fp8({config.precision.fp8})", config.data.micro_batch_size
     shared_by = config.parallel.tensor if config.parallel.sequence else 1
     step = shared_by * (FP8_ROWS // math.gcd(FP8_ROWS, micro))  # token counts have to be multiples of it
@@ -202,8 +202,8 @@ def _rows_of_language(config: Config) -> dict[str, tuple[int, str, int]]:
 
 def _features(config: Config) -> dict[str, int]:
     """Widths of all linears in FP8, by key. MUG's decoders have feed-forwards of four times their width."""
-    model = config.model
-    if model.kind != "mug":
+    model = as_mug(config).model
+    if towers(config):
         return {f"{name}.{key}": getattr(tower, key) for name, tower in towers(config).items()
                 for key in ("width", "ffn_width")}  # fmt: skip
     keys = ["width", "ffn_width"]

@@ -2,6 +2,7 @@
 
     megamug evaluate RUN --task reconstruction|captioning      (MUG)
     megamug evaluate RUN --task perplexity                     (language models)
+    megamug evaluate RUN --task classification                 (classifiers)
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from megamug.errors import UserError
 
 # the loss weight that the task's decoder is trained with
 DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
-TASKS = (*DECODERS, "perplexity")
-OF_KIND = {"mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",)}
+TASKS = (*DECODERS, "perplexity", "classification")
+OF_KIND = {
+    "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
+    "classifier": ("classification",),
+}  # fmt: skip
 
 
 def run_task(
@@ -30,8 +34,8 @@ def run_task(
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction` or `captioning` of MUG, `perplexity` of a language model.
-        samples: pairs, or documents, at most (default: data.validation_samples of the run).
+        task: `reconstruction` or `captioning` of MUG, `perplexity` of a language model, `classification`.
+        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
 
@@ -40,7 +44,7 @@ def run_task(
     data or without the task's decoder; what the task itself refuses.
     """
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, perplexity, reconstruction
+    from megamug.evaluate import captioning, classification, perplexity, reconstruction
     from megamug.generation.loading import load_run
 
     if task not in TASKS:
@@ -60,6 +64,8 @@ def run_task(
         most = config.data.validation_samples if samples is None else samples
         if task == "perplexity":
             measured = perplexity.measure(run, most)
+        elif task == "classification":
+            measured = classification.measure(run, samples, folder)
         else:
             measured = {"reconstruction": reconstruction.measure, "captioning": captioning.measure}[task](
                 run, most, folder
@@ -106,6 +112,8 @@ def table(figures: dict) -> list[str]:
     """The figures that matter, a line each."""
     if figures["task"] == "perplexity":
         return _perplexity_table(figures)
+    if figures["task"] == "classification":
+        return _classification_table(figures)
     head = f"{figures['task']} of {figures['samples']} held-out pairs, step {figures['step']}"
     if figures["task"] == "reconstruction":
         return [
@@ -127,6 +135,16 @@ def table(figures: dict) -> list[str]:
     ]
     cells = ("".join(f"{view[key]:>10{style}}" for view in views) for _, key, style in rows)
     return [head, *(f"  {title:<30}{cell}" for (title, _, _), cell in zip(rows, cells, strict=True))]
+
+
+def _classification_table(figures: dict) -> list[str]:
+    rows = {f"top-{key[3:]}": figures[key] for key in figures if key.startswith("top")}
+    rows["mean of classes"] = figures["mean_per_class"]
+    return [
+        f"classification of {figures['samples']:,} held-out images, step {figures['step']}",
+        *(f"  {title:<20}{share:>10.2%}" for title, share in rows.items()),
+        f"  {'loss, nat':<20}{figures['loss']:>10.4f}",
+    ]
 
 
 def _perplexity_table(figures: dict) -> list[str]:

@@ -116,7 +116,7 @@ def _read_config(run_dir: Path) -> Config:
     if config.model.kind == "mug":
         raise UserError(f"{run_dir} is a run of MUG, which writes no documents; give it pictures with --images")
     if config.model.kind not in WRITERS:
-        raise UserError(f"{run_dir} is a run of {config.model.kind}, which writes nothing")
+        raise UserError(f"{run_dir} is a run of model.kind={config.model.kind}, which writes nothing")
     validate_lm.reading(config, run_dir)
     return config
 

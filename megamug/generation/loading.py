@@ -22,7 +22,7 @@ from megamug.checkpoint.store import CheckpointStore
 from megamug.checkpoint.tensors import stored_shapes
 from megamug.command_line.launcher import world_size
 from megamug.configuration import validate_lm
-from megamug.configuration.reading import load_config, resolve
+from megamug.configuration.reading import load_config, resolve, towers
 from megamug.configuration.sections import Config, ParallelConfig
 from megamug.distributed import cpu_backend, setup
 from megamug.errors import UserError
@@ -107,9 +107,10 @@ def reading_layout(config: Config, processes: int) -> Config:
     config = one_process(config)
     if processes == 1:
         return config
-    if config.model.kind == "mug":
+    if not towers(config):
         raise UserError(
-            f"a trained MUG is read by one process, but WORLD_SIZE is {processes}; start it without torchrun"
+            f"a trained model of kind {config.model.kind} is read by one process, but WORLD_SIZE is {processes};"
+            " start it without torchrun"
         )
     config.parallel.tensor = processes
     try:

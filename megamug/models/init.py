@@ -22,8 +22,8 @@ from megamug.models.random_numbers import Distribution, fill, key_of
 # taken as one (MAE); tokens, embeddings and learned positions: normal of standard deviation 0.02 (MAE, GPT-2). Where a
 # model gives a standard deviation, both are normal with it, truncated (CM3leon). Gates of cross blocks start at 0.
 RULES: list[tuple[str, str]] = [
-    (r"(layer_norm_bias|\.bias|\.gate)$", "zero"),
-    (r"(layer_norm_weight|layernorm\.weight|norm\.weight)$", "one"),
+    (r"(layer_norm_bias|\.bias|\.gate|\.running_mean)$", "zero"),
+    (r"(layer_norm_weight|layernorm\.weight|norm\.weight|\.running_var)$", "one"),
     (r"(_token|_tokens|[_.]positions|word_embeddings\.weight|output_layer\.weight)$", "normal"),
     (r"\.weight$", "xavier"),
 ]

@@ -31,6 +31,10 @@ def task_type(kind: str) -> type[Task]:
         from megamug.models.language.task import LmTask
 
         return LmTask
+    if kind == "classifier":
+        from megamug.models.classifier.task import ClassifierTask
+
+        return ClassifierTask
     assert kind == "jam_cross", kind
     from megamug.models.jam.task import JamTask
 

@@ -6,6 +6,7 @@ No device and no process group is needed: a laptop tells what 512 GPUs would hol
 from __future__ import annotations
 
 from megamug.configuration import validate
+from megamug.configuration.counts import as_mug
 from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 from megamug.planner import parameters
@@ -15,13 +16,13 @@ GIB = 1024**3
 
 def layout_text(config: Config, size: int) -> str:
     """The run in a few lines. `config` is resolved and valid on `size` processes."""
-    model = _mug(config) if config.model.kind == "mug" else _language(config)
+    model = _language(config) if towers(config) else _mug(config)
     return "\n".join([*_layout(config, size), *model, _precision(config), *_weight(config, size)])
 
 
 def _unit(config: Config) -> str:
     """What batch sizes count."""
-    return "pair" if config.model.kind == "mug" else "row"
+    return {"mug": "pair", "classifier": "image"}.get(config.model.kind, "row")
 
 
 def _layout(config: Config, size: int) -> list[str]:
@@ -43,7 +44,7 @@ def _layout(config: Config, size: int) -> list[str]:
 
 
 def _mug(config: Config) -> list[str]:
-    model, data = config.model, config.data
+    model, data = as_mug(config).model, config.data
     lines = [
         f"encoder    {model.layers} layers of {model.width}, {model.heads} heads;"
         f" {validate.visible_tokens(config)} tokens ({validate.visible_patches(config)} of"
@@ -56,6 +57,11 @@ def _mug(config: Config) -> list[str]:
         lines.append(f"text       {model.text_unimodal_layers} + {model.text_multimodal_layers} layers of"
                      f" {model.text_width}, {model.text_heads} heads; {data.caption_length} tokens;"
                      f" loss weight {model.caption_loss_weight:g}")
+    if config.model.kind == "classifier":
+        own = config.classifier
+        reads = "the mean of the patches" if own.pool == "mean" else "the class token"
+        lines.append(f"head       {own.classes} classes, of {reads}; label smoothing {own.label_smoothing:g}"
+                     + ("; the encoder is frozen" if own.frozen else ""))  # fmt: skip
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from megamug.configuration import validate
+from megamug.configuration.counts import as_mug
 from megamug.configuration.sections import Config, TowerConfig
 from megamug.models.partition import depth_slots
 from megamug.planner.layers import (
@@ -27,6 +28,8 @@ from megamug.planner.layers import (
     norm_kept,
 )
 from megamug.planner.parameters import Count, linear, norm
+
+CLASSES = 1000  # of a classifier where the configuration leaves them to the data
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Model:
 
 def model_of(config: Config, vocabulary: int) -> Model:
     """`config` is resolved; `vocabulary` is padded."""
-    return {"mug": _mug, "decoder_lm": _lm, "jam_cross": _jam}[config.model.kind](config, vocabulary)
+    kinds = {"mug": _mug, "decoder_lm": _lm, "jam_cross": _jam, "classifier": _classifier}
+    return kinds[config.model.kind](config, vocabulary)
 
 
 # ---------------------------------------------------------------------------------------------- MUG
@@ -129,6 +133,19 @@ def _mug(config: Config, vocabulary: int) -> Model:
         boundary.append(hidden)
         tied = (words, start, len(blocks) - 1) if model.tie_vocabulary else None
     return Model(tuple(blocks), tuple(boundary), tied)
+
+
+def _classifier(config: Config, vocabulary: int) -> Model:
+    """Its parameters, FLOPs and boundaries. What it keeps for backward has not been held against a run, so `search`
+    plans none."""
+    encoder, width = _mug(as_mug(config), 0), config.model.width
+    *blocks, last = encoder.blocks
+    head = linear(width, config.classifier.classes or CLASSES)
+    if config.classifier.pool == "mean" and not config.classifier.frozen:  # the norm stands behind the mean
+        last, head = Block("encoder", "layer", last.units[:-1]), head + norm(width)
+    head = Unit(head, 2, products=(Product(1, width, config.classifier.classes or CLASSES, WHOLE, fp8=False),))
+    latent = validate.visible_tokens(config) * width
+    return Model((*blocks, last, Block("class", "head", (head,))), (*encoder.boundary, latent), None)
 
 
 # ---------------------------------------------------------------------------------------------- language models

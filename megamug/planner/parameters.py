@@ -93,14 +93,19 @@ def layer(width: int, ffn_width: int, context_width: int | None = None) -> Count
 
 
 def mug_stage(plan, stage: int) -> Count:
-    """One pipeline stage of MUG (`megamug.models.mug.plan.MugPlan`), a second copy of the vocabulary included."""
+    """One pipeline stage of MUG (`megamug.models.mug.plan.MugPlan`), a second copy of the vocabulary included; or of a
+    classifier, whose plan is one, too."""
     model, values, count = plan.model, 3 * plan.patch_size**2, Count()
+    sizes = {"encoder": (model.width, model.ffn_width, model.layers)}
+    if plan.paints:
+        sizes["image"] = model.decoder_width, 4 * model.decoder_width, model.decoder_layers
+    if plan.writes:
+        sizes["text"] = model.text_width, 4 * model.text_width, plan.unimodal_layers + plan.multimodal_layers
     for name, part in plan.parts(stage).items():
-        width, ffn_width, layers = {
-            "encoder": (model.width, model.ffn_width, model.layers),
-            "image": (model.decoder_width, 4 * model.decoder_width, model.decoder_layers),
-            "text": (model.text_width, 4 * model.text_width, plan.unimodal_layers + plan.multimodal_layers),
-        }[name]
+        if name == "class":
+            count += linear(model.width, plan.classes) + (norm(model.width) if plan.head_norm else Count())
+            continue
+        width, ffn_width, layers = sizes[name]
         vocabulary = Count(plan.padded_vocabulary * width)
         if part.embedding:
             count += {
@@ -112,7 +117,7 @@ def mug_stage(plan, stage: int) -> Count:
         multimodal = max(0, part.last - max(part.first, plan.unimodal_layers)) if name == "text" else 0
         count += layer(width, ffn_width) * (part.last - part.first - multimodal)
         count += layer(width, ffn_width, context_width=model.width) * multimodal
-        if part.first < part.last == layers:
+        if part.first < part.last == layers and (plan.final_norm or name != "encoder"):
             count += norm(width)
         if part.head and name == "image":
             count += linear(width, values)
@@ -132,7 +137,8 @@ def stage_counts(plan, stage: int) -> tuple[Count, Count]:
     from megamug.models.mug.plan import MugPlan
 
     if isinstance(plan, MugPlan):
-        return mug_stage(plan, stage), mug_stage(plan, stage)
+        held = mug_stage(plan, stage)
+        return held, linear(plan.model.width, plan.classes) if plan.frozen_encoder else held
     if not isinstance(plan, JamPlan):
         own = _lm_shapes(plan, stage)
         return _counted(own), _counted(own)

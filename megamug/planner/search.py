@@ -47,6 +47,9 @@ def plan(
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise UserError(f"--memory is {memory_gib:g} GiB; it must be above 0")
     config = resolve(config)
+    if config.model.kind == "classifier":
+        raise UserError("megamug plan: layouts of model.kind=classifier are not planned; its parameters, FLOPs and the"
+                        " memory of a layout that you name are told by megamug train CONFIG.yaml --dry-run")
     validate.model(config)  # what no layout changes
     kind = GPUS[gpu] if memory_gib is None else replace(GPUS[gpu], memory=memory_gib)
     padded, source = _vocabulary(config, vocabulary)

@@ -36,6 +36,7 @@ CONSOLE = (  # key, how the console line says it
     ("image_loss", "image {:.4g}"),
     ("caption_loss", "caption {:.4g}"),
     ("lm_loss", "language {:.4g}"),
+    ("class_loss", "class {:.4g}"),
     ("grad_norm", "grad norm {:.3g}"),
 )
 # Keys of a record that trackers show under perf/, and their names there; all others are under train/.

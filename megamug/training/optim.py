@@ -92,6 +92,22 @@ def _megatron_options(config: Config) -> MegatronOptimizerConfig:
     )
 
 
+def _overrides(models: list[GradientBuffers]) -> dict[ParamKey, dict[str, float]]:
+    """What groups of parameters have of their own: no decay, a share of the learning rate (`rate_scale`). Megatron puts
+    those together that a parameter has."""
+    no_decay = ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay))
+    scales = {getattr(p, "rate_scale", 1.0) for model in models for p in model.parameters()} - {1.0}
+    shares = {
+        ParamKey(predicate=ParamPredicate(name=f"rate {scale!r}", fn=partial(_has_rate, scale))): {"lr_mult": scale}
+        for scale in sorted(scales)
+    }
+    return {no_decay: {"wd_mult": 0.0}, **shares}
+
+
+def _has_rate(scale: float, parameter: Tensor) -> bool:
+    return getattr(parameter, "rate_scale", 1.0) == scale
+
+
 class Optimizer:
     """AdamW of one rank: rate and decay of the step, gradient norm, clipping; a bad gradient need not be applied."""
 
@@ -103,10 +119,9 @@ class Optimizer:
         self.fp8_parameters = config.precision.fp8_parameters
         self.kernel, kernel_class, self.kernel_reason = adam.choose(options.fused)
         self.spikes = SpikeGuard(options.skip_spikes) if options.skip_spikes > 0 else None
-        no_decay = ParamKey(predicate=ParamPredicate(name="no_weight_decay", fn=lambda p: p.no_weight_decay))
         with adam.used_by_megatron(kernel_class):
             self.megatron = get_megatron_optimizer(
-                _megatron_options(config), models, config_overrides={no_decay: {"wd_mult": 0.0}},
+                _megatron_options(config), models, config_overrides=_overrides(models),
                 use_gloo_process_groups=False,
             )  # fmt: skip
         self.parts = [o for o in self.megatron.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamug.configuration.reading import towers
 from megamug.configuration.sections import LONG, Config
 from megamug.training import pipeline
 from megamug.training.pipeline import Sums
@@ -37,8 +38,10 @@ def choose(config: Config, processes: int, spec: str) -> tuple[bool, str]:
         return False, "no CUDA device"
     if processes > 1:
         return False, "several processes; parallel.cuda_graphs=true takes them where only data are parallel"
-    if config.model.kind == "mug" and spec == "te":
-        return False, "Transformer Engine's layers of a MUG cannot be replayed"
+    if not towers(config) and spec == "te":
+        return False, f"Transformer Engine's layers of model.kind={config.model.kind} cannot be replayed"
+    if config.classifier.frozen:
+        return False, "running means of features are kept outside of a graph"
     if steps < LONG:
         return False, f"a run of {steps} steps is over sooner"
     return True, "one GPU"

@@ -171,12 +171,15 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     step: int | None = None,
+    untrained: bool = False,
 ) -> VisionEncoder:
     """The encoder of a run, a checkpoint, or an exported folder or file, in evaluation mode.
 
     Args:
         path: a run folder (its newest complete checkpoint, or that of `step`), a checkpoint `step-XXXXXXXX`, or what
             `megamug convert` writes and reads: a folder of timm or transformers, a file of MAE.
+        untrained: instead of the trained numbers those that the run began with, by its seed: what training is held
+            against.
         image_size: side of the images in pixels; default: what it was trained with. Positions are resampled for others.
 
     Every byte of a checkpoint is checked first. Raises UserError: nothing there, a damaged file, a model that is no
@@ -193,6 +196,16 @@ def load_encoder(
 
         config, read = foreign_encoder(path)
     encoder = VisionEncoder(config, image_size)
+    if untrained:
+        from megamug.models.init import draw
+
+        if config.model.initial is not None:
+            raise UserError(f"{path} began with the weights of {config.model.initial} (model.initial); name that")
+        shapes = {theirs: encoder.get_parameter(name).shape for name, theirs in global_names(config.model).items()}
+
+        def read(name: str) -> Tensor:
+            return draw(name, shapes[name], config.seed)
+
     with torch.no_grad():
         for name, theirs in global_names(config.model).items():
             mine, stored = encoder.get_parameter(name), read(theirs)

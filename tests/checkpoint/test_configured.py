@@ -56,7 +56,7 @@ def readers(run: Path, folder: Path):
     config = resolve(load_config(None, [*TINY, f"model.initial={run}"]))
 
     return {
-        "export": lambda: from_megamug(FORMATS["timm"], run, folder / "out"),
+        "export": lambda: from_megamug(FORMATS["hf_vit"], run, folder / "out"),
         "convert": lambda: convert.main(
             ["--from", "megamug", "--to", "megamug", str(run), str(folder / "copy")]),
         "generate, evaluate": generate,

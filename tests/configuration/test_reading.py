@@ -77,7 +77,7 @@ def test_the_preset_depends_on_the_kind():
     config = load_config(None, ["model.kind=decoder_lm", "model.preset=vit_b16"])
     with pytest.raises(UserError, match="vit_b16 is of kind mug and model.kind is decoder_lm; set model.preset=cm3"):
         resolve(config)
-    with pytest.raises(UserError, match="none of mug, decoder_lm, jam_cross; set model.kind=decoder_lm"):
+    with pytest.raises(UserError, match="none of mug, decoder_lm, jam_cross, classifier; set model.kind=decoder_lm"):
         resolve(load_config(None, ["model.kind=decoder"]))
 
 
@@ -229,7 +229,7 @@ def test_yaml_text_of_any_number_and_text_is_read_back(tmp_path):
     from hypothesis import strategies
 
     finite = strategies.floats(allow_nan=False, allow_infinity=False)
-    texts = strategies.text(strategies.characters(codec="utf-8"))
+    texts = strategies.text(strategies.characters(codec="utf-8")).filter(lambda text: not text.startswith("~"))  # homes
 
     @hypothesis.settings(deadline=None, max_examples=100)
     @hypothesis.given(number=finite, text=texts, seed=strategies.integers())

@@ -17,10 +17,12 @@ from megamug.planner import parameters
 from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import make_data
+from tests.training.classified import make_shards
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
-MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug"]
+CLASSIFIERS = [path for path in CONFIGURATIONS if path.stem in ("finetune_vit_b16", "probe_vit_b16")]
+MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug" and path not in CLASSIFIERS]
 LARGE_JAM = sorted((ROOT / "examples" / "jam").glob("jam_2x*.yaml"))
 LAUNCHING = (ROOT / "docs" / "launching.md").read_text()
 EXPECTED = {"vit_b16_1gpu", "vit_l16_1gpu", "vit_l16_8gpu", "vit_h14_8gpu", "vit_g14_64node", "vit_s16_cpu", "demo"}
@@ -36,14 +38,18 @@ def processes(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Shards and a tokenizer for pairs; documents and a vocabulary for language models."""
+    """Shards and a tokenizer for pairs, labelled shards; documents and a vocabulary for language models."""
     folder = make_data(tmp_path_factory.mktemp("data"))
     vocabulary = tiny_vocabulary(folder)
     write_set(folder / "documents", vocabulary, some_documents(vocabulary, 8))
+    make_shards(folder / "labelled", {"train": 6})
     return folder
 
 
 def overrides(path: Path, data: Path) -> list[str]:
+    if path in CLASSIFIERS:
+        return [f"data.train={data / 'labelled' / 'train'}", "model.initial=somewhere", "classifier.classes=1000",
+                f"run_dir={data / 'run'}"]  # fmt: skip
     if path in MUG:
         sources, tokenizer = data / "data" / "train", data / "tokenizer.model"
     else:
@@ -99,6 +105,19 @@ def test_rates_follow_the_recipe_of_mug(path):
     scaled = 1.5e-4 * min(config.data.global_batch_size, 4096) / 256
     assert config.optimizer.learning_rate == pytest.approx(scaled)
     assert config.precision.dtype == "bf16" and config.checkpoint.every > 0
+
+
+def test_classifiers_follow_maes_recipes():
+    """Base rate 5e-4 for 256 images, 100 epochs of ImageNet-1k of which 5 are warm-up; of the probe, 90 and 10."""
+    tuned, probe = (load_config(path) for path in sorted(CLASSIFIERS))
+    assert tuned.optimizer.learning_rate == pytest.approx(5e-4 * tuned.data.global_batch_size / 256)
+    for config, epochs, warm_up in ((tuned, 100, 5), (probe, 90, 10)):
+        epoch = 1_281_167 // config.data.global_batch_size
+        assert (config.train.steps, config.optimizer.warmup_steps) == (epochs * epoch, warm_up * epoch)
+        assert config.data.crop_scale == [0.08, 1.0] and config.optimizer.beta2 == 0.999
+    own = tuned.classifier
+    assert (own.drop_path, own.layer_decay, own.mixup, own.cutmix, own.label_smoothing) == (0.1, 0.65, 0.8, 1.0, 0.1)
+    assert probe.classifier.frozen and probe.classifier.pool == "class_token" and probe.optimizer.weight_decay == 0
 
 
 @pytest.mark.parametrize("path", LARGE_JAM, ids=lambda path: path.stem)

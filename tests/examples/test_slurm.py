@@ -19,7 +19,7 @@ from tests.evaluate.tiny_run import make_data, tiny_config
 from tests.training.runs import checkpoints, metrics
 
 SCRIPT = ROOT / "examples" / "cluster" / "slurm.sh"
-STEPS = 60
+STEPS = 400
 
 # As srun does: starts SLURM_NTASKS tasks, hands USR1 on, kills them at TERM, exits with the highest code.
 SRUN = """

@@ -42,12 +42,13 @@ def test_parameters_are_those_of_the_built_stages(world, pipeline, model):
     assert parameters.total(plan) == sum(p.numel() for p in Mug(plan_of(**model)).parameters())
 
 
-def language_plan(kind: str, pipeline: int, virtual: int = 1, **sections):
-    """Small towers; `sections` as {section: {key: value}}."""
+def plan_of_kind(kind: str, pipeline: int, virtual: int = 1, **sections):
+    """A small model; `sections` as {section: {key: value}}."""
     from megamug.models.tasks import model_of
 
     config = Config()
-    config.model.__dict__.update(kind=kind, preset="lm_tiny" if kind == "decoder_lm" else "jam_demo")
+    presets = {"decoder_lm": "lm_tiny", "jam_cross": "jam_demo", "classifier": "demo"}
+    config.model.__dict__.update(kind=kind, preset=presets[kind])
     config.data.context_length = 16
     config.parallel.__dict__.update(pipeline=pipeline, virtual=virtual)
     for section, keys in sections.items():
@@ -73,10 +74,13 @@ UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
         ("jam_cross", 1, 1, {"fusion": {"freeze": "text", "gate": False}}),
         ("jam_cross", 3, 1, {"text_tower": UNEQUAL, "fusion": {"cross_ffn": False}}),
         ("jam_cross", 2, 2, {"fusion": {"shared_embedding": True, "freeze": "both"}, "image_tower": LLAMA}),
+        ("classifier", 2, 2, {"classifier": {"classes": 10}}),
+        ("classifier", 1, 1, {"classifier": {"classes": 10, "pool": "class_token"}}),
+        ("classifier", 1, 1, {"classifier": {"classes": 10, "frozen": True}}),
     ],
 )
-def test_parameters_of_language_models_are_those_of_the_built_stages(world, kind, pipeline, virtual, sections):
-    plan, model = language_plan(kind, pipeline, virtual, **sections)
+def test_parameters_of_other_models_are_those_of_the_built_stages(world, kind, pipeline, virtual, sections):
+    plan, model = plan_of_kind(kind, pipeline, virtual, **sections)
     for stage in range(pipeline * virtual):
         built = model(plan, stage)
         own = list(built.parameters())
@@ -84,7 +88,7 @@ def test_parameters_of_language_models_are_those_of_the_built_stages(world, kind
         assert counted.total == sum(p.numel() for p in own)
         assert counted.split == sum(p.numel() for p in own if getattr(p, "tensor_model_parallel", False))
         assert trained.total == sum(p.numel() for p in own if p.requires_grad)
-    whole = model(language_plan(kind, 1, **sections)[0])
+    whole = model(plan_of_kind(kind, 1, **sections)[0])
     assert parameters.total(plan) == sum(p.numel() for p in whole.parameters())
 
 

@@ -18,6 +18,7 @@ from megamug import cli
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
+from megamug.errors import UserError
 from megamug.models.blocks import cpu_linear
 from megamug.models.mug.model import Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
@@ -49,11 +50,11 @@ UNEQUAL = {"layers": 3, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
 def configuration(kind: str, dtype: str = "fp32", recompute: str = "none", **sections) -> Config:
     """A small model; `sections` as {section: {key: value}}."""
     config = Config()
-    preset = {"mug": "demo", "decoder_lm": "lm_tiny", "jam_cross": "jam_demo"}[kind]
+    preset = {"mug": "demo", "decoder_lm": "lm_tiny", "jam_cross": "jam_demo", "classifier": "demo"}[kind]
     config.model.__dict__.update(kind=kind, preset=preset, register_tokens=3, decoder_register_tokens=2)
     config.data.__dict__.update(context_length=64, image_size=64, caption_length=24, micro_batch_size=2)
     config.precision.dtype, config.parallel.recompute = dtype, recompute
-    if kind == "mug":
+    if kind in ("mug", "classifier"):
         config.model.__dict__.update(layers=3, width=96, ffn_width=384)
     if kind == "jam_cross":
         config.text_tower.__dict__.update(SMALL)
@@ -97,7 +98,10 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "sections"), MODELS)
+CLASSIFIERS = [("classifier", {"classifier": {"classes": 10, "pool": pool}}) for pool in ("mean", "class_token")]
+
+
+@pytest.mark.parametrize(("kind", "sections"), MODELS + CLASSIFIERS)
 def test_sizes_are_those_of_the_models_plans(kind, sections):
     config = configuration(kind, **sections)
     model = planned(config)
@@ -121,6 +125,12 @@ def test_sizes_are_those_of_the_models_plans(kind, sections):
                 own = [parameters.stage_counts(plan, s) for s in range(rank, len(plan.stages), pipeline)]
                 counts = tuple(sum(c.on_rank(tensor) for c in some) for some in zip(*own, strict=True))
                 assert rank_parameters(model, layout, rank) == counts
+
+
+def test_layouts_of_classifiers_are_not_planned():
+    config = configuration("classifier")
+    with pytest.raises(UserError, match="model.kind=classifier are not planned; .* --dry-run"):
+        planner.plan(config, 8, "h100")
 
 
 # ---------------------------------------------------------------------------------------------- what a run keeps

@@ -166,6 +166,21 @@ def test_other_sizes_see_the_picture_on_a_resampled_grid(run):
         assert (encoder.positions - expected).abs().max() < 1e-6
 
 
+def test_untrained_it_is_what_the_run_began_with(tmp_path):
+    """Another seed, another beginning; the numbers are those that a model is built with."""
+    from megamug.models.init import draw
+
+    encoder = load_encoder(write_encoder(tmp_path / "a", "seed=5"), untrained=True)
+    name = "encoder.stack.layers.1.mlp.linear_fc1.weight"
+    assert torch.equal(encoder.blocks[1].fc1.weight, draw(name, (64, WIDTH), 5))
+    assert torch.equal(encoder.norm.weight, torch.ones(WIDTH))
+    other = load_encoder(write_encoder(tmp_path / "b", "seed=6"), untrained=True)
+    assert not torch.equal(other.blocks[1].fc1.weight, encoder.blocks[1].fc1.weight)
+    continued = write_encoder(tmp_path / "c", "model.initial=x")
+    with pytest.raises(UserError, match="began with the weights of x"):
+        load_encoder(continued, untrained=True)
+
+
 def test_mistakes_are_told(run, tmp_path):
     def refused(match: str, path=run, **options):
         with pytest.raises(UserError, match=match):

@@ -26,6 +26,7 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="shards, as data.train takes them")
     parser.add_argument("--output", type=output_file, required=True, metavar="FILE")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of RUN (default: the newest complete one)")
+    parser.add_argument("--untrained", action="store_true", help="the encoder as the run began, to compare with")
     parser.add_argument("--layers", type=int, nargs="+", default=[], metavar="N",
                         help="blocks whose mean over the patches is kept as well, from 0; -1 is the last")  # fmt: skip
     parser.add_argument("--image-size", type=COUNT, metavar="S", help="in pixels (default: that of training)")
@@ -53,7 +54,7 @@ def main(argv: list[str], prog: str | None = None) -> None:
         place = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(
         options.run, device=place, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
-        image_size=options.image_size, step=options.step,
+        image_size=options.image_size, step=options.step, untrained=options.untrained,
     )  # fmt: skip
     summary = extract(
         encoder, options.data, options.output, batch=options.batch, layers=options.layers, share=options.share,

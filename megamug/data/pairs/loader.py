@@ -92,6 +92,7 @@ class PairLoader:
         crop_scale: Sequence[float] = (0.2, 1.0),
         flip: bool = True,
         background: Sequence[int] = WHITE,
+        share: float = 1.0,
         device: torch.device | str = "cpu",
         threads: int = 2,
         prefetch: int = 2,
@@ -100,7 +101,7 @@ class PairLoader:
         max_samples: int | None = None,
     ) -> None:
         """`state`: what `state()` gave, or None to start at the first sample. `background`: red, green, blue (0..255)
-        behind what is transparent.
+        behind what is transparent. `share`: of the shorter side that a validation pass sees.
 
         Raises `UserError`: no tokenizer for captions, no DALI for images, samples without the caption or the label that
         is needed, a state of other data or of another seed.
@@ -123,7 +124,7 @@ class PairLoader:
         self.seed, self.dp_rank, self.dp_size, self.train = seed, dp_rank, dp_size, train
         self.need_images, self.need_captions, self.need_labels = need_images, need_captions, need_labels
         self.crop_scale, self.flip, self.threads = crop_scale, flip, threads
-        self.max_failure_rate, self.background = max_failure_rate, background
+        self.max_failure_rate, self.background, self.share = max_failure_rate, background, share
 
         self.order = order_of(sources, seed)
         start = 0
@@ -273,7 +274,7 @@ class PairLoader:
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
                 samples.epochs[rows], unique[rows], samples.valid[rows], None if labels is None else labels[rows],
-                locations, (self.caption_lines, samples.draws[rows]),
+                self.train, locations, (self.caption_lines, samples.draws[rows]),
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
@@ -332,7 +333,7 @@ class PairLoader:
         """Regions [b, 4] and flips [b] of some samples."""
         widths, heights = np.array([r[2] for r in read]).T
         if not self.train:
-            return centre_squares(widths, heights), np.zeros(len(read), bool)
+            return centre_squares(widths, heights, self.share), np.zeros(len(read), bool)
         with span("loader: crops"):
             epochs, unique = samples.epochs[rows], self.order.unique(samples.sources[rows], samples.indices[rows])
             regions = random_resized_crops(self.seed, epochs, unique, widths, heights, self.crop_scale)

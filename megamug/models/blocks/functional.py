@@ -24,15 +24,20 @@ from megamug.models.blocks.elementwise import rotate
 
 
 def transformer_layer(
-    layer: TransformerLayer, hidden: Tensor, mask: Tensor | None, table: Tensor | None, context: Tensor | None
-) -> Tensor:
-    """A layer on hidden states [s, b, h]; `table` as in `elementwise.rotate`, `context` [t, b, h']."""
-    update = self_attention(layer.self_attention, layer.input_layernorm(hidden), mask, table)
-    hidden = hidden + _normed_behind(layer.self_attn_bda, update)
+    layer: TransformerLayer, hidden: Tensor, mask: Tensor | None, table: Tensor | None, context: Tensor | None,
+    scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A layer on hidden states [s, b, h]; `table` as in `elementwise.rotate`, `context` [t, b, h']. `scales` [2, b, 1]:
+    what attention and feed-forward add is times this (stochastic depth)."""
+    update = _normed_behind(layer.self_attn_bda, self_attention(
+        layer.self_attention, layer.input_layernorm(hidden), mask, table
+    ))  # fmt: skip
+    hidden = hidden + (update if scales is None else update * scales[0])
     if not isinstance(layer.cross_attention, IdentityOp):
         normed = layer.pre_cross_attn_layernorm(hidden)
         hidden = hidden + cross_attention(layer.cross_attention, normed, None, context)
-    return hidden + _normed_behind(layer.mlp_bda, feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden)))
+    update = _normed_behind(layer.mlp_bda, feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden)))
+    return hidden + (update if scales is None else update * scales[1])
 
 
 def _normed_behind(add: Callable | nn.Module, update: Tensor) -> Tensor:

@@ -51,17 +51,6 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class PlainNorm(nn.Module):
-    """LayerNorm without parameters, as CM3leon has it (arXiv 2309.02591)."""
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
-        super().__init__()
-        self.shape, self.eps = (hidden_size,), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, None, None, self.eps)
-
-
 class KeyValueCache:
     """Keys and values [t, b, n, d] of the t tokens so far, in memory for `capacity` of them."""
 
@@ -349,16 +338,21 @@ class LayerRun(TransformerBlock):
         self.layer_function: Callable[..., Tensor] = functional.transformer_layer  # `compiled` replaces it
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, context: Tensor | None = None, rotary_pos_emb=None
-    ) -> Tensor:
-        """[s (/ tp), b, h] -> the same; what the layers need besides is that of `functional.transformer_layer`."""
+        self, hidden_states: Tensor, attention_mask: Tensor | None, context: Tensor | None = None, rotary_pos_emb=None,
+        scales: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[s (/ tp), b, h] -> the same; what the layers need besides is that of `functional.transformer_layer`, and
+        `scales` [layers of the whole stack, 2, b, 1] for each of them."""
         if not self.local:
+            assert scales is None, "only `local` layers have stochastic depth"
             return super().forward(hidden_states, attention_mask, context=context, rotary_pos_emb=rotary_pos_emb)
         training = self.training and torch.is_grad_enabled()
         again = training and self.config.recompute_granularity == "full"
         function = self.layer_function if training else functional.transformer_layer
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=self.first_layer):
             arguments = layer, hidden_states, attention_mask, rotary_pos_emb, context
+            if scales is not None:
+                arguments = *arguments, scales[number]
             hidden_states = recomputed(function, *arguments) if again else function(*arguments)
         return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
 

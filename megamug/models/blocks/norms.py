@@ -1,4 +1,4 @@
-"""Norms that stand in other places than before a block: of each head by itself, and behind a block.
+"""Norms of other kinds than `layers.Norm`: without parameters, of each head by itself, behind a block.
 
 Axes: s tokens, b rows, n heads, d head width, h width.
 """
@@ -12,6 +12,17 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+
+
+class PlainNorm(nn.Module):
+    """LayerNorm without parameters, as CM3leon has it (arXiv 2309.02591)."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__()
+        self.shape, self.eps = (hidden_size,), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, None, None, self.eps)
 
 
 class HeadNorm(nn.Module):

@@ -25,7 +25,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
-from megamug.models.blocks import layers
+from megamug.models.blocks import layers, norms
 from megamug.models.blocks.elementwise import SwiGLU
 from megamug.models.blocks.norms import NormedResidual
 
@@ -49,7 +49,7 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
     """
     if kind == "local":
         return Modules(
-            norm=layers.PlainNorm if plain_norm else layers.Norm,
+            norm=norms.PlainNorm if plain_norm else layers.Norm,
             head_norm=layers.Norm,
             attention=layers.LocalAttention,
             column_linear=layers.LocalColumnParallelLinear,
@@ -69,7 +69,7 @@ def modules(kind: str, plain_norm: bool = False) -> Modules:
     from megamug.models.attention.te import DocumentAttention
 
     return Modules(
-        norm=layers.PlainNorm if plain_norm else te.TENorm,
+        norm=norms.PlainNorm if plain_norm else te.TENorm,
         head_norm=te.TENorm,
         attention=DocumentAttention,
         column_linear=_adding_bias(te.TEColumnParallelLinear),

@@ -80,19 +80,21 @@ class Encoder(MegatronModule):
             if plan.registers:
                 self.register_tokens = nn.Parameter(self.cls_token.new_empty(plan.registers, config.hidden_size))
         spec = specs.transformer_layer(plan.spec, config, causal=False)
-        self.stack = LayerRun(config, [spec] * config.num_layers, plan.norm, part.first, part.last)
+        self.stack = LayerRun(config, [spec] * config.num_layers, plan.norm, part.first, part.last, plan.final_norm)
 
     def embed(self, batch: MugBatch) -> Tensor:
-        """Pixels of the visible patches -> [1 + registers + V, b, h]."""
-        pixels = take(patchify(batch.images, self.plan.patch_size), batch.visible_ids)
+        """Pixels of the visible patches (where `visible_ids` is None, of all) -> [1 + registers + V, b, h]."""
+        pixels, positions = patchify(batch.images, self.plan.patch_size), self.positions
+        if batch.visible_ids is not None:
+            pixels, positions = take(pixels, batch.visible_ids), positions[batch.visible_ids]
         values = (pixels * self.pixel_scale + self.pixel_shift).to(self.cls_token.dtype)
-        tokens = self.patch_embedding(values) + self.positions[batch.visible_ids]
+        tokens = self.patch_embedding(values) + positions
         prefix = torch.cat([self.cls_token, self.register_tokens]) if self.plan.registers else self.cls_token
         tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1).transpose(0, 1).contiguous()
         return scatter_to_sequence_parallel_region(tokens) if self.plan.sequence_parallel else tokens
 
-    def forward(self, batch: MugBatch, hidden: Tensor | None) -> Tensor:
-        return self.stack(self.embed(batch) if hidden is None else hidden, attention_mask=None)
+    def forward(self, batch: MugBatch, hidden: Tensor | None, scales: Tensor | None = None) -> Tensor:
+        return self.stack(self.embed(batch) if hidden is None else hidden, attention_mask=None, scales=scales)
 
 
 class ImageDecoder(MegatronModule):

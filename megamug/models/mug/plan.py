@@ -18,6 +18,9 @@ from megamug.telemetry.flops import layer_flops, linear_flops
 class MugPlan(Plan):
     """Derived sizes of a MUG model under a layout."""
 
+    final_norm = True  # behind the encoder's last layer
+    frozen_encoder = False
+
     def __init__(self, config: Config, vocabulary: int, spec: str = "local", marks: Marks = TRAINED_HERE):
         """`marks`: ids that frame captions; the padding is an id of the vocabulary."""
         super().__init__(config, vocabulary)

@@ -48,8 +48,12 @@ class MugTask(Task):
 
         `captions`: whether samples must have one, and come with its tokens; None: where the model writes.
         """
+        return self.pairs(world, train, state, max_samples, self.plan.writes if captions is None else captions)
+
+    def pairs(self, world, train: bool, state: dict | None, max_samples: int | None, captions: bool,
+              **more) -> PairLoader:  # fmt: skip
+        """A loader; `more`: further arguments of it."""
         data = self.config.data
-        captions = self.plan.writes if captions is None else captions
         sources = resolve_sources(data.train if train else data.validation, data.verify, captions)
         if world.is_first:
             self._tell(sources)
@@ -68,6 +72,7 @@ class MugTask(Task):
             max_failure_rate=data.max_failure_rate,
             state=state,
             max_samples=max_samples,
+            **more,
             **self.reading(world, train),
         )
 

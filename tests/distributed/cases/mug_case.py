@@ -31,10 +31,12 @@ def tiny(options: dict) -> Config:
 
 def make_task(config: Config):
     """The task of `config`, without a tokenizer's file."""
+    from megamug.data.text.marks import TRAINED_HERE
     from megamug.models import tasks
     from megamug.models.mug import task as mug_task
 
-    with mock.patch.object(mug_task, "Tokenizer", lambda path: types.SimpleNamespace(vocab_size=VOCABULARY)):
+    tokenizer = types.SimpleNamespace(vocab_size=VOCABULARY, framing=TRAINED_HERE)
+    with mock.patch.object(mug_task, "Tokenizer", lambda path: tokenizer):
         return tasks.make_task(config)
 
 

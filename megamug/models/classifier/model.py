@@ -1,0 +1,144 @@
+"""A classifier of images: a MUG's encoder on every patch and a linear behind it, as MAE is fine-tuned (He et al. 2022,
+arXiv 2111.06377, appendix A.1).
+
+Axes: b images, h width, C classes. Hidden states are [1 + registers + patches, b, h].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megamug.models.blocks.layers import replicated
+from megamug.models.classifier.plan import ClassifierPlan
+from megamug.models.mug.model import Encoder
+from megamug.models.stages import Stage, tensors_alone
+
+
+@dataclass
+class ClassBatch:
+    """One micro-batch."""
+
+    images: Tensor  # [b, 3, H, W] uint8; mixed ones as float32 of the same range
+    labels: Tensor  # [b] int64, or the classes' shares [b, C] of mixed images
+    rows: Tensor | None = None  # int64: the rows that count, where some are padding
+    visible_ids: None = None  # the encoder sees every patch
+    scales: Tensor | None = None  # [layers, 2, b, 1]: stochastic depth, see `megamug.data.pairs.mixing`
+
+
+class Standardised(nn.Module):
+    """BatchNorm without parameters, of features [b, h] that need no gradient: MAE's linear probe.
+
+    In training means and variances are those of a micro-batch of all data-parallel ranks together (so with several
+    micro-batches a step the layout says which images share them); running ones, with torch's momentum of 0.1, are for
+    evaluation.
+    """
+
+    eps, momentum = 1e-6, 0.1
+
+    def __init__(self, plan: ClassifierPlan, width: int):
+        super().__init__()
+        self.plan = plan
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            group = self.plan.data_group
+            replicas = 1 if group is None else group.size()
+            count = len(x) * replicas
+            mean = self._sum(x, group) / count
+            var = self._sum((x - mean).square(), group) / count
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
+        return (x - mean) * (var + self.eps).rsqrt()
+
+    def _sum(self, x: Tensor, group) -> Tensor:
+        total = x.sum(dim=0)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+
+class Head(MegatronModule):
+    """The mean of the patches and a LayerNorm, or the class token behind the encoder's norm; then a linear. Of a frozen
+    encoder either is taken behind its norm, and standardised."""
+
+    def __init__(self, plan: ClassifierPlan):
+        config = plan.encoder_config
+        super().__init__(config=config)
+        self.plan, width, dtype = plan, config.hidden_size, config.params_dtype
+        # Every tensor-parallel rank computes the same from the whole sequence.
+        if plan.head_norm:
+            self.norm = replicated(nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype), False)
+        if plan.frozen_encoder:
+            self.standardised = Standardised(plan, width)
+        self.linear = replicated(nn.Linear(width, plan.classes, dtype=dtype), False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (this rank's under sequence parallelism) -> logits [b, C] float32."""
+        tokens = self.plan.gather(hidden)
+        pooled = tokens[1 + self.plan.registers :].mean(dim=0) if self.plan.mean_pool else tokens[0]
+        if self.plan.head_norm:
+            pooled = self.norm(pooled)
+        if self.plan.frozen_encoder:
+            pooled = self.standardised(pooled.float()).to(pooled.dtype)
+        return self.linear(pooled).float()
+
+
+class Classifier(Stage):
+    """One pipeline stage of a classifier."""
+
+    def __init__(self, plan: ClassifierPlan, stage: int = 0):
+        super().__init__(plan, stage)
+        parts = plan.parts(stage)
+        self.encoder = Encoder(plan, parts["encoder"]) if "encoder" in parts else None
+        self.head = Head(plan) if "class" in parts else None
+        if plan.frozen_encoder:
+            self.encoder.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(("_token", "_tokens"))
+            if plan.layer_decay < 1:
+                parameter.rate_scale = plan.rate_scale(name, parts["encoder"].first if "encoder" in parts else 0)
+
+    def forward(self, batch: ClassBatch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor | int]]]:
+        """Runs this stage: (packed tensors for the next stage or None, {"class": (sum, count)})."""
+        hidden = self.hidden(batch)
+        if self.head is None:
+            return self.outgoing.pack({"latent": hidden}), {}
+        return None, {"class": self.loss(batch, self.head(hidden))}
+
+    def hidden(self, batch: ClassBatch) -> Tensor:
+        """Hidden states behind this stage's part of the encoder."""
+        hidden = self.incoming.unpack(self.received)["latent"] if self.incoming else None
+        if self.encoder is None:
+            return hidden
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.plan.frozen_encoder):
+            return self.encoder(batch, hidden, batch.scales if self.training else None)
+
+    def logits(self, batch: ClassBatch) -> Tensor:
+        """[b, C] float32; of a stage that is the whole model."""
+        return self.head(self.hidden(batch))
+
+    def loss(self, batch: ClassBatch, logits: Tensor) -> tuple[Tensor, int]:
+        """Cross-entropy in nat, (sum, number of images); labels are smoothed in training alone."""
+        labels = batch.labels
+        if batch.rows is not None:
+            logits, labels = logits[batch.rows], labels[batch.rows]
+        smoothing = self.plan.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), len(labels)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        state: dict = {}
+        for name in ("encoder", "head"):
+            part = getattr(self, name)
+            if part is not None:
+                state.update(part.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return tensors_alone(state)

@@ -1,0 +1,70 @@
+"""A classifier's sizes: those of the encoder of a MUG that sees every patch, and of the head behind it."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+
+from megamug.configuration.counts import as_mug
+from megamug.configuration.sections import Config
+from megamug.models.mug.plan import MugPlan
+from megamug.models.stages import Block, Boundary, Part
+from megamug.telemetry.flops import linear_flops
+
+# Of the linear's weights: MAE's fine-tuning starts from (nearly) equal logits; its linear probe.
+HEAD_STD, PROBE_STD = 2e-5, 0.01
+
+
+class ClassifierPlan(MugPlan):
+    """Derived sizes of a classifier under a layout. `config.classifier.classes` is known."""
+
+    def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
+        super().__init__(as_mug(config), vocabulary, spec)
+        self.classes, self.label_smoothing = config.classifier.classes, config.classifier.label_smoothing
+        assert self.classes is not None, "the number of classes is filled in from the data before"
+        self.mean_pool, self.frozen_encoder = config.classifier.pool == "mean", config.classifier.frozen
+        # Where the encoder learns, the mean is taken before its norm, and has one of its own (MAE's fc_norm).
+        self.head_norm = self.mean_pool and not self.frozen_encoder
+        self.final_norm = not self.head_norm
+        self.data_group = None
+        self.drop_path, self.mixup, self.cutmix = (
+            getattr(config.classifier, key) for key in ("drop_path", "mixup", "cutmix")
+        )
+        self.layer_decay = config.classifier.layer_decay
+        self.loss_weights = {"class": 1.0}
+
+    def rate_scale(self, name: str, first: int) -> float:
+        """Share of the learning rate that the parameter `name` of a stage whose layers begin at `first` has.
+
+        It is layer_decay to the power of how many layers lie behind it. The embedding, tokens included, counts as a
+        layer; so does the head with the norm before it (BEiT's rule, arXiv 2106.08254, as MAE's code has it).
+        """
+        layer = re.match(r"encoder\.stack\.layers\.(\d+)\.", name)
+        if layer:
+            number = 1 + first + int(layer[1])
+        else:
+            number = 1 + self.model.layers if name.startswith(("head.", "encoder.stack.")) else 0
+        return self.layer_decay ** (1 + self.model.layers - number)
+
+    def init_std(self, name: str) -> float | None:
+        if name != "head.linear.weight":
+            return None
+        return PROBE_STD if self.frozen_encoder else HEAD_STD
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The model in order, with the forward FLOPs of one image."""
+        head = Block("class", "head", 0, linear_flops(1, self.model.width, self.classes))
+        return [*super().blocks, head]
+
+    def parts(self, stage: int) -> dict[str, Part]:
+        """What `stage` holds: of the encoder, and the head."""
+        found = {name: self.stack_part(stage, name) for name in ("encoder", "class")}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def boundary(self, stage: int) -> Boundary | None:
+        """What arrives at `stage` from the one before: hidden states of all tokens."""
+        if not 0 < stage < len(self.stages):
+            return None
+        share = self.tensor if self.sequence_parallel else 1
+        return Boundary({"latent": (self.latent_tokens // share, self.micro_batch, self.model.width)})

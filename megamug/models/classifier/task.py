@@ -1,0 +1,78 @@
+"""What the trainer knows of a classifier: MUG's, with classes in the place of captions."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megamug.configuration.counts import as_mug
+from megamug.configuration.sections import Config
+from megamug.data.order import GlobalOrder
+from megamug.data.pairs.images import SHARE
+from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
+from megamug.data.pairs.mixing import kept_shares, path_scales
+from megamug.data.shards.sources import resolve_sources
+from megamug.models.classifier.model import ClassBatch, Classifier
+from megamug.models.classifier.plan import ClassifierPlan
+from megamug.models.mug.task import MugTask
+
+
+class ClassifierTask(MugTask):
+    """Of images with classes."""
+
+    plan_type, model = ClassifierPlan, Classifier
+
+    def __init__(self, config: Config):
+        super().__init__(as_mug(config))
+        self.config = config
+        self.plan = ClassifierPlan(config, 0, self.spec)
+        self.loss_names = ["class"]
+
+    def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> PairLoader:
+        """Held-out images are seen as MAE evaluates: the centre, `SHARE` of the shorter side."""
+        return self.pairs(world, train, state, max_samples, captions=False, need_labels=True, share=SHARE)
+
+    def order(self) -> GlobalOrder:
+        return order_of(resolve_sources(self.config.data.train), self.config.seed)
+
+    def identity(self) -> dict:
+        return super().identity() | {"classifier.classes": self.plan.classes}
+
+    def join(self, world) -> None:
+        super().join(world)
+        self.plan.data_group = world.dp_group if world.dp_size > 1 else None
+
+    @property
+    def flops_per_sample(self) -> float:
+        """As every model's; of a frozen encoder there is no backward."""
+        if not self.plan.frozen_encoder:
+            return super().flops_per_sample
+        return self.plan.forward_flops + 2 * self.plan.blocks[-1].flops
+
+    def batch(self, pairs: PairBatch) -> ClassBatch:
+        """In training images are mixed and parts of layers left out, by draws that are a pure function of (seed, epoch,
+        sample). The partner of a micro-batch's i-th image is its i-th from the end (timm's order)."""
+        plan, device, images, labels = self.plan, pairs.images.device, pairs.images, pairs.labels
+        if not pairs.train:
+            rows = None if pairs.valid.all() else torch.from_numpy(pairs.valid.nonzero()[0]).to(device)
+            return ClassBatch(images, labels, rows)
+        sample = self.config.seed, pairs.epochs, pairs.indices
+        if plan.mixup > 0 or plan.cutmix > 0:
+            kept = torch.from_numpy(kept_shares(*sample, images.shape[-1], plan.mixup, plan.cutmix)).to(device)
+            own, shares = F.one_hot(labels, plan.classes).float(), kept.mean(dim=(1, 2)).unsqueeze(1)
+            labels = shares * own + (1 - shares) * own.flip(0)
+            images, kept = images.float(), kept.unsqueeze(1)
+            images = kept * images + (1 - kept) * images.flip(0)
+        scales = None
+        if plan.drop_path > 0:
+            scales = torch.from_numpy(path_scales(*sample, plan.model.layers, plan.drop_path)).to(device, plan.dtype)
+        return ClassBatch(images, labels, scales=scales)
+
+    def totals(self, pairs: GlobalBatch, batches: list[ClassBatch], world) -> dict[str, float]:
+        """The number of images in the whole global batch. One small all-reduce over the replicas."""
+        images = sum(int(p.valid.sum()) for p in pairs.micro_batches)
+        count = torch.tensor(images, dtype=torch.float64, device=world.device)
+        if world.dp_size > 1:
+            dist.all_reduce(count, group=world.dp_group)
+        return {"class": count.item()}

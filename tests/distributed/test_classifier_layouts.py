@@ -1,0 +1,86 @@
+"""A classifier in every layout gives the one-process curve and the one-process gradient of every parameter, to 1e-5
+relative, in float32; its checkpoints go on in other layouts. One has layer-wise learning rates and stochastic depth."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.layouts import TOLERANCE, references, run, worst, worst_gradient
+
+STEPS, CUT = 10, 5
+POOLS = ("mean", "class_token")
+OPTIONS = {"mean": {"layer_decay": 0.5, "drop_path": 0.3}, "class_token": {}}
+LAYOUTS: dict[int, dict[str, dict]] = {
+    1: {"recomputed": {"recompute": "full"}},
+    2: {
+        "TP2": {"tensor": 2},
+        "TP2 + SP": {"tensor": 2, "sequence": True},
+        "PP2": {"pipeline": 2},
+        "PP2, 2 virtual stages": {"pipeline": 2, "virtual": 2},
+        "DP2": {},
+        "DP2 + distributed optimizer": {"distributed_optimizer": True},
+    },
+}
+RESUMED = {1: {}, 2: {"tensor": 2, "sequence": True}}  # a checkpoint of one process goes on in these
+
+
+def job(pool: str, **more) -> dict:
+    return {"case": "tests.distributed.cases.classifier_case", "steps": STEPS,
+            "classifier": {"classes": 7, "pool": pool, **OPTIONS[pool]}, **more}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> dict[str, dict]:
+    """One process: curves and gradients to compare with, and checkpoints after CUT steps."""
+    return references({pool: job(pool) for pool in POOLS}, CUT, tmp_path_factory.mktemp("reference"))
+
+
+def test_every_parameter_has_a_gradient_and_the_model_learns(reference):
+    for pool in POOLS:
+        gradients, records = reference[pool]["gradients"], reference[pool]["records"]
+        assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+        assert ("head.norm.weight" in gradients) == (pool == "mean")
+        assert ("encoder.stack.final_layernorm.weight" in gradients) == (pool == "class_token")
+        assert records[:CUT] == reference[pool]["early"]
+        assert records[-1][0] < records[0][0]
+
+
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_every_layout_gives_the_one_process_curve_and_gradients(reference, processes, tmp_path):
+    jobs, checks = [], []
+    for name, parallel in LAYOUTS[processes].items():
+        for pool in POOLS:
+            file = tmp_path / f"{len(jobs)}.pt"
+            jobs.append(job(pool, parallel=parallel, gradients=str(file)))
+            checks.append((f"{name}, {pool}", pool, 0, file))
+    for pool in POOLS:
+        jobs.append(job(pool, parallel=RESUMED[processes], first=CUT, load=reference[pool]["checkpoint"]))
+        checks.append((f"{RESUMED[processes]}, {pool}, from a checkpoint", pool, CUT, None))
+    curves, gradients = {}, {}
+    for (label, pool, first, file), result in zip(checks, run(jobs, processes), strict=True):
+        curves[label] = worst(result["records"], reference[pool]["records"][first:])
+        if file is not None:
+            gradients[label] = worst_gradient(file, reference[pool]["gradients"])
+    assert max(curves.values()) <= TOLERANCE, curves
+    assert max(error for error, _ in gradients.values()) <= TOLERANCE, gradients
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_standardises_over_all_replicas(tmp_path):
+    """A micro-batch of one process is as many samples as those of two together; running means are in a checkpoint."""
+
+    def probe(name: str, micro: int, **more) -> dict:
+        return {"case": "tests.distributed.cases.classifier_case", "steps": STEPS, "save": str(tmp_path / name),
+                "classifier": {"classes": 7, "pool": "class_token", "frozen": True}, "validate": True,
+                "data": {"image_size": 32, "global_batch_size": 8, "micro_batch_size": micro}, **more}  # fmt: skip
+
+    alone, start, later = run([
+        probe("one", 8), probe("start", 8, steps=CUT), probe("later", 8, first=CUT, load=str(tmp_path / "start")),
+    ], 1)  # fmt: skip
+    layouts = [probe("dp", 4), probe("distributed", 4, parallel={"distributed_optimizer": True}),
+               probe("tp", 8, parallel={"tensor": 2, "sequence": True})]  # fmt: skip
+    others = run(layouts, 2)
+    assert start["records"] + later["records"] == alone["records"] and later["validation"] == alone["validation"]
+    assert alone["records"][-1][0] < alone["records"][0][0]
+    for other in others:
+        assert worst(other["records"], alone["records"]) <= TOLERANCE
+        assert abs(other["validation"]["class"] / alone["validation"]["class"] - 1) <= TOLERANCE
