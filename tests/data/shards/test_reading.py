@@ -222,6 +222,19 @@ def test_index_is_repeatable_and_stale_ones_are_found(helpers, tmp_path):
     assert len(resolve_sources(str(path))[0]) == 4
 
 
+def test_an_index_that_is_another_when_the_shard_is_opened_is_told(helpers, tmp_path):
+    path = helpers.write_tar(tmp_path / "x.tar", helpers.good_members(3))
+    index_shard(path)
+    shard, other = Shard(path), Shard(path)
+    find_index(path).unlink()
+    index_shard(path)  # written anew, the same
+    assert shard.image_bytes(0)
+    index_shard(path, Limits(pixels=100))
+    with pytest.raises(OSError, match="replaced by that of another shard while it is in use"):
+        other.open()
+    shard.close()
+
+
 def test_read_only_folder_has_its_index_elsewhere(helpers, tmp_path, monkeypatch):
     folder = tmp_path / "shards"
     folder.mkdir()
