@@ -50,7 +50,7 @@ def overrides(path: Path, data: Path) -> list[str]:
     if path in CLASSIFIERS:
         return [f"data.train={data / 'labelled' / 'train'}", "model.initial=somewhere", "classifier.classes=1000",
                 f"run_dir={data / 'run'}"]  # fmt: skip
-    if path in MUG:
+    if path.parent.name in ("mug", "transfer"):
         sources, tokenizer = data / "data" / "train", data / "tokenizer.model"
     else:
         sources, tokenizer = data / "documents", data / "vocabulary"
