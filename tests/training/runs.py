@@ -85,7 +85,9 @@ def metrics(run: Path) -> tuple[list[dict], list[dict]]:
 
 
 def tensors(checkpoint: Path) -> dict:
-    """All tensors of a checkpoint (parameters and optimizer state), read by torch's own reader of its format."""
+    """All tensors of a checkpoint (parameters and optimizer state), read by torch's own reader of its format; beside
+    them Megatron-core 0.19 keeps a list of its own."""
+    import torch
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -93,7 +95,7 @@ def tensors(checkpoint: Path) -> dict:
     found: dict = {}
     reader = FileSystemReader(checkpoint / "model")
     _load_state_dict(found, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return found
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def fingerprint(checkpoint: Path) -> dict[str, str]:
