@@ -80,8 +80,8 @@ def probed(run_dir: str, name: str, seed: int, *words: str) -> dict:
     """Extracts features of both sets and returns what the probes find."""
     files = {split: f"features/{name}-{seed}-{split}.safetensors" for split in ("train", "heldout")}
     for split, file in files.items():
-        if not Path(file).exists():  # whole drawings are seen: their rim belongs to them
-            look("features", run_dir, "--data", f"data/{split}", "--output", file, "--share", "1", *words)
+        # whole drawings are seen: their rim belongs to them
+        look("features", run_dir, "--data", f"data/{split}", "--output", file, "--share", "1", *words)
     output = f"features/{name}-{seed}.json"
     look("probe", files["train"], "--test", files["heldout"], "--features", FEATURE, "--k", str(NEIGHBOURS),
          "--output", output)  # fmt: skip
@@ -124,14 +124,16 @@ def neighbours(path: Path) -> None:
     from megamug.transfer import stored
 
     def drawing(split: str, row: int):
-        (source,) = resolve_sources(f"data/{split}")
-        shard, place = source.locate(row)
+        shard, place = sources[split].locate(row)
         with Image.open(io.BytesIO(opaque(shard.image_bytes(place)))) as picture:
             return np.array(picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
 
+    sources = {split: resolve_sources(f"data/{split}")[0] for split in ("train", "heldout")}
     columns, near = ["held out"], []
     for name in (UNTRAINED, "both"):
         train, test = (stored.read(f"features/{name}-1-{split}.safetensors") for split in ("train", "heldout"))
+        if (len(train), len(test)) != tuple(map(len, sources.values())):
+            raise UserError("some drawings were left out, so rows are not drawings: index data/ again, see above")
         rows = [len(test) * i // SHOWN for i in range(SHOWN)]
         similar = normalize(test.tensors[FEATURE][rows]) @ normalize(train.tensors[FEATURE]).T
         near.append(similar.topk(3).indices.tolist())

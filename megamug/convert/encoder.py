@@ -18,8 +18,9 @@ from megamug.errors import UserError
 OTHERS = ("decoder", "mask_token", "head.", "classifier.", "pooler.")
 
 
-def foreign_encoder(path: str | Path) -> tuple[Config, Callable[[str], Tensor]]:
-    """(what a run of it would be configured as, what reads one of its tensors by megamug's global name).
+def foreign_encoder(path: str | Path) -> tuple[Config, Callable[[str], Tensor], list[str]]:
+    """(what a run of it would be configured as, what reads one of its tensors by megamug's global name, remarks on what
+    the file does not tell).
 
     Raises UserError: no file, a damaged one, of no format with an image encoder, an encoder that megamug does not
     compute (see `megamug convert`), learned positions.
@@ -38,7 +39,7 @@ def foreign_encoder(path: str | Path) -> tuple[Config, Callable[[str], Tensor]]:
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise UserError(f"taken as {form.name} it {what} {', '.join(names[:3])}{more}")
-        compare_fixed(view, fixed, [])
+        view.remarks += compare_fixed(view, fixed, [])
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     by_name = {row.ours: row for row in rows}
@@ -47,7 +48,7 @@ def foreign_encoder(path: str | Path) -> tuple[Config, Callable[[str], Tensor]]:
         row = by_name[name]
         return row.piece.join(*(view.read(theirs) for theirs in row.theirs))
 
-    return config, read
+    return config, read, view.remarks
 
 
 def _format(source: ForeignTensors) -> Format:

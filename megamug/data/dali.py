@@ -76,7 +76,7 @@ def opaque(image: bytes, background: Sequence[int] = WHITE, region: Sequence[int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(image), formats=("PNG", "WEBP")) as opened:
-                picture = ImageOps.exif_transpose(_8_bits(opened)).convert("RGBA")
+                picture = ImageOps.exif_transpose(eight_bits(opened)).convert("RGBA")
     except Exception as error:  # the parsers of two formats, on any bytes
         raise ValueError(f"does not decode: {type(error).__name__}: {error}") from error
     if region is not None:
@@ -87,18 +87,20 @@ def opaque(image: bytes, background: Sequence[int] = WHITE, region: Sequence[int
     return b"P6\n%d %d\n255\n" % flat.size + flat.tobytes()
 
 
-def _8_bits(picture):
-    """A Pillow image of 16-bit grey with a transparent grey, as 8-bit grey and alpha; any other as it is.
+def eight_bits(picture):
+    """A Pillow image of 16-bit grey as one of 8 bits, with alpha where a grey of it is transparent; any other as it is.
 
     `convert` would cut values above 255 instead of scaling them.
     """
     from PIL import Image
 
-    clear = picture.info.get("transparency")
-    if not picture.mode.startswith("I") or not isinstance(clear, int):
+    if not picture.mode.startswith("I"):
         return picture
-    grey = np.asarray(picture)
-    return Image.fromarray(np.stack([grey >> 8, np.where(grey == clear, 0, 255)], axis=-1).astype(np.uint8), "LA")
+    grey, clear = np.asarray(picture), picture.info.get("transparency")
+    scaled = np.clip(grey >> 8, 0, 255).astype(np.uint8)
+    if not isinstance(clear, int):
+        return Image.fromarray(scaled, "L")
+    return Image.fromarray(np.stack([scaled, np.where(grey == clear, 0, 255).astype(np.uint8)], axis=-1), "LA")
 
 
 def load_dali():

@@ -68,7 +68,8 @@ class VisionEncoder(nn.Module):
                 f"image_size: {self.image_size} is no multiple of the patch size {model.patch_size}; the nearest below"
                 f" is {max(self.image_size // model.patch_size, 1) * model.patch_size}"
             )
-        self.width, self.patch_size, self.depth = model.width, model.patch_size, model.layers
+        self.width, self.patch_size, self.depth, self.heads = model.width, model.patch_size, model.layers, model.heads
+        self.remarks: list[str] = []  # what was taken for granted where it was read, a sentence each
         self.mean, self.std = tuple(data.mean), tuple(data.std)
         self.preprocess = Preprocessor(self.image_size, self.mean, self.std, background=tuple(data.background))
         self.patch_embedding = nn.Linear(3 * model.patch_size**2, model.width)
@@ -188,14 +189,17 @@ def load_encoder(
     """
     path = Path(path)
     if path.is_dir() and ((path / "checkpoints").is_dir() or path.name.startswith("step-")):
-        config, read = _of_a_run(path, step)
+        config, read, remarks = *_of_a_run(path, step, untrained), []
     else:
         if step is not None:
             raise UserError(f"step: {path} is no run folder, and holds one set of weights; leave step out")
         from megamug.convert.encoder import foreign_encoder
 
-        config, read = foreign_encoder(path)
+        if untrained:
+            raise UserError(f"untrained: {path} does not tell what it began with; name a run that was trained here")
+        config, read, remarks = foreign_encoder(path)
     encoder = VisionEncoder(config, image_size)
+    encoder.remarks = remarks
     if untrained:
         from megamug.models.init import draw
 
@@ -216,7 +220,7 @@ def load_encoder(
     return encoder.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
-def _of_a_run(path: Path, step: int | None):
+def _of_a_run(path: Path, step: int | None, untrained: bool):
     """(configuration, what reads a tensor by its global name)"""
     from megamug.checkpoint import configured
     from megamug.checkpoint.tensors import TensorReader
@@ -231,7 +235,10 @@ def _of_a_run(path: Path, step: int | None):
             raise UserError(f"{path} has no checkpoint of step {step}: there is no {folder}; name another, or none")
         path = folder
     reader = TensorReader(path)
-    config, _ = configured.read(reader.folder.parent.parent, reader.folder, reader.state())
+    state = reader.state()
+    config, _ = configured.read(reader.folder.parent.parent, reader.folder, state)
+    if untrained and state.get("origin"):
+        raise UserError(f"untrained: {path} began with weights of another library; name a run that was trained here")
     if config.model.kind != "mug":
         raise UserError(f"{path} is a run of {config.model.kind}, which has no image encoder; name a run of a MUG")
     return config, reader.read

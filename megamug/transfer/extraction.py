@@ -2,7 +2,8 @@
 
 The set is cut into chunks; process r of n does chunks r, r + n, ..., each a file of its own in OUTPUT.parts, written
 whole or not at all. A run that was stopped goes on with the chunks that are missing. When all are there the first
-process puts them together. Processes need not talk to each other: files are all they share.
+process puts them together; an output of the same settings is done already. Processes need not talk to each other: files
+are all they share.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from megamug.data.dali import CropDecoder
 from megamug.data.pairs.images import SHARE, centre_squares, decode_or_none
 from megamug.data.shards.reading import OpenShards
-from megamug.data.shards.sources import Source, resolve_sources
+from megamug.data.shards.sources import Source
 from megamug.data.tooling import Progress
 from megamug.durable import replace_text, write_atomically
 from megamug.errors import UserError, printable
@@ -41,8 +42,9 @@ WAIT_SECONDS = 0.5  # between looks for the chunks of the other processes
 class Settings:
     """What decides the numbers: parts made with others are not put together with new ones."""
 
-    encoder: str  # SHA-256 of its parameters
+    encoder: str  # SHA-256 of its parameters, and of what else they compute with
     data: list[str]  # fingerprints of the sets
+    classes: list[str]  # of each shard, the SHA-256 of the names that labels were numbered by
     images: int
     image_size: int
     share: float
@@ -52,11 +54,11 @@ class Settings:
 
 
 def extract(
-    encoder: VisionEncoder, data: object, output: Path, *, batch: int = 64, layers: Sequence[int] = (),
-    share: float = SHARE, threads: int = 2, chunk: int = CHUNK, rank: int = 0, size: int = 1, verify: bool = False,
+    encoder: VisionEncoder, sources: list[Source], output: Path, *, batch: int = 64, layers: Sequence[int] = (),
+    share: float = SHARE, threads: int = 2, chunk: int = CHUNK, rank: int = 0, size: int = 1,
 ) -> stored.Summary | None:  # fmt: skip
-    """Writes the features of all images of `data` (shards, as data.train takes them) to `output` (.safetensors or
-    .npz, see `stored`); None on all processes but the first.
+    """Writes the features of all images of `sources` to `output` (.safetensors or .npz, see `stored`); None on all
+    processes but the first, and where `output` is of the same settings.
 
     Args:
         layers: blocks whose patches are averaged as well (`layer_N`, before any norm).
@@ -66,16 +68,17 @@ def extract(
     An image that does not decode is left out and told; more than one in a hundred end the work. Raises UserError:
     nothing there, parts of other settings, a file that cannot be written.
     """
-    sources = resolve_sources(data, verify)
     parameter = next(encoder.parameters())
     settings = Settings(
-        _fingerprint(encoder), [source.fingerprint() for source in sources], sum(map(len, sources)),
+        _fingerprint(encoder), [source.fingerprint() for source in sources],
+        [shard.header.classes_sha256 for source in sources for shard in source.shards], sum(map(len, sources)),
         encoder.image_size, share, encoder.wanted(layers),
         str(parameter.dtype).removeprefix("torch."), chunk,
     )  # fmt: skip
     parts = output.with_name(output.name + ".parts")
-    _claim(parts, settings, rank)
-    reader = _Reader(sources, encoder.image_size, share, batch, threads, parameter.device)
+    if not _claim(parts, output, settings, rank):
+        return None
+    reader = _Reader(sources, encoder, share, batch, threads, parameter.device)
     chunks = -(-settings.images // chunk)
     mine = [number for number in range(rank, chunks, size) if not _part(parts, number).exists()]
     progress = Progress(f"features{f' of process {rank}' if size > 1 else ''}", sum(
@@ -99,30 +102,39 @@ def extract(
 
 
 def _fingerprint(encoder: VisionEncoder) -> str:
-    digest = hashlib.sha256()
+    preprocess = encoder.preprocess
+    computed = encoder.heads, encoder.norm.eps, preprocess.mean, preprocess.std, preprocess.background
+    digest = hashlib.sha256(repr(computed).encode())
     for name, tensor in encoder.named_parameters():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _claim(parts: Path, settings: Settings, rank: int) -> None:
-    """Parts of the same settings are gone on with; the first process says which they are."""
-    path, text = parts / "settings.json", json.dumps(asdict(settings), indent=1)
-    if rank == 0 and not path.is_file():
-        parts.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
-    started = time.monotonic()
-    while not path.is_file():
-        if time.monotonic() - started > 60:
+def _claim(parts: Path, output: Path, settings: Settings, rank: int) -> bool:
+    """Whether there is something to do. Parts of the same settings are gone on with; the first process says which they
+    are. It may have put everything together before another one gets here."""
+    path, wanted, started = parts / "settings.json", asdict(settings), time.monotonic()
+    while True:
+        try:
+            before = json.loads(path.read_text())
+            break
+        except FileNotFoundError:
+            if stored.is_of(output, wanted):
+                return False
+        if rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)  # nobody says what is in there
+            parts.mkdir(parents=True)
+            replace_text(path, json.dumps(wanted, indent=1))
+        elif time.monotonic() - started > 60:
             raise UserError(f"{path} is not there after a minute: start the first process (RANK=0) too, on the same"
                             " file system")  # fmt: skip
-        time.sleep(WAIT_SECONDS)
-    if path.read_text() != text:
-        before = json.loads(path.read_text())
-        other = [key for key, value in asdict(settings).items() if before.get(key) != value]
+        else:
+            time.sleep(WAIT_SECONDS)
+    if other := [key for key, value in wanted.items() if before.get(key) != value]:
         raise UserError(f"{parts} holds parts of another extraction (other {', '.join(other)}); remove it, or name"
                         " another output")  # fmt: skip
+    return True
 
 
 def _part(parts: Path, number: int) -> Path:
@@ -174,10 +186,14 @@ def _rows(sources: list[Source]):
 class _Reader:
     """Pixels by the number of the image through all sets; the next batch is read while this one is computed with."""
 
-    def __init__(self, sources: list[Source], size: int, share: float, batch: int, threads: int, device: torch.device):
+    def __init__(
+        self, sources: list[Source], encoder: VisionEncoder, share: float, batch: int, threads: int,
+        device: torch.device,
+    ):  # fmt: skip
         self.sources, self.share, self.batch = sources, share, batch
         self.starts = np.cumsum([0, *map(len, sources)])
-        self.decoder = CropDecoder(size, batch, threads, device)
+        background = encoder.preprocess.background
+        self.decoder = CropDecoder(encoder.image_size, batch, threads, device, background)
         self.shards = OpenShards()
         self.ahead = ThreadPoolExecutor(1, "megamug-features")
 
@@ -192,7 +208,7 @@ class _Reader:
             yield result
 
     def _read(self, numbers: range) -> tuple[list[int], Tensor, list[str]]:
-        rows, images, sizes, reasons = [], [], [], []
+        rows, images, sizes, places, reasons = [], [], [], [], []
         for number in numbers:
             source = int(np.searchsorted(self.starts, number, side="right")) - 1
             shard, i = self.sources[source].locate(number - int(self.starts[source]))
@@ -202,6 +218,7 @@ class _Reader:
                 reasons.append(str(error))
                 continue
             rows.append(number)
+            places.append((shard, i))
             images.append(image)
             sizes.append((int(record["width"]), int(record["height"])))
         if not rows:
@@ -211,7 +228,8 @@ class _Reader:
             self.decoder, images, centre_squares(widths, heights, self.share), np.zeros(len(rows), bool)
         )
         for position, reason in failed.items():
-            reasons.append(f"image {rows[position]}: {reason}")
+            shard, i = places[position]
+            reasons.append(f"{printable(shard.path.name)}: {shard.key(i)}: {reason}")
         kept = [position for position in range(len(rows)) if position not in failed]
         return [rows[p] for p in kept], pixels[kept] if failed else pixels, reasons
 

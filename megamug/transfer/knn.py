@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from megamug.errors import UserError
 
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07  # of the paper
-ROWS = 1024  # of the test set at a time
+ROWS, NUMBERS = 1024, 1 << 27  # of the test set, and of similarities, at a time
 
 
 def knn(
@@ -34,10 +34,10 @@ def knn(
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     train, largest = F.normalize(train, dim=1), max(ks)
     right = {k: [0, 0] for k in ks}
-    for rows, labels in zip(test.split(ROWS), test_labels.split(ROWS), strict=True):
-        similar = F.normalize(rows, dim=1) @ train.T
-        near, who = similar.sort(dim=1, descending=True, stable=True)
-        near, voters = near[:, :largest], train_labels[who[:, :largest]]
+    step = max(1, min(ROWS, NUMBERS // len(train)))
+    for rows, labels in zip(test.split(step), test_labels.split(step), strict=True):
+        near, who = _nearest(F.normalize(rows, dim=1) @ train.T, largest)
+        voters = train_labels[who]
         weights = ((near - near[:, :1]) / temperature).exp()  # shares of the votes do not depend on the largest
         for k in ks:
             votes = weights.new_zeros(len(rows), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
@@ -46,6 +46,20 @@ def knn(
             right[k][0] += int(hit[:, :1].sum())
             right[k][1] += int(hit.sum())
     return {k: {"top1": one / len(test), "top5": five / len(test)} for k, (one, five) in right.items()}
+
+
+def _nearest(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(values, columns) of the `count` largest of each row, largest first, of equals the earlier column first."""
+    values, columns = similar.topk(count, dim=1)
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    # Of several columns that are the last one's equals `topk` takes any: those rows are sorted whole.
+    tied = (similar >= values[:, -1:]).sum(dim=1) > count
+    if tied.any():
+        whole, order = similar[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = whole[:, :count], order[:, :count]
+    return values, columns
 
 
 def check_sets(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> None:

@@ -97,10 +97,11 @@ def choose_strength(
         raise UserError(f"{len(features)} images are too few to choose a strength on {held_out:.0%} of them; give one")
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
     out, kept = order[:count], order[count:]
+    learned, measured = (features[kept], labels[kept]), (features[out], labels[out])
     classes, found, probe = int(labels.max()) + 1, {}, None
     for strength in sorted(strengths):  # each minimum is near the one before
-        probe = fit(features[kept], labels[kept], strength, classes, standardise=standardise, start=probe)
-        found[strength] = probe.measure(features[out], labels[out])["top1"]
+        probe = fit(*learned, strength, classes, standardise=standardise, start=probe)
+        found[strength] = probe.measure(*measured)["top1"]
     return max(found, key=lambda strength: (found[strength], -strength)), found
 
 

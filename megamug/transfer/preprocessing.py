@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamug.data.dali import WHITE, opaque
+from megamug.data.dali import WHITE, eight_bits, opaque
 from megamug.data.pairs.images import SHARE
 from megamug.errors import UserError
 
@@ -38,6 +38,8 @@ class Preprocessor:
         """float32 [b, 3, S, S], normalised, from one image or a list: Pillow's, paths, bytes of files, or uint8 tensors
         [3, H, W]. Raises UserError for what is none of these or does not decode."""
         single = not isinstance(images, list | tuple)
+        if not single and not images:
+            raise UserError("an empty list of images; give one at least")
         return self.normalised(torch.stack([self.pixels(image) for image in ([images] if single else images)]))
 
     def pixels(self, image: Image | Tensor | str | Path | bytes) -> Tensor:
@@ -87,6 +89,9 @@ class Preprocessor:
     def _flat(self, picture: Image) -> Image:
         from PIL import Image
 
+        if picture.mode == "F":
+            raise UserError("an image of floating-point numbers: nothing tells what white is; give 8 bits a channel")
+        picture = eight_bits(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             flat = Image.new("RGB", picture.size, tuple(self.background))

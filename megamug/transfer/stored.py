@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -104,6 +105,23 @@ def _names(part: Path) -> set[str]:
         return set(file.keys()) - {"rows"}
 
 
+def is_of(path: Path, settings: dict) -> bool:
+    """Whether `path` is whole and holds features that were made by these settings; its numbers are not read."""
+    beside = path.suffix == ".npz" or path.with_suffix(".jsonl").is_file()
+    try:
+        return beside and path.is_file() and _settings(path) == settings
+    except (SafetensorError, OSError, ValueError, zipfile.BadZipFile):  # damaged: it is written anew
+        return False
+
+
+def _settings(path: Path) -> dict:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file[SETTINGS])) if SETTINGS in file else {}
+    with safe_open(path, "pt") as file:  # it compares the header with the length of the file
+        return json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+
+
 def read(path: str | Path) -> StoredFeatures:
     """Features that `megamug features` wrote, or arrays of others in the same form. Raises UserError: no such file,
     another ending, a damaged file, no labels array, rows that differ in number, numbers that are not finite."""
@@ -113,20 +131,21 @@ def read(path: str | Path) -> StoredFeatures:
     if not path.is_file():
         raise UserError(f"{path}: no such file; write it: megamug features RUN --data SHARDS --output {path}")
     try:
+        settings = _settings(path)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                settings = json.loads(str(file[SETTINGS])) if SETTINGS in file else {}
                 arrays = {n: file[n] for n in file.files if n not in (SETTINGS, "keys", "captions")}
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         else:
-            with safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
             tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); extract the features again") from None
     if "labels" not in tensors:
         raise UserError(f"{path} has no array `labels` (int64, -1 for none)")
-    labels = tensors.pop("labels").long()
+    labels = tensors.pop("labels")
+    if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise UserError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; whole numbers [n] wanted")
+    labels = labels.long()
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or len(tensor) != len(labels) or not tensor.dtype.is_floating_point:
             raise UserError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; numbers [{len(labels)}, h] wanted")

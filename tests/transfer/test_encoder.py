@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import megamug
-from megamug.convert.conversion import from_megamug
+from megamug.convert.conversion import from_megamug, to_megamug
 from megamug.convert.registry import FORMATS
 from megamug.errors import UserError
 from megamug.generation.captions import all_visible, encode
@@ -176,6 +176,13 @@ def test_untrained_it_is_what_the_run_began_with(tmp_path):
     assert torch.equal(encoder.norm.weight, torch.ones(WIDTH))
     other = load_encoder(write_encoder(tmp_path / "b", "seed=6"), untrained=True)
     assert not torch.equal(other.blocks[1].fc1.weight, encoder.blocks[1].fc1.weight)
+    from_megamug(FORMATS["timm"], tmp_path / "a", tmp_path / "timm")
+    with pytest.raises(UserError, match="does not tell what it began with"):
+        load_encoder(tmp_path / "timm", untrained=True)
+    assert "GELU" in load_encoder(tmp_path / "timm").remarks[0] and encoder.remarks == []
+    to_megamug(FORMATS["timm"], tmp_path / "timm", tmp_path / "back")
+    with pytest.raises(UserError, match="weights of another library"):
+        load_encoder(tmp_path / "back", untrained=True)
     continued = write_encoder(tmp_path / "c", "model.initial=x")
     with pytest.raises(UserError, match="began with the weights of .*/x"):
         load_encoder(continued, untrained=True)

@@ -83,20 +83,63 @@ def test_features_are_those_of_each_image_alone(run, shards, expected, tmp_path,
 
 def test_several_processes_share_the_images_and_a_stopped_run_goes_on(run, shards, expected, tmp_path, monkeypatch):
     encoder, output = load_encoder(run), tmp_path / "f.safetensors"
+    sources = resolve_sources(str(shards))
     written: list[str] = []
     monkeypatch.setattr(extraction, "write_atomically", _counting(written, stop_at=2))
     with pytest.raises(KeyboardInterrupt):
-        extract(encoder, str(shards), output, batch=3, chunk=5)
+        extract(encoder, sources, output, batch=3, chunk=5)
     assert len(written) == 2 and not output.exists()
     with pytest.raises(UserError, match="parts of another extraction .other share"):
-        extract(encoder, str(shards), output, batch=3, chunk=5, share=1.0)
+        extract(encoder, sources, output, batch=3, chunk=5, share=1.0)
     monkeypatch.setattr(extraction, "write_atomically", _counting(written))
-    other = threading.Thread(target=lambda: extract(load_encoder(run), str(shards), output, chunk=5, rank=1, size=2))
+    others = resolve_sources(str(shards))  # as another process opens them
+    other = threading.Thread(target=lambda: extract(load_encoder(run), others, output, chunk=5, rank=1, size=2))
     other.start()
-    summary = extract(encoder, str(shards), output, batch=3, chunk=5, size=2)
+    summary = extract(encoder, sources, output, batch=3, chunk=5, size=2)
     other.join()
     assert sorted(written) == [f"chunk-{n:06d}.safetensors" for n in range(5)]  # each once
     assert summary.images == COUNT and (load_file(output)["mean"] - expected).abs().max() < 1e-5
+
+
+def test_more_processes_than_chunks_and_a_second_start(run, shards, tmp_path, monkeypatch, capsys):
+    """Who comes when all is put together finds it done; parts that nobody describes are not believed."""
+    sources, output = resolve_sources(str(shards)), tmp_path / "f.safetensors"
+    (tmp_path / "f.safetensors.parts").mkdir()
+    (tmp_path / "f.safetensors.parts" / "chunk-000000.safetensors").write_bytes(b"another's")
+    assert extract(load_encoder(run), sources, output, size=4).images == COUNT
+    before = output.read_bytes()
+    for rank in (1, 3, 0):
+        assert extract(load_encoder(run), sources, output, rank=rank, size=4) is None
+    assert features(run, shards, output, "--batch", "9") == 0
+    assert "holds these features already" in capsys.readouterr().err
+    assert features(run, shards, output, "--share", "1") == 0 and output.read_bytes() != before
+    output.with_suffix(".jsonl").unlink()
+    assert features(run, shards, output, "--share", "1") == 0 and output.with_suffix(".jsonl").is_file()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "x")
+    assert features(run, shards, output) == 2 and "RANK is 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["data.std=[0.5,0.5,0.5]", "model.heads=2", "data.background=[0,0,0]"])
+def test_what_else_the_same_parameters_compute_with_is_another_encoder(run, tmp_path, key):
+    from megamug.transfer.extraction import _fingerprint
+
+    assert _fingerprint(load_encoder(write_encoder(tmp_path / "run", key))) != _fingerprint(load_encoder(run))
+
+
+def test_transparency_is_over_the_background_of_the_run(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_tar(folder / "a.tar", [("0.png", photograph(40, 40, mode="RGBA", kind="PNG")), ("0.cls", b"0")])
+    index_paths([folder])
+    run = write_encoder(tmp_path / "run", "data.background=[0,0,255]")
+    assert features(run, folder, tmp_path / "f.npz") == 0
+    encoder = load_encoder(run)
+    expected = encoder(encoder.preprocess(photograph(40, 40, mode="RGBA", kind="PNG"))).mean
+    white = load_encoder(write_encoder(tmp_path / "white"))
+    other = white(white.preprocess(photograph(40, 40, mode="RGBA", kind="PNG"))).mean
+    found = stored.read(tmp_path / "f.npz").tensors["mean"]
+    assert (found - expected).norm() < 0.2 * (other - expected).norm()
 
 
 def _counting(written: list[str], stop_at: int | None = None):
@@ -120,7 +163,7 @@ def test_an_image_that_is_damaged_meanwhile_is_left_out_and_told(run, shards, tm
             file.write(bytes(len(jpeg)))
         return sources
 
-    monkeypatch.setattr(extraction, "resolve_sources", opened_and_then_damaged)
+    monkeypatch.setattr("megamug.data.shards.sources.resolve_sources", opened_and_then_damaged)
     assert features(run, tmp_path / "copy", tmp_path / "f.safetensors") == 0
     err = capsys.readouterr().err
     assert "22 images" in err and "left out: 1 image that did not decode" in err and "is not what was indexed" in err

@@ -54,6 +54,17 @@ def test_transparency_is_over_the_background():
     assert PREPARE.pixels(Image.new("L", (40, 40), 7)).unique().tolist() == [7]
 
 
+def test_16_bit_grey_is_scaled():
+    """Pillow's own conversion makes white of all but the darkest."""
+    grey = np.linspace(0, 65535, 36 * 36).reshape(36, 36).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "PNG")
+    expected = PREPARE.pixels(Image.fromarray((grey >> 8).astype(np.uint8)))
+    assert 100 < expected.unique().numel()
+    for image in (file.getvalue(), Image.fromarray(grey)):
+        assert torch.equal(PREPARE.pixels(image), expected)
+
+
 def test_orientation_of_files_is_applied():
     picture = Image.new("RGB", (36, 36))
     picture.paste((255, 255, 255), (0, 0, 36, 18))
@@ -67,7 +78,8 @@ def test_orientation_of_files_is_applied():
 
 @pytest.mark.parametrize(("image", "match"), [
     (b"no picture", "an image cannot be read"), ("/nowhere/a.jpg", "/nowhere/a.jpg cannot be read"),
-    (3, "not int"), (torch.zeros(3, 4, 4), "uint8"), (photograph(50, 40)[:200], "an image cannot be read"),
+    (3, "not int"), ([], "an empty list"), (Image.new("F", (40, 40)), "floating-point"),
+    (torch.zeros(3, 4, 4), "uint8"), (photograph(50, 40)[:200], "an image cannot be read"),
 ])  # fmt: skip
 def test_what_is_no_image_is_told(image, match):
     with pytest.raises(UserError, match=match):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megamug import cli
 from megamug.errors import UserError
 from megamug.transfer import logistic
-from megamug.transfer.knn import knn
+from megamug.transfer.knn import _nearest, knn
 from megamug.transfer.logistic import choose_strength, fit, linear_probe
 
 
@@ -47,6 +47,16 @@ def test_knn_is_the_brute_force_one(monkeypatch):
         for k in (1, 3, 20, 200):
             one, five = brute_force(train, train_labels, test, test_labels, k, temperature)
             assert found[k] == {"top1": one / 250, "top5": five / 250}, (k, temperature)
+
+
+def test_of_rows_equally_near_the_earlier_ones_vote():
+    """Also where more are as near as the last that votes."""
+    train = torch.tensor([[0.0, 1.0], *[[1.0, 0.0]] * 50])
+    labels = torch.tensor([9, 3, 3, *[5] * 48])
+    assert knn(train, labels, torch.tensor([[1.0, 0.0]]), torch.tensor([3]), (1, 2, 3, 40))[2]["top1"] == 1
+    assert knn(train, labels, torch.tensor([[1.0, 0.0]]), torch.tensor([5]), (1, 2, 3, 40))[40]["top1"] == 1
+    near, who = _nearest(torch.tensor([[0.5, 0.9, 0.5, 0.9, 0.5]]), 3)
+    assert who.tolist() == [[1, 3, 0]] and near.tolist() == [[pytest.approx(0.9), pytest.approx(0.9), 0.5]]
 
 
 def test_equal_votes_go_to_the_smaller_class_and_none_to_a_class_without_a_vote():
@@ -146,6 +156,7 @@ def test_mistakes_are_told(tmp_path, capsys):
     refused("not finite", test=write(tmp_path / "i.safetensors", clouds(5)[0] / 0, clouds(5)[1]))
     (tmp_path / "cut.safetensors").write_bytes(train.read_bytes()[:90])
     refused("cannot be read", test=tmp_path / "cut.safetensors")
+    refused("whole numbers [n] wanted", test=write(tmp_path / "f.safetensors", clouds(5)[0], clouds(5)[1].float()))
     refused("numbers [4, h] wanted", test=write(tmp_path / "c.safetensors", clouds(5)[0], clouds(4)[1]))
     with pytest.raises(UserError, match="all of one class"):
         linear_probe(clouds(9)[0], torch.zeros(9, dtype=torch.int64), *clouds(9))

@@ -7,6 +7,7 @@ images are shared out; a run that was stopped goes on where it was. See docs/tra
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def main(argv: list[str], prog: str | None = None) -> None:
     options = parser.parse_args(argv)
     if options.output.suffix not in ENDINGS:
         raise UserError(f"--output {options.output}: a name that ends in {' or '.join(ENDINGS)} wanted")
-    rank, size = launcher.rank(), launcher.world_size()
+    size, rank = launcher.world_size(), launcher.rank()
 
     import torch
 
@@ -48,19 +49,24 @@ def main(argv: list[str], prog: str | None = None) -> None:
     from megamug.transfer.encoder import load_encoder
     from megamug.transfer.extraction import extract
 
-    resolve_sources(options.data)  # what is wrong with the data is told before weights are read
+    sources = resolve_sources(options.data, options.verify)  # told before weights are read
     place = options.device
     if place is None:
-        place = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        place = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(
         options.run, device=place, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype],
         image_size=options.image_size, step=options.step, untrained=options.untrained,
     )  # fmt: skip
+    for remark in encoder.remarks if rank == 0 else ():
+        print(remark, file=sys.stderr)
     summary = extract(
-        encoder, options.data, options.output, batch=options.batch, layers=options.layers, share=options.share,
-        threads=options.threads, rank=rank, size=size, verify=options.verify,
+        encoder, sources, options.output, batch=options.batch, layers=options.layers, share=options.share,
+        threads=options.threads, rank=rank, size=size,
     )  # fmt: skip
-    if summary is not None:
+    if summary is None and rank == 0:
+        print(f"{options.output} holds these features already", file=sys.stderr)
+    elif summary is not None:
         print(f"written: {options.output}: {', '.join(summary.names)} of {counted(summary.images, 'image')},"
               f" {summary.width} numbers each; {summary.labelled:,} with a label", file=sys.stderr)  # fmt: skip
         if summary.left_out:
