@@ -359,8 +359,12 @@ def _tell(message: str) -> None:
     be ended, and speak themselves if that does not come: then nobody else has found this mistake.
     """
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", rank) != "0":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        if signal.sigtimedwait({signal.SIGTERM}, PATIENCE_SECONDS) is not None:
-            return
+    local = os.environ.get("LOCAL_RANK", rank)
+    if local.isdecimal() and local != "0":
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            if signal.sigtimedwait({signal.SIGTERM}, PATIENCE_SECONDS) is not None:
+                return
+        finally:  # whoever called `main` goes on, and what it starts inherits the mask
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)

@@ -196,6 +196,23 @@ def test_the_first_process_of_a_machine_speaks_and_all_exit_with_2(capsys, monke
     assert waited == [cli.PATIENCE_SECONDS] * 2
 
 
+def test_one_that_waited_to_be_ended_hears_sigterm_again(capsys, monkeypatch):
+    """What it starts afterwards inherits its mask: with SIGTERM blocked, a run would never stop on request."""
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    assert cli.main(["train", "/absent.yaml"]) == 2 and capsys.readouterr().err.startswith("[rank 1] megamug: error: ")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == before
+
+
+def test_a_rank_that_is_no_number_is_told_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(signal, "sigtimedwait", lambda signals, seconds: pytest.fail("it waits"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "x")
+    assert cli.main(["train", "/absent.yaml"]) == 2 and "megamug: error: " in capsys.readouterr().err
+
+
 def test_under_torchrun_one_sentence_and_no_process_group(tmp_path):
     (tmp_path / "c.yaml").write_text("parallel: {tensor: 4}")
     result = subprocess.run(

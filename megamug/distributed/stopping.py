@@ -24,7 +24,8 @@ class StopRequest:
 
     Schedulers warn before they kill (SLURM: `--signal=USR1@300`; torchrun hands on SIGTERM and waits 30 s). Signals
     that come while the run is already stopping are ignored with a line, but for a person's patience: the third Ctrl-C
-    ends the process at once with exit code 130. What was last saved is whole, as after any kill.
+    ends the process at once with exit code 130. What was last saved is whole, as after any kill. A process that was
+    started with one of them blocked (the mask is inherited) would never hear it: inside they are not.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -35,13 +36,16 @@ class StopRequest:
         self.requested = False  # by a signal to this process
         self._presses, self._pressed = 0, -math.inf
         self._previous: dict[int, object] = {}
+        self._mask: set[int] = set()
 
     def __enter__(self) -> StopRequest:
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *_) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

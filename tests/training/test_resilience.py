@@ -36,6 +36,18 @@ def test_signal_sets_the_flag_and_a_second_is_ignored(number, capfd):
     assert lines[0].startswith(f"{number.name}: stopping") and lines[1].startswith("SIGTERM: already stopping")
 
 
+def test_a_signal_that_was_blocked_at_the_start_is_heard(capfd):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert capfd.readouterr().err.startswith("SIGTERM: stopping")
+
+
 def stopping_rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     with StopRequest() as stop:
