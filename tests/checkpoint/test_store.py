@@ -131,7 +131,11 @@ def test_a_broken_pointer_is_not_fatal(tmp_path, pointer):
     (store.root / "latest").unlink()
     if pointer is not None:
         (store.root / "latest").write_bytes(pointer if isinstance(pointer, bytes) else pointer.encode())
-    assert store.newest_complete().step == 20
+    found = store.newest_complete()
+    assert found.step == 20 and found.reason.endswith("`latest` names none")
+    (store.root / "latest").write_text("step-00000010")  # a kill came before it was moved
+    found = store.newest_complete()
+    assert found.step == 20 and found.reason.endswith("`latest` still names step-00000010")
     save(store, 30)
     assert (store.root / "latest").read_text().strip() == "step-00000030"
 

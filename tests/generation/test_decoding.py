@@ -160,6 +160,8 @@ def test_what_may_follow(tmp_path, folder):
     assert after([*text, v.break_id], limit=len(text) + 18) == all_codes
     assert after(text, limit=len(text) + 1) == "length"
     assert after([*text, v.eos_id]) == "eos"
+    v.bos_id = v.eos_id  # one mark for both, as OPT has it
+    assert after([]) != "eos" and after(text) != "eos" and after([*text, v.eos_id]) == "eos"
 
 
 def test_images_are_whole_and_counted(folder):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megamug.errors import UserError
-from megamug.generation.images import generate_from_images
+from megamug.generation.images import generate_from_images, image_sizes
 from tests.data.shards.test_reading import jpeg_claiming
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
 
@@ -97,6 +97,8 @@ def test_what_is_wrong_is_told(run_dir, photos, tmp_path):
         generate_from_images(run_dir, [tmp_path], output=output)
     with pytest.raises(UserError, match="does not exist"):
         generate_from_images(run_dir, [tmp_path / "none.png"], output=output)
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        image_sizes([photos])
     with pytest.raises(UserError, match="give --top-p"):
         generate_from_images(run_dir, [photos / "a.jpg"], temperature=0.5, output=output)
     assert not output.exists()
