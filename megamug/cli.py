@@ -2,7 +2,7 @@
 
     megamug train CONFIG.yaml [section.key=value ...] [--dry-run [--world-size N]]
     torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
-    megamug evaluate RUN --task reconstruction|captioning|perplexity
+    megamug evaluate RUN --task reconstruction|captioning|masked_text|perplexity
     megamug generate RUN --images PATH...                (MUG)
     megamug generate RUN --prompt TEXT [--image PATH]    (language models)
     megamug plan CONFIG.yaml --gpus N --gpu h100|h200|a100 [section.key=value ...]
@@ -36,7 +36,7 @@ from megamug.configuration import validate, validate_classifier
 from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
-from megamug.evaluate import DECODERS, TASKS, check_kind
+from megamug.evaluate import OBJECTIVES, TASKS, check_decoder, check_kind
 
 # Options of `generate` that one family of models has; the others concern both.
 MUG_OPTIONS = ("images", "mask_ratio")
@@ -208,10 +208,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.data is None and config.data.validation is None:
         raise UserError(f"{arguments.run_dir} was trained without data.validation; name held-out shards with --data")
     check_kind(arguments.task, config.model.kind, arguments.run_dir)
-    weight = DECODERS.get(arguments.task)
-    if weight is not None and getattr(config.model, weight) == 0:
-        raise UserError(f"--task {arguments.task}: {arguments.run_dir} was trained with model.{weight}=0, so it has no"
-                        f" such decoder; choose another task")
+    check_decoder(arguments.task, config.model, arguments.run_dir)
     data = arguments.data
     if data is not None and len(data) == 1:
         data = data[0]
@@ -225,7 +222,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 for folder, _ in document_folders(data):
                     read_header(Path(folder))
             else:
-                resolve_sources(data, captions=arguments.task == "captioning")
+                resolve_sources(data, captions=arguments.task in OBJECTIVES)
         except UserError as error:
             raise UserError(f"--data: {error}") from None
     from megamug import evaluate

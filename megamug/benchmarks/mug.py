@@ -99,6 +99,7 @@ def build_megamug(options: argparse.Namespace, dtype: str):
 
     cpu_backend.apply()
     from megamug.models.mug.model import MugBatch
+    from megamug.models.mug.text_masks import caption_terms, hidden_tokens
 
     config = settings(options, dtype)
     task = task_of(config, options.vocabulary)
@@ -116,9 +117,14 @@ def build_megamug(options: argparse.Namespace, dtype: str):
             if plan.writes:
                 tokens = torch.randint(4, task.vocabulary, (b, data.caption_length + 1), device=world.device)
             visible, masked = order[:, : plan.visible].sort()[0], order[:, plan.visible :].sort()[0]
-            batches.append(MugBatch(visible, masked, images, tokens))
-        whole = float(data.global_batch_size)
-        return batches, {"image": whole * plan.masked, "caption": whole * data.caption_length}
+            text_mask = None
+            if plan.writes and plan.masked_text:
+                noise = torch.randint(0, 1 << 32, (b, data.caption_length), device=world.device)
+                text_mask = hidden_tokens(tokens, noise, plan.marks, plan.text_mask_ratio)
+            batches.append(MugBatch(visible, masked, images, tokens, text_mask=text_mask))
+        terms = sum(caption_terms(batch, plan.marks.pad) for batch in batches) if plan.writes else 0
+        images = float(data.global_batch_size)
+        return batches, {"image": images * plan.masked, "caption": float(terms * world.dp_size)}
 
     return _steps.training_step(task, config, made)
 

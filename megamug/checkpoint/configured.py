@@ -29,7 +29,8 @@ ELSEWHERE = {
 # What a reader goes by and a run may change on its way.
 TOLD = (
     "seed", "data.context_length", "data.caption_length", "data.cm3_spans", "data.hidden_text", "data.loss_on",
-    "data.separate_documents", "model.mask_ratio", "model.image_loss_weight", "model.caption_loss_weight",
+    "data.separate_documents", "model.mask_ratio", "model.text_mask_ratio", "model.image_loss_weight",
+    "model.caption_loss_weight",
 )  # fmt: skip
 
 

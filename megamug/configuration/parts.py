@@ -12,7 +12,7 @@ PARTS = {
     "image_decoder": ("patch_size", "width", "decoder_layers", "decoder_width", "decoder_heads",
                       "decoder_register_tokens"),
     "text_decoder": ("width", "text_unimodal_layers", "text_multimodal_layers", "text_width", "text_heads",
-                     "tie_vocabulary"),
+                     "tie_vocabulary", "text_objective"),
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ RANGES = {
     "model.ffn_width": _COUNT, "model.register_tokens": _FROM_ZERO, "model.decoder_layers": _COUNT,
     "model.decoder_width": _COUNT, "model.decoder_heads": _COUNT, "model.decoder_register_tokens": _FROM_ZERO,
     "model.text_unimodal_layers": _FROM_ZERO, "model.text_multimodal_layers": _COUNT, "model.text_width": _COUNT,
-    "model.text_heads": _COUNT, "model.layer_norm_eps": _POSITIVE, "model.z_loss_weight": _FROM_ZERO,
+    "model.text_heads": _COUNT, "model.text_mask_ratio": Range(0, 1, open_low=True),
+    "model.layer_norm_eps": _POSITIVE, "model.z_loss_weight": _FROM_ZERO,
     "fusion.cross_every": _COUNT, "fusion.output_width": _COUNT,
     "classifier.classes": Range(2), "classifier.label_smoothing": _DECAY,
     "classifier.drop_path": _DECAY, "classifier.mixup": _FROM_ZERO, "classifier.cutmix": _FROM_ZERO,
@@ -44,6 +45,7 @@ RANGES = {
 
 CHOICES = {
     "model.kind": tuple(BY_KIND),
+    "model.text_objective": ("autoregressive", "masked"),
     "fusion.freeze": ("none", "text", "image", "both"),
     "classifier.pool": ("mean", "class_token"),
     "data.caption_lines": LINES,

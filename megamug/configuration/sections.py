@@ -44,6 +44,8 @@ class ModelConfig:
     text_multimodal_layers: int | None = None  # text decoder layers with cross-attention to the image
     text_width: int | None = None  # hidden size of the text decoder; its feed-forward is four times as wide
     text_heads: int | None = None  # its attention heads
+    text_objective: str = "autoregressive"  # each token from those before it | masked: hidden ones from all others
+    text_mask_ratio: float = 0.75  # masked: share of a caption's tokens that are hidden, rounded, at least one
     tie_vocabulary: bool = True  # output projection = token embedding
     layer_norm_eps: float = 1e-6  # added to the variance in every LayerNorm
 

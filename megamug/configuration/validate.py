@@ -26,7 +26,7 @@ from megamug.configuration.counts import (
 from megamug.configuration.parts import initial_parts
 from megamug.configuration.ranges import check_keys, check_values
 from megamug.configuration.reading import load_config, resolve, towers
-from megamug.configuration.sections import Config
+from megamug.configuration.sections import Config, ModelConfig
 from megamug.data.padding import VOCABULARY_MULTIPLE, padded_vocabulary
 from megamug.durable import folder_problem
 from megamug.errors import UserError
@@ -66,7 +66,7 @@ def model(config: Config) -> None:
     check_keys(config)
     language = (validate_lm.widths, validate_lm.context, validate_lm.fusion)
     classifier = (image, widths, validate_classifier.head, initial_parts)
-    own = {"mug": (losses, image, widths, initial_parts), "classifier": classifier}
+    own = {"mug": (losses, text, image, widths, initial_parts), "classifier": classifier}
     for check in own.get(config.model.kind, language):
         check(config)
 
@@ -77,6 +77,15 @@ def losses(config: Config) -> None:
         raise UserError(
             "model: image_loss_weight(0) and caption_loss_weight(0) leave nothing to learn; set one of them above 0"
         )
+
+
+def text(config: Config) -> None:
+    """A share of hidden tokens where some are hidden."""
+    ratio = config.model.text_mask_ratio
+    if config.model.text_objective != "masked" and ratio != ModelConfig.text_mask_ratio:
+        raise UserError(f"model.text_mask_ratio({ratio:g}) hides tokens of captions, but model.text_objective"
+                        f"({config.model.text_objective}) hides none; set model.text_objective=masked, or leave"
+                        " model.text_mask_ratio out")
 
 
 def image(config: Config) -> None:
@@ -356,7 +365,8 @@ def model_identity(config: Config) -> dict[str, object]:
     if model.image_loss_weight > 0:
         sizes += ["decoder_layers", "decoder_width", "decoder_heads", "decoder_register_tokens"]
     if model.caption_loss_weight > 0:
-        sizes += ["text_unimodal_layers", "text_multimodal_layers", "text_width", "text_heads", "tie_vocabulary"]
+        sizes += ["text_unimodal_layers", "text_multimodal_layers", "text_width", "text_heads", "tie_vocabulary",
+                  "text_objective"]
     found = {
         "model.kind": model.kind,
         "model.image_loss_weight above 0": model.image_loss_weight > 0,

@@ -1,6 +1,6 @@
 """Figures of a trained run on held-out data.
 
-    megamug evaluate RUN --task reconstruction|captioning      (MUG)
+    megamug evaluate RUN --task reconstruction|captioning|masked_text (MUG)
     megamug evaluate RUN --task perplexity                     (language models)
     megamug evaluate RUN --task classification                 (classifiers)
 """
@@ -14,7 +14,10 @@ from pathlib import Path
 from megamug.errors import UserError
 
 # the loss weight that the task's decoder is trained with
-DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
+DECODERS = {
+    "reconstruction": "image_loss_weight", "captioning": "caption_loss_weight", "masked_text": "caption_loss_weight",
+}  # fmt: skip
+OBJECTIVES = {"captioning": "autoregressive", "masked_text": "masked"}  # model.text_objective that a task is of
 TASKS = (*DECODERS, "perplexity", "classification")
 OF_KIND = {
     "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
@@ -34,7 +37,7 @@ def run_task(
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction` or `captioning` of MUG, `perplexity` of a language model, `classification`.
+        task: `reconstruction`, `captioning` or `masked_text` of MUG, `perplexity` of language models, `classification`.
         samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
@@ -44,7 +47,7 @@ def run_task(
     data or without the task's decoder; what the task itself refuses.
     """
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, classification, perplexity, reconstruction
+    from megamug.evaluate import captioning, classification, masked_text, perplexity, reconstruction
     from megamug.generation.loading import load_run
 
     if task not in TASKS:
@@ -54,8 +57,7 @@ def run_task(
     with load_run(run_dir, step) as run:
         config = run.config
         check_kind(task, config.model.kind, run_dir)
-        if task in DECODERS and getattr(config.model, DECODERS[task]) == 0:
-            raise UserError(f"{run_dir} was trained with model.{DECODERS[task]}=0: nothing to measure for task {task}")
+        check_decoder(task, config.model, run_dir)
         if data is not None:
             config.data.validation = data
         if config.data.validation is None:
@@ -67,9 +69,8 @@ def run_task(
         elif task == "classification":
             measured = classification.measure(run, samples, folder)
         else:
-            measured = {"reconstruction": reconstruction.measure, "captioning": captioning.measure}[task](
-                run, most, folder
-            )
+            module = {"reconstruction": reconstruction, "captioning": captioning, "masked_text": masked_text}[task]
+            measured = module.measure(run, most, folder)
         figures = {
             "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
             **measured,
@@ -108,6 +109,20 @@ def check_kind(task: str, kind: str, run_dir: str | Path) -> None:
         raise UserError(f"--task {task}: {run_dir} is a run of {kind}, whose tasks are: {', '.join(own)}; choose one")
 
 
+def check_decoder(task: str, model, run_dir: str | Path) -> None:
+    """Raises UserError where a MUG of the section `model` has no decoder that the task could measure."""
+    if task in DECODERS and getattr(model, DECODERS[task]) == 0:
+        raise UserError(f"--task {task}: {run_dir} was trained with model.{DECODERS[task]}=0, so it has no such"
+                        " decoder; choose another task")
+    if OBJECTIVES.get(task, model.text_objective) != model.text_objective:
+        does, other = {
+            "masked": ("fills in hidden words of a caption and writes none", "masked_text"),
+            "autoregressive": ("writes captions and has no mask to fill in", "captioning"),
+        }[model.text_objective]
+        raise UserError(f"--task {task}: {run_dir} was trained with model.text_objective={model.text_objective}, whose"
+                        f" decoder {does}; choose --task {other}")
+
+
 def table(figures: dict) -> list[str]:
     """The figures that matter, a line each."""
     if figures["task"] == "perplexity":
@@ -124,15 +139,17 @@ def table(figures: dict) -> list[str]:
             f"  image loss                      {figures['image_loss']:.5f}",
             *([f"  note: {figures['note']}"] if "note" in figures else []),
         ]
-    views = [figures["masked"], figures["all_visible"]]
-    rows = [
-        ("visible patches", "visible_patches", "d"),
-        ("caption loss, nat a token", "caption_loss", ".3f"),
-        ("  with another image's latent", "caption_loss_other_image", ".3f"),
-        ("  gap", "gap", ".3f"),
-        ("captions exactly right", "exact_match", ".1%"),
-        ("tokens right", "token_accuracy", ".1%"),
-    ]
+    views, rows = [figures["masked"], figures["all_visible"]], [("visible patches", "visible_patches", "d")]
+    if figures["task"] == "masked_text":
+        head += f", {figures['hidden_tokens']:,} hidden tokens"
+        rows += [("loss, nat a hidden token", "masked_token_loss", ".3f"),
+                 ("  with another image's latent", "masked_token_loss_other_image", ".3f"),
+                 ("  gap", "gap", ".3f"), ("hidden tokens right", "masked_token_accuracy", ".1%")]  # fmt: skip
+    else:
+        rows += [("caption loss, nat a token", "caption_loss", ".3f"),
+                 ("  with another image's latent", "caption_loss_other_image", ".3f"), ("  gap", "gap", ".3f"),
+                 ("captions exactly right", "exact_match", ".1%"),
+                 ("tokens right", "token_accuracy", ".1%")]  # fmt: skip
     cells = ("".join(f"{view[key]:>10{style}}" for view in views) for _, key, style in rows)
     return [head, *(f"  {title:<30}{cell}" for (title, _, _), cell in zip(rows, cells, strict=True))]
 

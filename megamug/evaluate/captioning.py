@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,13 @@ from megamug.models.mug.model import MugBatch
 from megamug.telemetry.pictures import save_grid
 
 EXAMPLES = 12  # samples listed and shown
-RESULTS = "captioning.jsonl"  # every sample: its true caption and what was written, a line each
 
 
 @dataclass
 class View:
     """Sums of one way of showing the images to the encoder."""
+
+    counted: ClassVar[str] = "tokens"  # what `tokens` are: what losses and accuracy are over
 
     visible_patches: int
     loss: float = 0.0
@@ -38,19 +40,24 @@ class View:
     written: list[str] = field(default_factory=list)
     spare: Tensor | None = None  # the latent [., 1, h] of an image of the batch before
 
-    def add(self, model, tokenizer, batch: MugBatch) -> list[dict]:
-        """Counts the pairs of `batch`; returns what was written of each."""
+    def losses(self, model, batch: MugBatch) -> Tensor:
+        """Adds the losses of `batch` with the latent of its images, which it returns, and with others'."""
         latent = encode(model, batch)
         other = latent.roll(1, dims=1) if latent.shape[1] > 1 else self.spare
         if other is None:
-            raise UserError("captioning needs two held-out pairs or more, to take another image's latent")
+            raise UserError("two held-out pairs or more are needed, to take another image's latent")
         self.spare = latent[:, :1]
         self.loss += _loss(model, batch, latent)
         self.other_loss += _loss(model, batch, other)
+        return latent
+
+    def add(self, model, tokenizer, batch: MugBatch) -> list[dict]:
+        """Counts the pairs of `batch`; returns what was written of each."""
+        latent = self.losses(model, batch)
         written = generate_tokens(model, latent)
         true, pad = batch.tokens[:, 1:], model.plan.marks.pad
         self.right_tokens += right_tokens(written, true, pad)
-        self.tokens += int((true != pad).sum())
+        self.tokens += sum(self.terms(model, batch))
         texts = [tokenizer.decode(row) for row in written.tolist()]
         exact = [text == tokenizer.decode(row) for text, row in zip(texts, true.tolist(), strict=True)]
         self.exact += sum(exact)
@@ -60,6 +67,10 @@ class View:
             {"caption": text, "exact": same, "right_tokens": right_tokens(written[i : i + 1], true[i : i + 1], pad)}
             for i, (text, same) in enumerate(zip(texts, exact, strict=True))
         ]
+
+    def terms(self, model, batch: MugBatch) -> list[int]:
+        """Of each pair, the tokens that count: those of its caption and its end."""
+        return (batch.tokens[:, 1:] != model.plan.marks.pad).sum(dim=1).tolist()
 
     def figures(self) -> dict:
         loss, other = self.loss / self.tokens, self.other_loss / self.tokens
@@ -78,16 +89,22 @@ def measure(run, samples: int, folder: Path) -> dict:
     (greedy), `exact_match` is the share that reads as the true one, `token_accuracy` the share of the true tokens, end
     included, that stand in their places.
     """
+    return measure_views(run, samples, folder, "captioning", View)
+
+
+def measure_views(run, samples: int, folder: Path, task: str, view: type[View]) -> dict:
+    """The figures of a task that tells captions, by a `view` for each way of showing the images. FOLDER/TASK.jsonl has
+    every sample: its true caption and what was told, a line each."""
     model, plan, tokenizer = run.model, run.task.plan, run.task.tokenizer
-    masked, whole = View(plan.visible), View(plan.patches)
+    masked, whole = view(plan.visible), view(plan.patches)
     captions, rows, results = [], [], []
     with torch.inference_mode():
         for batch, true in held_out(run.task, run.world, samples):
             seen = masked.add(model, tokenizer, batch)
             unmasked = whole.add(model, tokenizer, all_visible(batch, plan.patches))
+            terms = masked.terms(model, batch)
             for place, caption in enumerate(true):
-                tokens = int((batch.tokens[place, 1:] != plan.marks.pad).sum())
-                results.append({"sample": len(results), "caption": caption, "tokens": tokens,
+                results.append({"sample": len(results), "caption": caption, view.counted: terms[place],
                                 "all_visible": unmasked[place], "masked": seen[place]})  # fmt: skip
             missing = EXAMPLES - len(rows)
             if missing > 0:
@@ -103,13 +120,13 @@ def measure(run, samples: int, folder: Path) -> dict:
         for true, a, b in zip(captions, whole.written, masked.written, strict=True)
     ]
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    write_atomically(folder / RESULTS, lines.encode())
+    write_atomically(folder / f"{task}.jsonl", lines.encode())
     return {
-        "samples": masked.pairs, "tokens": masked.tokens, "patches": plan.patches,
+        "samples": masked.pairs, view.counted: masked.tokens, "patches": plan.patches,
         "units": "losses in nat a token; the other image is the pair before in the batch",
         "masked": masked.figures(), "all_visible": whole.figures(), "examples": examples,
-        "results": str(folder / RESULTS),
-        "pictures": [str(save_grid(rows, columns(model), folder / "captioning.png"))],
+        "results": str(folder / f"{task}.jsonl"),
+        "pictures": [str(save_grid(rows, columns(model), folder / f"{task}.png"))],
     }  # fmt: skip
 
 

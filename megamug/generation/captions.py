@@ -31,7 +31,7 @@ def encode(model: Mug, batch: MugBatch) -> Tensor:
 def all_visible(batch: MugBatch, patches: int) -> MugBatch:
     """The same images with no patch hidden."""
     ids = torch.arange(patches, device=batch.images.device).expand(len(batch.images), -1)
-    return MugBatch(ids, ids[:, :0], batch.images, batch.tokens)
+    return MugBatch(ids, ids[:, :0], batch.images, batch.tokens, text_mask=batch.text_mask)
 
 
 def reconstruct(model: Mug, batch: MugBatch, latent: Tensor) -> Tensor:
@@ -54,6 +54,15 @@ def reconstruct(model: Mug, batch: MugBatch, latent: Tensor) -> Tensor:
 def true_patches(batch: MugBatch, patch_size: int) -> Tensor:
     """Pixels of the masked patches, [b, M, p * p * 3] float32, black 0, white 1."""
     return take(patchify(batch.images, patch_size), batch.masked_ids).float() / 255
+
+
+@torch.inference_mode()
+def fill_in(model: Mug, batch: MugBatch, latent: Tensor) -> Tensor:
+    """The captions of `batch` with the likeliest token in the place of each hidden one (`batch.text_mask`), int64
+    [b, T], padding included: what a masked text decoder, in one process, makes of them with the images of `latent`."""
+    decoder = model.text_decoder
+    logits = decoder.logits(decoder(batch, latent, None))[..., : model.plan.vocabulary]  # [T, b, V]
+    return batch.tokens[:, 1:].where(~batch.text_mask, logits.argmax(dim=-1).t())
 
 
 @torch.inference_mode()
@@ -82,6 +91,7 @@ def generate_tokens(
             same without, where every step runs all tokens so far.
     """
     plan, decoder, marks = model.plan, model.text_decoder, model.plan.marks
+    assert not plan.masked_text, "a masked text decoder fills in (fill_in)"
     assert plan.tensor == plan.pipeline == 1, "one process holds the whole model"
     b, steps, device = latent.shape[1], plan.caption_length, latent.device
     draws = None

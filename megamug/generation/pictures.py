@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megamug.data.pairs.text import Tokenizer
-from megamug.generation.captions import encode, generate_captions, reconstruct
+from megamug.generation.captions import encode, fill_in, generate_captions, reconstruct
 from megamug.models.mug.model import Mug, MugBatch, patchify, unpatchify
 from megamug.telemetry.pictures import PictureRow, save_grid
 
@@ -54,13 +54,18 @@ def _with_patches(batch: MugBatch, patches: Tensor, patch_size: int) -> Tensor:
 def true_and_written(
     model: Mug, tokenizer: Tokenizer | None, batch: MugBatch, captions: Sequence[str]
 ) -> list[list[str]]:
-    """Lines of text for each image: its true caption and the likeliest one; none without a text decoder."""
+    """Lines of text for each image: its true caption and the likeliest one, or, of a masked text decoder, the true one
+    with its hidden tokens filled in; none without a text decoder."""
     if tokenizer is None:
         return [[] for _ in captions]
     with torch.inference_mode():
         latent = encode(model, batch)
-    written = generate_captions(model, tokenizer, latent, cache=model.plan.spec == "local")
-    return [[f"true: {true}"] * bool(true) + [f"written: {own}"] for true, own in zip(captions, written, strict=True)]
+    if model.plan.masked_text:
+        written = [tokenizer.decode(row) for row in fill_in(model, batch, latent).tolist()]
+    else:
+        written = generate_captions(model, tokenizer, latent, cache=model.plan.spec == "local")
+    how = "filled in" if model.plan.masked_text else "written"
+    return [[f"true: {true}"] * bool(true) + [f"{how}: {own}"] for true, own in zip(captions, written, strict=True)]
 
 
 def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tuple[MugBatch, list[str]]]:
@@ -84,8 +89,8 @@ def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tup
 def select(batch: MugBatch, rows: torch.Tensor) -> MugBatch:
     """The rows `rows` of a batch."""
     rows = rows.to(batch.visible_ids.device)
-    parts = (batch.visible_ids, batch.masked_ids, batch.images, batch.tokens)
-    return MugBatch(*(None if part is None else part[rows] for part in parts))
+    parts = {name: getattr(batch, name) for name in ("visible_ids", "masked_ids", "images", "tokens", "text_mask")}
+    return MugBatch(**{name: None if part is None else part[rows] for name, part in parts.items()})
 
 
 class TrainingPictures:

@@ -54,8 +54,9 @@ def _mug(config: Config) -> list[str]:
         lines.append(f"image      {model.decoder_layers} layers of {model.decoder_width}, {model.decoder_heads} heads;"
                      f" {validate.decoder_tokens(config)} tokens; loss weight {model.image_loss_weight:g}")
     if model.caption_loss_weight > 0:
+        hidden = f", {model.text_mask_ratio:.0%} of a caption's hidden" if model.text_objective == "masked" else ""
         lines.append(f"text       {model.text_unimodal_layers} + {model.text_multimodal_layers} layers of"
-                     f" {model.text_width}, {model.text_heads} heads; {data.caption_length} tokens;"
+                     f" {model.text_width}, {model.text_heads} heads; {data.caption_length} tokens{hidden};"
                      f" loss weight {model.caption_loss_weight:g}")
     if config.model.kind == "classifier":
         own = config.classifier

@@ -118,12 +118,13 @@ def _mug(config: Config, vocabulary: int) -> Model:
         hidden, words = written * w, Count(vocabulary * w)
         start = len(blocks)
         moved = ((SEQUENCE, 4 * hidden, 4 * hidden, STREAM),)
-        table = Unit(words + Count(0, written * w), 2, messages=hidden, moved=moved)
+        masked = model.text_objective == "masked"
+        table = Unit(words + Count(0, (written + masked) * w), 2 + masked, messages=hidden, moved=moved)
         blocks.append(Block("text", "embedding", (table,)))
         boundary.append(latent)
         shape = Shape(w, 4 * w, model.text_heads, model.text_heads)
-        layers = [layer(written, shape, causal=True)] * model.text_unimodal_layers
-        layers += [layer(written, shape, True, context=(tokens, width))] * model.text_multimodal_layers
+        layers = [layer(written, shape, not masked)] * model.text_unimodal_layers
+        layers += [layer(written, shape, not masked, context=(tokens, width))] * model.text_multimodal_layers
         stack("text", written, layers, (Kept(hidden, SEQUENCE),), latent + hidden)
         logits = Kept(written * vocabulary, TENSOR, logits=True)
         head = Unit(words, not model.tie_vocabulary, kept=(logits,), messages=hidden,

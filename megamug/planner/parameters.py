@@ -111,7 +111,7 @@ def mug_stage(plan, stage: int) -> Count:
             count += {
                 "encoder": linear(values, width) + Count(0, (1 + plan.registers) * width),
                 "image": linear(model.width, width) + Count(0, (1 + plan.decoder_registers) * width),
-                "text": vocabulary + Count(0, plan.caption_length * width),
+                "text": vocabulary + Count(0, (plan.caption_length + plan.masked_text) * width),
             }[name]
         # The text decoder's last layers attend to the latent.
         multimodal = max(0, part.last - max(part.first, plan.unimodal_layers)) if name == "text" else 0

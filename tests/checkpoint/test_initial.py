@@ -67,6 +67,7 @@ def test_training_starts_from_the_weights_with_a_fresh_optimizer(source, tmp_pat
 @pytest.mark.parametrize("sizes, message", [
     ({"heads": 8}, "model.heads is 4 there and 8 here"),
     ({"layers": 3}, "model.layers is 2 there and 3 here"),
+    ({"text_objective": "masked"}, "model.text_objective is autoregressive there and masked here"),
     ({"tie_vocabulary": False, "text_heads": 8}, "model.text_heads is 4 there and 8 here"),
 ])  # fmt: skip
 def test_another_models_weights_are_refused_before_any_process_group(source, tmp_path, sizes, message):

@@ -116,6 +116,9 @@ BAD = [
     ("data.image_size=60", 1, ["data.image_size(60) is not divisible by model.patch_size(8)", "data.image_size=64"]),
     ("model.mask_ratio=0.99", 1, ["model.mask_ratio(0.99) leaves 0 of 64 patches visible", "model.mask_ratio=0.984"]),
     ("model.mask_ratio=0", 1, ["model.mask_ratio(0.0) hides 0 of 64 patches", "set model.mask_ratio=0.75"]),
+    ("model.text_mask_ratio=0.5", 1, ["model.text_mask_ratio(0.5)", "model.text_objective(autoregressive) hides none",
+                                      "set model.text_objective=masked"]),
+    ("model.text_objective=mask", 1, ["model.text_objective: 'mask' is none of autoregressive, masked", "=masked"]),
     ("data.image_size=8", 1, ["data.image_size(8) makes one patch", "set data.image_size=64"]),
     ("model.image_loss_weight=0 model.caption_loss_weight=0", 1, ["nothing to learn", "set one of them above 0"]),
     ("model.heads=7", 1, ["model.width(192) is not divisible by model.heads(7)", "set model.width=196"]),
@@ -251,6 +254,8 @@ def test_run_folder_of_another_model(inputs, tmp_path):
     assert "model.layers was 6 and is now 2; set run_dir to a new folder" in refusal(inputs, here + "model.layers=2")
     assert "model.caption_loss_weight above 0 was True" in refusal(inputs, here + "model.caption_loss_weight=0")
     assert "data.image_size was 64 and is now 128" in refusal(inputs, here + "data.image_size=128")
+    assert "model.text_objective was autoregressive and is now masked" in refusal(
+        inputs, here + "model.text_objective=masked")  # fmt: skip
     longer = "train.steps=5 optimizer.learning_rate=1 model.caption_loss_weight=0.2 model.mask_ratio=0.5"
     validate.validate(configured(inputs, *(here + longer).split()), 1)  # the same model, trained otherwise
     validate.validate(configured(inputs, *(here + "parallel.tensor=2 parallel.pipeline=2").split()), 4)  # moved

@@ -17,6 +17,7 @@ STEPS, CUT = 4, 2
 VIRTUAL = {"pipeline": 2, "virtual": 2}
 # Six stages: the tied vocabulary weight stands in the fourth and the last, both on the second of two ranks.
 SAME_RANK = {"image_loss_weight": 0.0, "layers": 3, "text_unimodal_layers": 1, "text_multimodal_layers": 1}
+MASKED = {"text_objective": "masked"}
 FROZEN = r"^(encoder|text_decoder\.word_embeddings)\."
 
 
@@ -59,6 +60,7 @@ def runs(tmp_path_factory, world) -> tuple[Path, dict[str, dict]]:
         plain={"parallel": {"pipeline": 2}, "validate": True},
         virtual_same={"parallel": {"pipeline": 2, "virtual": 3}, "model": SAME_RANK, "copies": True},
         virtual_frozen={"parallel": VIRTUAL, "freeze": FROZEN},
+        virtual_masked={"parallel": VIRTUAL, "model": MASKED},
     )
     all_of(
         1,
@@ -66,6 +68,7 @@ def runs(tmp_path_factory, world) -> tuple[Path, dict[str, dict]]:
         half={"steps": CUT},
         one_same={"model": SAME_RANK},
         one_frozen={"freeze": FROZEN},
+        one_masked={"model": MASKED},
         start={"steps": 0, "gradients": None},
         one_from_virtual=later("virtual_half"),
         one_same_from_virtual=later("virtual_same", first=STEPS, gradients=None, model=SAME_RANK),
@@ -75,6 +78,7 @@ def runs(tmp_path_factory, world) -> tuple[Path, dict[str, dict]]:
 
 @pytest.mark.parametrize("name, alone, stages", [
     ("virtual", "one", 4), ("virtual_same", "one_same", 6), ("virtual_frozen", "one_frozen", 4),
+    ("virtual_masked", "one_masked", 4),
 ])  # fmt: skip
 def test_losses_norms_and_gradients_are_those_of_one_process(runs, name, alone, stages):
     root, results = runs

@@ -29,7 +29,7 @@ def plan_of(pipeline: int = 1, **model) -> MugPlan:
 @pytest.mark.parametrize(
     ("pipeline", "model"),
     [(1, {}), (2, {}), (5, {}), (9, {}), (3, {"tie_vocabulary": False}), (2, {"image_loss_weight": 0.0}),
-     (3, {"caption_loss_weight": 0.0})],
+     (3, {"caption_loss_weight": 0.0}), (3, {"text_objective": "masked"})],
 )  # fmt: skip
 def test_parameters_are_those_of_the_built_stages(world, pipeline, model):
     plan = plan_of(pipeline, **model)

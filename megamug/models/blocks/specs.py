@@ -128,12 +128,14 @@ def transformer_layer(
     plain_norm: bool = False,
     per_head_norm: bool = False,
     res_post_norm: bool = False,
+    padded: bool = False,
 ) -> ModuleSpec:
     """A pre-norm transformer layer: self-attention, cross-attention to a context if `context_width` is given, MLP.
 
     `per_head_norm`: the norms of queries and keys are `norms.HeadNorm`. `res_post_norm`: norms stand behind attention
-    and MLP, before the residual sum.
+    and MLP, before the residual sum. `padded`: self-attention gets a mask [b, 1, 1, s] of the keys that are padding.
     """
+    assert not (causal and padded), "what is causal does not see the padding behind it"
     assert not (res_post_norm and context_width is not None), "cross-attention has its norm before it"
     m = modules(kind, plain_norm)
     first_linear = m.column_linear if m.norm_linear is None or res_post_norm else m.norm_linear
@@ -141,7 +143,7 @@ def transformer_layer(
     add: Callable | ModuleSpec = get_bias_dropout_add
     if res_post_norm:
         add = ModuleSpec(module=NormedResidual, params={"norm": m.norm, "config": config})
-    mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    mask_type = AttnMaskType.causal if causal else AttnMaskType.padding if padded else AttnMaskType.no_mask
     head_norm = m.head_norm if config.qk_layernorm else None
     cross = {}
     if context_width is not None:

@@ -39,6 +39,7 @@ class MugBatch:
     images: Tensor | None = None  # [b, 3, H, W] uint8
     tokens: Tensor | None = None  # [b, T + 1] int64: bos, caption, eos, padding
     rows: Tensor | None = None  # int64: the rows that count, where some are padding (their captions are all padding)
+    text_mask: Tensor | None = None  # [b, T] bool: which of tokens[:, 1:] a masked text decoder has to tell
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -152,7 +153,11 @@ class ImageDecoder(MegatronModule):
 
 
 class TextDecoder(MegatronModule):
-    """Writes the caption: uni-modal layers on text alone, then multi-modal ones that attend to the latent as well."""
+    """Tells the caption: uni-modal layers on text alone, then multi-modal ones that attend to the latent as well.
+
+    `text_objective: autoregressive`: each token from those before it. `masked`: the tokens of `batch.text_mask`, in
+    whose place a mask token stands, from all others and from one another's places; no token sees padding.
+    """
 
     def __init__(self, plan: MugPlan, part: Part):
         config = plan.text_config
@@ -166,8 +171,12 @@ class TextDecoder(MegatronModule):
             )
             self.text_positions = nn.Parameter(torch.empty(plan.caption_length, width, dtype=config.params_dtype))
             self.text_positions.sequence_parallel = plan.sequence_parallel
-        uni = specs.transformer_layer(plan.spec, config, causal=True)
-        multi = specs.transformer_layer(plan.spec, config, True, context_width=plan.encoder_config.hidden_size)
+            if plan.masked_text:
+                self.mask_token = nn.Parameter(self.text_positions.new_empty(1, width))
+                self.mask_token.sequence_parallel = plan.sequence_parallel
+        sees = {"causal": not plan.masked_text, "padded": plan.masked_text}
+        uni = specs.transformer_layer(plan.spec, config, **sees)
+        multi = specs.transformer_layer(plan.spec, config, **sees, context_width=plan.encoder_config.hidden_size)
         layer_specs = [uni] * plan.unimodal_layers + [multi] * plan.multimodal_layers
         self.stack = LayerRun(config, layer_specs, plan.norm, part.first, part.last)
         if part.head:
@@ -185,27 +194,43 @@ class TextDecoder(MegatronModule):
         """The vocabulary matrix [V / tp, h] that this stage holds."""
         return self.word_embeddings.weight if hasattr(self, "word_embeddings") else self.output_layer.weight
 
-    def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Token ids [b, t] at positions first, first + 1, ... -> [t, b, h] (its part under sequence parallelism)."""
+    def embed(self, tokens: Tensor, first: int = 0, masked: Tensor | None = None) -> Tensor:
+        """Token ids [b, t] at positions first, first + 1, ... -> [t, b, h] (its part under sequence parallelism).
+        Where `masked` [b, t] is True the mask token stands in the token's place."""
         embedded = self.word_embeddings(tokens)
         positions = self.text_positions[first : first + tokens.shape[1]]
         if self.plan.sequence_parallel:
-            positions = positions.chunk(self.plan.tensor)[self.plan.tensor_rank]
+            positions = self._own_part(positions)
         else:
             embedded = embedded.transpose(0, 1)
+        if masked is not None:
+            places = self._own_part(masked.t()) if self.plan.sequence_parallel else masked.t()
+            embedded = torch.where(places.unsqueeze(-1), self.mask_token, embedded)
         return (embedded + positions.unsqueeze(1)).contiguous()
 
+    def _own_part(self, x: Tensor) -> Tensor:
+        """This tensor-parallel rank's part of the sequence `x` [t, ...]."""
+        return x.chunk(self.plan.tensor)[self.plan.tensor_rank]
+
     def forward(self, batch: MugBatch, latent: Tensor, hidden: Tensor | None) -> Tensor:
-        hidden = self.embed(batch.tokens[:, :-1]) if hidden is None else hidden
-        return self.stack(hidden, attention_mask=None, context=latent)
+        if not self.plan.masked_text:
+            hidden = self.embed(batch.tokens[:, :-1]) if hidden is None else hidden
+            return self.stack(hidden, attention_mask=None, context=latent)
+        tokens = batch.tokens[:, 1:]
+        hidden = self.embed(tokens, masked=batch.text_mask) if hidden is None else hidden
+        return self.stack(hidden, attention_mask=padding_mask(tokens, self.plan.marks.pad), context=latent)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[t, b, h] -> this rank's columns of the vocabulary, [t, b, V / tp]."""
         return self.output_layer(hidden, weight=self.shared_weight() if self.tied else None)[0]
 
     def loss(self, batch: MugBatch, hidden: Tensor, per_token: bool = False) -> tuple[Tensor, ...]:
+        """Cross-entropy summed over the tokens to tell, and their number."""
+        tokens = batch.tokens[:, 1:]
+        if self.plan.masked_text:
+            tokens = tokens.where(batch.text_mask, self.plan.marks.pad)
         return vocab_parallel_cross_entropy(
-            self.logits(hidden), batch.tokens[:, 1:].transpose(0, 1).contiguous(), vocab_size=self.plan.vocabulary,
+            self.logits(hidden), tokens.transpose(0, 1).contiguous(), vocab_size=self.plan.vocabulary,
             group=self.plan.tensor_group, ignore_index=self.plan.marks.pad, return_per_token=per_token,
         )
 
@@ -214,6 +239,14 @@ class TextDecoder(MegatronModule):
         if self.tied:
             second_copy(state, f"{prefix}output_layer.weight", f"{prefix}word_embeddings.weight")
         return state
+
+
+def padding_mask(tokens: Tensor, pad: int) -> Tensor:
+    """Token ids [b, t] -> bool [b, 1, 1, t], True for the keys that nothing attends to: padding. The first place stays
+    open: a row may be padding altogether, and attention to nothing is no number."""
+    hidden = tokens == pad
+    hidden[:, 0] = False
+    return hidden[:, None, None]
 
 
 class Mug(Stage):

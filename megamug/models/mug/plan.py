@@ -38,6 +38,7 @@ class MugPlan(Plan):
         self.caption_length, self.micro_batch = data.caption_length, data.micro_batch_size
         self.tie_vocabulary = model.tie_vocabulary
         self.unimodal_layers, self.multimodal_layers = model.text_unimodal_layers, model.text_multimodal_layers
+        self.masked_text, self.text_mask_ratio = model.text_objective == "masked", model.text_mask_ratio
         self.paints, self.writes = model.image_loss_weight > 0, model.caption_loss_weight > 0
         self.loss_weights = {"image": model.image_loss_weight, "caption": model.caption_loss_weight}
 

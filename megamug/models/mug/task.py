@@ -13,12 +13,13 @@ from megamug.data.dali import load_dali
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.pairs.text import Tokenizer
-from megamug.data.random import random_masks
+from megamug.data.random import random_masks, random_words
 from megamug.data.shards.sources import Source, resolve_sources
 from megamug.data.text.marks import TRAINED_HERE
 from megamug.errors import printable
 from megamug.models.mug.model import Mug, MugBatch
 from megamug.models.mug.plan import MugPlan
+from megamug.models.mug.text_masks import caption_terms, hidden_tokens
 from megamug.models.task import Task
 
 log = logging.getLogger(__name__)
@@ -104,15 +105,19 @@ class MugTask(Task):
         tokens = pairs.tokens
         if rows is not None and tokens is not None:
             tokens = torch.where(torch.from_numpy(pairs.valid).to(device).unsqueeze(1), tokens, self.plan.marks.pad)
+        text_mask = None
+        if plan.masked_text and tokens is not None:
+            words = random_words(self.config.seed, "text mask", pairs.epochs, pairs.indices, plan.caption_length)
+            text_mask = hidden_tokens(tokens, torch.from_numpy(words.astype("int64")), plan.marks, plan.text_mask_ratio)
         return MugBatch(
-            torch.from_numpy(visible).to(device), torch.from_numpy(masked).to(device), pairs.images, tokens, rows
+            torch.from_numpy(visible).to(device), torch.from_numpy(masked).to(device), pairs.images, tokens, rows,
+            text_mask,
         )
 
     def totals(self, pairs: GlobalBatch, batches: list[MugBatch], world) -> dict[str, float]:
         """By loss name, the number of terms in the whole global batch. One small all-reduce over the replicas."""
         patches = sum(int(p.valid.sum()) for p in pairs.micro_batches) * self.plan.masked
-        pad = self.plan.marks.pad
-        tokens = sum(int((b.tokens[:, 1:] != pad).sum()) for b in batches) if self.plan.writes else 0
+        tokens = sum(caption_terms(b, self.plan.marks.pad) for b in batches) if self.plan.writes else 0
         counts = torch.tensor([patches, tokens], dtype=torch.float64, device=world.device)
         if world.dp_size > 1:
             dist.all_reduce(counts, group=world.dp_group)

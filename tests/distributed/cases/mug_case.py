@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from unittest import mock
 
+import numpy as np
 import torch
 
 from megamug.configuration.sections import Config
@@ -56,15 +57,25 @@ def sample(index: int, plan):
 def micro_batches(step: int, plan, config: Config, world):
     """(this replica's micro-batches of a step, totals of the whole global batch by loss name)."""
     from megamug.data.pairs.text import PAD
+    from megamug.data.random import random_words
     from megamug.models.mug.model import MugBatch
+    from megamug.models.mug.text_masks import hidden_tokens
 
     count = config.data.global_batch_size
     samples = [sample(step * count + i, plan) for i in range(count)]
-    totals = {"image": float(count * plan.masked), "caption": float(sum((s[3][1:] != PAD).sum() for s in samples))}
+    tokens = torch.stack([s[3] for s in samples])
+    told = tokens[:, 1:] != PAD
+    if plan.masked_text:
+        words = random_words(config.seed, "text mask", 0, np.arange(step * count, (step + 1) * count), told.shape[1])
+        noise = torch.from_numpy(words.astype("int64"))
+        told = hidden_tokens(tokens, noise, plan.marks, plan.text_mask_ratio)
+        samples = [(*s, mask) for s, mask in zip(samples, told, strict=True)]
+    totals = {"image": float(count * plan.masked), "caption": float(told.sum())}
     mine = samples[world.dp_rank * count // world.dp_size : (world.dp_rank + 1) * count // world.dp_size]
     size = config.data.micro_batch_size
     batches = []
     for start in range(0, len(mine), size):
-        image, visible, masked, tokens = (torch.stack(x) for x in zip(*mine[start : start + size], strict=True))
-        batches.append(MugBatch(visible, masked, image, tokens))
+        parts = [torch.stack(x) for x in zip(*mine[start : start + size], strict=True)]
+        image, visible, masked, tokens = parts[:4]
+        batches.append(MugBatch(visible, masked, image, tokens, text_mask=parts[4] if plan.masked_text else None))
     return batches, totals

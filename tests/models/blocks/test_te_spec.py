@@ -87,6 +87,7 @@ MUG, LLAMA, UNLIKE = {"case": "mug"}, {"case": "lm", "family": "llama"}, {"case"
     MUG,
     MUG | {"parallel": {"pipeline": 3}},
     MUG | {"model": {"caption_loss_weight": 0.0}},
+    MUG | {"model": {"text_objective": "masked"}, "parallel": {"tensor": 2, "sequence": True}},
     MUG | {"precision": {"dtype": "bf16"}},
     MUG | {"parallel": {"tensor": 2}},
     MUG | {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2}},
