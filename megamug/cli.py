@@ -36,7 +36,7 @@ from megamug.configuration import validate, validate_classifier
 from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
-from megamug.evaluate import DECODERS, TASKS, check_kind
+from megamug.evaluate import TASKS
 
 # Options of `generate` that one family of models has; the others concern both.
 MUG_OPTIONS = ("images", "mask_ratio")
@@ -96,6 +96,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
         help="shards, or folders of tokenised documents (default: data.validation of the run)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--references", type=Path, metavar="FILE",
+        help="captioning: true captions, a .json as COCO writes it (default: those of the data)",
     )  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
@@ -204,35 +208,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
     if arguments.samples is not None and arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
-    config = load_config(arguments.run_dir / "config.yaml")
-    if arguments.data is None and config.data.validation is None:
-        raise UserError(f"{arguments.run_dir} was trained without data.validation; name held-out shards with --data")
-    check_kind(arguments.task, config.model.kind, arguments.run_dir)
-    weight = DECODERS.get(arguments.task)
-    if weight is not None and getattr(config.model, weight) == 0:
-        raise UserError(f"--task {arguments.task}: {arguments.run_dir} was trained with model.{weight}=0, so it has no"
-                        f" such decoder; choose another task")
     data = arguments.data
     if data is not None and len(data) == 1:
         data = data[0]
-    if data is not None:
-        from megamug.data.shards.sources import resolve_sources
-
-        try:
-            if arguments.task == "perplexity":
-                from megamug.data.documents.indexed import document_folders, read_header
-
-                for folder, _ in document_folders(data):
-                    read_header(Path(folder))
-            else:
-                resolve_sources(data, captions=arguments.task == "captioning")
-        except UserError as error:
-            raise UserError(f"--data: {error}") from None
     from megamug import evaluate
 
     figures = evaluate.run_task(
         arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
-        output=arguments.output,
+        output=arguments.output, references=arguments.references,
     )
     _print_json(figures, arguments.json)
     return 0

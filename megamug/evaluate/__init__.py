@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 from megamug.errors import UserError
+from megamug.evaluate.caption_figures import NAMES
 
 # the loss weight that the task's decoder is trained with
 DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
+CAPTIONED = ("captioning",)  # tasks that read captions
 TASKS = (*DECODERS, "perplexity", "classification")
 OF_KIND = {
     "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
@@ -30,6 +32,7 @@ def run_task(
     samples: int | None = None,
     data: object = None,
     output: str | Path | None = None,
+    references: str | Path | None = None,
 ) -> dict:
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
@@ -38,38 +41,40 @@ def run_task(
         samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
+        references: of captioning, a list of captions as COCO writes it, in the place of the data's own.
 
     Prints a short table on stderr; returns what TASK.json holds. In several processes (language models) the first one
     writes and prints. Raises `UserError`: a run that cannot be read, of another kind than the task's, without held-out
-    data or without the task's decoder; what the task itself refuses.
+    data or without the task's decoder; a library that is missing; what the task itself refuses. All but the last before
+    a model is built.
     """
+    check(run_dir, task, data=data, references=references)
     from megamug.durable import write_atomically
     from megamug.evaluate import captioning, classification, perplexity, reconstruction
     from megamug.generation.loading import load_run
 
-    if task not in TASKS:
-        raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
-    if task == "perplexity":
-        _check_documents(Path(run_dir), data)
+    matched = None
+    if references is not None:
+        from megamug.data.shards.sources import resolve_sources
+        from megamug.evaluate.references import match
+        from megamug.generation.loading import read_config
+
+        held_out = read_config(Path(run_dir)).data.validation if data is None else data
+        matched = match(Path(references), resolve_sources(held_out, captions=True))
     with load_run(run_dir, step) as run:
         config = run.config
-        check_kind(task, config.model.kind, run_dir)
-        if task in DECODERS and getattr(config.model, DECODERS[task]) == 0:
-            raise UserError(f"{run_dir} was trained with model.{DECODERS[task]}=0: nothing to measure for task {task}")
         if data is not None:
             config.data.validation = data
-        if config.data.validation is None:
-            raise UserError(f"{run_dir} was trained without data.validation; name held-out shards")
         folder = Path(output) if output is not None else Path(run_dir) / "evaluate" / f"step-{run.step:08d}"
         most = config.data.validation_samples if samples is None else samples
         if task == "perplexity":
             measured = perplexity.measure(run, most)
         elif task == "classification":
             measured = classification.measure(run, samples, folder)
+        elif task == "captioning":
+            measured = captioning.measure(run, most, folder, matched)
         else:
-            measured = {"reconstruction": reconstruction.measure, "captioning": captioning.measure}[task](
-                run, most, folder
-            )
+            measured = reconstruction.measure(run, most, folder)
         figures = {
             "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
             **measured,
@@ -83,6 +88,51 @@ def run_task(
     lines += [*(f"picture: {picture}" for picture in figures.get("pictures", []))]
     print("\n".join(lines), file=sys.stderr)
     return figures
+
+
+def check(run_dir: str | Path, task: str, *, data: object = None, references: str | Path | None = None) -> None:
+    """Raises UserError for what `run_task` would refuse of these, as far as that needs no model: first what the run is,
+    then what it is to be measured on."""
+    from megamug.configuration.reading import load_config
+
+    if task not in TASKS:
+        raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give run_dir of the configuration")
+    config = load_config(path)
+    check_kind(task, config.model.kind, run_dir)
+    weight = DECODERS.get(task)
+    if weight is not None and getattr(config.model, weight) == 0:
+        raise UserError(f"--task {task}: {run_dir} was trained with model.{weight}=0, so it has no such decoder; choose"
+                        " another task")  # fmt: skip
+    if references is not None and task != "captioning":
+        raise UserError(f"--references is for --task captioning, and the task is {task}; leave it out")
+    if data is None and config.data.validation is None:
+        raise UserError(f"{run_dir} was trained without data.validation; name held-out shards with --data")
+    if data is not None:
+        try:
+            _check_data(task, data)
+        except UserError as error:
+            raise UserError(f"--data: {error}") from None
+    if task == "perplexity":
+        _check_documents(Path(run_dir), data)
+    if task == "captioning":
+        from megamug.evaluate.caption_figures import check_libraries
+
+        check_libraries()
+
+
+def _check_data(task: str, data: object) -> None:
+    if task == "perplexity":
+        from megamug.data.documents.indexed import document_folders, read_header
+
+        for folder, _ in document_folders(data):
+            read_header(Path(folder))
+    else:
+        from megamug.data.shards.sources import resolve_sources
+
+        resolve_sources(data, captions=task in CAPTIONED)
 
 
 def _check_documents(run_dir: Path, data: object) -> None:
@@ -133,8 +183,15 @@ def table(figures: dict) -> list[str]:
         ("captions exactly right", "exact_match", ".1%"),
         ("tokens right", "token_accuracy", ".1%"),
     ]
-    cells = ("".join(f"{view[key]:>10{style}}" for view in views) for _, key, style in rows)
-    return [head, *(f"  {title:<30}{cell}" for (title, _, _), cell in zip(rows, cells, strict=True))]
+    def row(title: str, style: str, values: list) -> str:
+        return f"  {title:<30}{''.join(f'{value:>10{style}}' for value in values)}"
+
+    lines = [row(title, style, [view[key] for view in views]) for title, key, style in rows]
+    told = figures["compared"]
+    of = "" if told["samples"] == figures["samples"] else f"of {told['samples']} pairs, "
+    lines.append(f"  {of}beside {told['references'] / told['samples']:.3g} true captions each:")
+    lines += [row(title, ".3f", [view["text"][key] for view in views]) for key, title in NAMES.items()]
+    return [head, *lines]
 
 
 def _classification_table(figures: dict) -> list[str]:

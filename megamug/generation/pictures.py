@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamug.data.pairs.batch import PairBatch
 from megamug.data.pairs.text import Tokenizer
 from megamug.generation.captions import encode, generate_captions, reconstruct
 from megamug.models.mug.model import Mug, MugBatch, patchify, unpatchify
@@ -64,8 +65,17 @@ def true_and_written(
 
 
 def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tuple[MugBatch, list[str]]]:
-    """Micro-batches of held-out pairs and their captions as they stand in the shards ("" for an image without), in the
-    fixed order of validation. Without `tokens` images without a caption are among them.
+    """`held_out_samples`, with the captions as they stand in the shards ("" for an image without)."""
+    for batch, pairs, rows in held_out_samples(task, world, max_samples, tokens):
+        captions = pairs.captions()
+        yield batch, [captions[i] for i in rows]
+
+
+def held_out_samples(
+    task, world, max_samples: int, tokens: bool = True
+) -> Iterator[tuple[MugBatch, PairBatch, list[int]]]:
+    """Micro-batches of held-out pairs in the fixed order of validation: their rows that count, and the whole with the
+    numbers of those rows. Without `tokens` images without a caption are among them.
 
     Masks are those of training (a pure function of seed and sample). `task` is a MugTask, `world` a single replica.
     """
@@ -75,8 +85,7 @@ def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tup
             for micro in pairs.micro_batches:
                 if micro.valid.any():
                     batch, rows = task.batch(micro), torch.from_numpy(micro.valid.nonzero()[0])
-                    captions = micro.captions()
-                    yield select(batch, rows), [captions[i] for i in rows.tolist()]
+                    yield select(batch, rows), micro, rows.tolist()
     finally:
         loader.close()
 
