@@ -1,8 +1,8 @@
 """Figures of a trained run on held-out data.
 
-    megamug evaluate RUN --task reconstruction|captioning      (MUG)
-    megamug evaluate RUN --task perplexity                     (language models)
-    megamug evaluate RUN --task classification                 (classifiers)
+    megamug evaluate RUN --task reconstruction|captioning|retrieval      (MUG)
+    megamug evaluate RUN --task perplexity                               (language models)
+    megamug evaluate RUN --task classification                           (classifiers)
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from megamug.errors import UserError
 from megamug.evaluate.caption_figures import NAMES
 
 # the loss weight that the task's decoder is trained with
-DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
-CAPTIONED = ("captioning",)  # tasks that read captions
+DECODERS = {
+    "reconstruction": "image_loss_weight", "captioning": "caption_loss_weight", "retrieval": "caption_loss_weight",
+}  # fmt: skip
+CAPTIONED = ("captioning", "retrieval")  # tasks that read captions
 TASKS = (*DECODERS, "perplexity", "classification")
 OF_KIND = {
     "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
@@ -37,7 +39,7 @@ def run_task(
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction` or `captioning` of MUG, `perplexity` of a language model, `classification`.
+        task: `reconstruction`, `captioning` or `retrieval` of MUG, `perplexity` of a language model, `classification`.
         samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
@@ -50,7 +52,7 @@ def run_task(
     """
     check(run_dir, task, data=data, references=references)
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, classification, perplexity, reconstruction
+    from megamug.evaluate import captioning, classification, perplexity, reconstruction, retrieval
     from megamug.generation.loading import load_run
 
     matched = None
@@ -74,7 +76,9 @@ def run_task(
         elif task == "captioning":
             measured = captioning.measure(run, most, folder, matched)
         else:
-            measured = reconstruction.measure(run, most, folder)
+            measured = {"reconstruction": reconstruction.measure, "retrieval": retrieval.measure}[task](
+                run, most, folder
+            )
         figures = {
             "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
             **measured,
@@ -164,6 +168,8 @@ def table(figures: dict) -> list[str]:
         return _perplexity_table(figures)
     if figures["task"] == "classification":
         return _classification_table(figures)
+    if figures["task"] == "retrieval":
+        return _retrieval_table(figures)
     head = f"{figures['task']} of {figures['samples']} held-out pairs, step {figures['step']}"
     if figures["task"] == "reconstruction":
         return [
@@ -192,6 +198,25 @@ def table(figures: dict) -> list[str]:
     lines.append(f"  {of}beside {told['references'] / told['samples']:.3g} true captions each:")
     lines += [row(title, ".3f", [view["text"][key] for view in views]) for key, title in NAMES.items()]
     return [head, *lines]
+
+
+def _retrieval_table(figures: dict) -> list[str]:
+    def row(title: str, one: dict) -> str:
+        rank = f"{one['median_rank']:>13g}" if "median_rank" in one else ""
+        return f"  {title:<38}" + "".join(f"{one[name]:>9.1%}" for name in ("r1", "r5", "r10")) + rank
+
+    texts, images = figures["image_to_text"], figures["text_to_image"]
+    titles = {
+        "likelihood": "log p(text | image)", "likelihood_per_token": "  per token", "half_prior": "  - 0.5 log p(text)",
+        "prior": "  - log p(text)", "prior_per_token": "  - log p(text), per token", "chance": "a random order",
+    }  # fmt: skip
+    return [
+        f"retrieval among {figures['samples']:,} images and {figures['texts']:,} texts, step {figures['step']}",
+        f"  {'image to text':<38}{'R@1':>9}{'R@5':>9}{'R@10':>9}{'median rank':>13}",
+        *(row(f"  {title}", texts[name]) for name, title in titles.items()),
+        "  text to image",
+        row("  log p(text | image)", images), row("  a random order", images["chance"]),
+    ]  # fmt: skip
 
 
 def _classification_table(figures: dict) -> list[str]:

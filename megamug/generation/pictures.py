@@ -39,10 +39,16 @@ def sample_rows(model: Mug, batch: MugBatch, texts: Sequence[Sequence[str]]) -> 
     shape = (len(batch.images), batch.masked_ids.shape[1], 3 * size**2)
     images = [batch.images, _with_patches(batch, torch.full(shape, GREY, device=batch.images.device), size)]
     if model.plan.paints:
-        painted = reconstruct(model, batch, encode(model, batch)).clamp(0, 1)
-        images.append(_with_patches(batch, (painted * 255).round(), size))
+        images.append(repainted(model, batch))
     pixels = [x.permute(0, 2, 3, 1).contiguous().cpu().numpy() for x in images]
     return [PictureRow([x[i] for x in pixels], list(texts[i])) for i in range(len(batch.images))]
+
+
+@torch.inference_mode()
+def repainted(model: Mug, batch: MugBatch) -> Tensor:
+    """The images with the hidden patches as the model paints them, uint8 [b, 3, H, W]."""
+    painted = reconstruct(model, batch, encode(model, batch)).clamp(0, 1)
+    return _with_patches(batch, (painted * 255).round(), model.plan.patch_size)
 
 
 def _with_patches(batch: MugBatch, patches: Tensor, patch_size: int) -> Tensor:
