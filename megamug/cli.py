@@ -2,7 +2,7 @@
 
     megamug train CONFIG.yaml [section.key=value ...] [--dry-run [--world-size N]]
     torchrun --nproc-per-node 8 -m megamug train CONFIG.yaml parallel.tensor=2
-    megamug evaluate RUN --task reconstruction|captioning|masked_text|perplexity
+    megamug evaluate RUN --task captioning|retrieval|perplexity|classification ...
     megamug generate RUN --images PATH...                (MUG)
     megamug generate RUN --prompt TEXT [--image PATH]    (language models)
     megamug plan CONFIG.yaml --gpus N --gpu h100|h200|a100 [section.key=value ...]
@@ -36,12 +36,17 @@ from megamug.configuration import validate, validate_classifier
 from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
-from megamug.evaluate import OBJECTIVES, TASKS, check_decoder, check_kind
+from megamug.evaluate import TASKS
+from megamug.generation import options
 
 # Options of `generate` that one family of models has; the others concern both.
 MUG_OPTIONS = ("images", "mask_ratio")
 LM_OPTIONS = (
     "prompt", "image", "max_images", "max_tokens", "guidance", "contrastive", "contrastive_top_k", "samples", "seed",
+)  # fmt: skip
+RANGED = (
+    "mask_ratio", "top_p", "temperature", "max_images", "max_tokens", "guidance", "contrastive", "contrastive_top_k",
+    "samples", "seed",
 )  # fmt: skip
 EXIT_USER_ERROR = 2
 PATIENCE_SECONDS = 30.0  # how much later than the others a process may come to the same mistake
@@ -96,6 +101,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
         help="shards, or folders of tokenised documents (default: data.validation of the run)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--references", type=Path, metavar="FILE",
+        help="captioning: true captions, a .json as COCO writes it (default: those of the data)",
     )  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
@@ -204,32 +213,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
     if arguments.samples is not None and arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
-    config = load_config(arguments.run_dir / "config.yaml")
-    if arguments.data is None and config.data.validation is None:
-        raise UserError(f"{arguments.run_dir} was trained without data.validation; name held-out shards with --data")
-    check_kind(arguments.task, config.model.kind, arguments.run_dir)
-    check_decoder(arguments.task, config.model, arguments.run_dir)
     data = arguments.data
     if data is not None and len(data) == 1:
         data = data[0]
-    if data is not None:
-        from megamug.data.shards.sources import resolve_sources
-
-        try:
-            if arguments.task == "perplexity":
-                from megamug.data.documents.indexed import document_folders, read_header
-
-                for folder, _ in document_folders(data):
-                    read_header(Path(folder))
-            else:
-                resolve_sources(data, captions=arguments.task in OBJECTIVES)
-        except UserError as error:
-            raise UserError(f"--data: {error}") from None
     from megamug import evaluate
 
     figures = evaluate.run_task(
         arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
-        output=arguments.output,
+        output=arguments.output, references=arguments.references,
     )
     _print_json(figures, arguments.json)
     return 0
@@ -244,20 +235,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     foreign = LM_OPTIONS if kind == "mug" else MUG_OPTIONS
     given = [name for name in foreign if getattr(arguments, name) is not None]
     if given:
-        raise UserError(f"{_option(given[0])} is not for {arguments.run_dir}, a run of {kind}; its options are"
-                        f" {', '.join(map(_option, MUG_OPTIONS if kind == 'mug' else LM_OPTIONS))}")
-    positive, count = (lambda x: 0 < x < float("inf"), "above 0"), (lambda x: x >= 1, "at least 1")
-    for name, (allowed, wanted) in {
-        "mask_ratio": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        "temperature": positive if kind == "mug" else (lambda x: 0 <= x < float("inf"), "at least 0"),
-        "max_images": (lambda x: x >= 0, "at least 0"),
-        "max_tokens": count, "guidance": positive, "contrastive": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        "contrastive_top_k": count, "samples": count, "seed": (lambda x: 0 <= x < 2**32, "at least 0 and below 2**32"),
-    }.items():  # fmt: skip
-        value = getattr(arguments, name)
-        if value is not None and not allowed(value):
-            raise UserError(f"{_option(name)} is {value:g}; it must be {wanted}")
+        raise UserError(f"{options.flag(given[0])} is not for {arguments.run_dir}, a run of {kind}; its options are"
+                        f" {', '.join(map(options.flag, MUG_OPTIONS if kind == 'mug' else LM_OPTIONS))}")
+    options.check(kind, {name: getattr(arguments, name) for name in RANGED})
     figures = (_generate_from_images if kind == "mug" else _generate_documents)(arguments)
     _print_json(figures, arguments.json)
     return 0
@@ -290,10 +270,6 @@ def _generate_documents(arguments: argparse.Namespace) -> dict:
         guidance=arguments.guidance, contrastive=arguments.contrastive, contrastive_top_k=arguments.contrastive_top_k,
         samples=arguments.samples or 1, seed=arguments.seed, output=arguments.output, step=arguments.checkpoint,
     )
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -246,7 +246,8 @@ def test_evaluate_calls_the_task_and_prints_its_figures(finished_run, capsys, st
     calls = stand_in("evaluate", "run_task", {"exact_match": 0.5})
     options = ["--task", "captioning", "--checkpoint", "10", "--samples", "9"]
     assert cli.main(["evaluate", str(finished_run), *options]) == 0
-    assert calls == [((finished_run, "captioning"), {"step": 10, "samples": 9, "data": None, "output": None})]
+    named = {"step": 10, "samples": 9, "data": None, "output": None, "references": None}
+    assert calls == [((finished_run, "captioning"), named)]
     assert capsys.readouterr().out == '{\n  "exact_match": 0.5\n}\n'
 
 
@@ -288,5 +289,8 @@ def test_what_evaluate_and_generate_refuse(finished_run, tmp_path, capsys):
     assert "has no checkpoint yet" in told(capsys, "evaluate", tmp_path / "empty", *task)
     (tmp_path / "empty" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert "without data.validation" in told(capsys, "evaluate", tmp_path / "empty", *task)
+    for more in ([], ["--data", "/absent"]):  # what the run is comes before what it is measured on
+        assert "is a run of mug, whose tasks are: reconstruction, captioning" in told(
+            capsys, "evaluate", tmp_path / "empty", "--task", "classification", *more)  # fmt: skip
     assert "model.caption_loss_weight=0, so it has no such decoder" in told(
         capsys, "evaluate", tmp_path / "empty", "--task", "captioning", "--data", "x")  # fmt: skip

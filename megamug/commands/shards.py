@@ -2,7 +2,8 @@
 
 SOURCE is a folder of images, each beside a .txt or .json (key `caption`) of the same name or all without, or a .tsv
 file with lines `path of the image<TAB>caption` (paths relative to the file). Images are stored as they are; the shards
-are indexed. --labels folders makes classes of the folders in SOURCE, in the order of their names; --labels FILE takes
+are indexed. --captions FILE takes captions from a .json as COCO writes it (images, annotations); an image keeps all of
+its own. --labels folders makes classes of the folders in SOURCE, in the order of their names; --labels FILE takes
 them from a .json as COCO and iNaturalist write it (images, annotations, categories), or a .txt of lines `path label`.
 """
 
@@ -28,12 +29,14 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this prefix in FOLDER")
     parser.add_argument("--images-alone", action="store_true",
                         help="pack images without a caption, too, where others have one")  # fmt: skip
+    parser.add_argument("--captions", type=Path, metavar="FILE",
+                        help="a .json of captions as COCO writes it, not files beside the images")  # fmt: skip
     parser.add_argument("--labels", metavar="folders|FILE", help="the class of each image; what has none is left out")
     parser.add_argument("--no-index", action="store_true", help="do not index the shards")
     args = parser.parse_args(argv)
     shards, skipped = make_shards(
         args.source, args.output, prefix=args.prefix, shard_size=args.shard_size, overwrite=args.overwrite,
-        images_alone=args.images_alone, labels=args.labels,
+        images_alone=args.images_alone, labels=args.labels, captions=args.captions,
     )  # fmt: skip
     for path, reason in skipped[:20]:
         print(printable(f"  left out: {path}: {reason}"))

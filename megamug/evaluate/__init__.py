@@ -1,8 +1,8 @@
 """Figures of a trained run on held-out data.
 
-    megamug evaluate RUN --task reconstruction|captioning|masked_text (MUG)
-    megamug evaluate RUN --task perplexity                     (language models)
-    megamug evaluate RUN --task classification                 (classifiers)
+    megamug evaluate RUN --task reconstruction|captioning|retrieval|masked_text      (MUG)
+    megamug evaluate RUN --task perplexity                                           (language models)
+    megamug evaluate RUN --task classification                                       (classifiers)
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 from megamug.errors import UserError
+from megamug.evaluate.caption_figures import NAMES
 
 # the loss weight that the task's decoder is trained with
 DECODERS = {
-    "reconstruction": "image_loss_weight", "captioning": "caption_loss_weight", "masked_text": "caption_loss_weight",
+    "reconstruction": "image_loss_weight", "captioning": "caption_loss_weight", "retrieval": "caption_loss_weight",
+    "masked_text": "caption_loss_weight",
 }  # fmt: skip
-OBJECTIVES = {"captioning": "autoregressive", "masked_text": "masked"}  # model.text_objective that a task is of
+# model.text_objective of the tasks that read captions
+OBJECTIVES = {"captioning": "autoregressive", "retrieval": "autoregressive", "masked_text": "masked"}
 TASKS = (*DECODERS, "perplexity", "classification")
 OF_KIND = {
     "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
@@ -33,43 +36,50 @@ def run_task(
     samples: int | None = None,
     data: object = None,
     output: str | Path | None = None,
+    references: str | Path | None = None,
 ) -> dict:
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction`, `captioning` or `masked_text` of MUG, `perplexity` of language models, `classification`.
+        task: `reconstruction`, `captioning`, `retrieval` or `masked_text` of MUG, `perplexity` of a language model,
+            `classification`.
         samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
+        references: of captioning, a list of captions as COCO writes it, in the place of the data's own.
 
     Prints a short table on stderr; returns what TASK.json holds. In several processes (language models) the first one
     writes and prints. Raises `UserError`: a run that cannot be read, of another kind than the task's, without held-out
-    data or without the task's decoder; what the task itself refuses.
+    data or without the task's decoder; a library that is missing; what the task itself refuses. All but the last before
+    a model is built.
     """
+    check(run_dir, task, data=data, references=references)
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, classification, masked_text, perplexity, reconstruction
+    from megamug.evaluate import captioning, classification, masked_text, perplexity, reconstruction, retrieval
     from megamug.generation.loading import load_run
 
-    if task not in TASKS:
-        raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
-    if task == "perplexity":
-        _check_documents(Path(run_dir), data)
+    matched = None
+    if references is not None:
+        from megamug.data.shards.sources import resolve_sources
+        from megamug.evaluate.references import match
+        from megamug.generation.loading import read_config
+
+        held_out = read_config(Path(run_dir)).data.validation if data is None else data
+        matched = match(Path(references), resolve_sources(held_out, captions=True))
     with load_run(run_dir, step) as run:
         config = run.config
-        check_kind(task, config.model.kind, run_dir)
-        check_decoder(task, config.model, run_dir)
         if data is not None:
             config.data.validation = data
-        if config.data.validation is None:
-            raise UserError(f"{run_dir} was trained without data.validation; name held-out shards")
         folder = Path(output) if output is not None else Path(run_dir) / "evaluate" / f"step-{run.step:08d}"
         most = config.data.validation_samples if samples is None else samples
         if task == "perplexity":
             measured = perplexity.measure(run, most)
         elif task == "classification":
             measured = classification.measure(run, samples, folder)
+        elif task == "captioning":
+            measured = captioning.measure(run, most, folder, matched)
         else:
-            module = {"reconstruction": reconstruction, "captioning": captioning, "masked_text": masked_text}[task]
+            module = {"reconstruction": reconstruction, "retrieval": retrieval, "masked_text": masked_text}[task]
             measured = module.measure(run, most, folder)
         figures = {
             "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
@@ -84,6 +94,48 @@ def run_task(
     lines += [*(f"picture: {picture}" for picture in figures.get("pictures", []))]
     print("\n".join(lines), file=sys.stderr)
     return figures
+
+
+def check(run_dir: str | Path, task: str, *, data: object = None, references: str | Path | None = None) -> None:
+    """Raises UserError for what `run_task` would refuse of these, as far as that needs no model: first what the run is,
+    then what it is to be measured on."""
+    from megamug.configuration.reading import load_config
+
+    if task not in TASKS:
+        raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml; give run_dir of the configuration")
+    config = load_config(path)
+    check_kind(task, config.model.kind, run_dir)
+    check_decoder(task, config.model, run_dir)
+    if references is not None and task != "captioning":
+        raise UserError(f"--references is for --task captioning, and the task is {task}; leave it out")
+    if data is None and config.data.validation is None:
+        raise UserError(f"{run_dir} was trained without data.validation; name held-out shards with --data")
+    if data is not None:
+        try:
+            _check_data(task, data)
+        except UserError as error:
+            raise UserError(f"--data: {error}") from None
+    if task == "perplexity":
+        _check_documents(Path(run_dir), data)
+    if task == "captioning":
+        from megamug.evaluate.caption_figures import check_libraries
+
+        check_libraries()
+
+
+def _check_data(task: str, data: object) -> None:
+    if task == "perplexity":
+        from megamug.data.documents.indexed import document_folders, read_header
+
+        for folder, _ in document_folders(data):
+            read_header(Path(folder))
+    else:
+        from megamug.data.shards.sources import resolve_sources
+
+        resolve_sources(data, captions=task in OBJECTIVES)
 
 
 def _check_documents(run_dir: Path, data: object) -> None:
@@ -129,6 +181,8 @@ def table(figures: dict) -> list[str]:
         return _perplexity_table(figures)
     if figures["task"] == "classification":
         return _classification_table(figures)
+    if figures["task"] == "retrieval":
+        return _retrieval_table(figures)
     head = f"{figures['task']} of {figures['samples']} held-out pairs, step {figures['step']}"
     if figures["task"] == "reconstruction":
         return [
@@ -139,7 +193,12 @@ def table(figures: dict) -> list[str]:
             f"  image loss                      {figures['image_loss']:.5f}",
             *([f"  note: {figures['note']}"] if "note" in figures else []),
         ]
-    views, rows = [figures["masked"], figures["all_visible"]], [("visible patches", "visible_patches", "d")]
+    views = [figures["masked"], figures["all_visible"]]
+
+    def row(title: str, style: str, values: list) -> str:
+        return f"  {title:<30}{''.join(f'{value:>10{style}}' for value in values)}"
+
+    rows = [("visible patches", "visible_patches", "d")]
     if figures["task"] == "masked_text":
         head += f", {figures['hidden_tokens']:,} hidden tokens"
         rows += [("loss, nat a hidden token", "masked_token_loss", ".3f"),
@@ -150,8 +209,32 @@ def table(figures: dict) -> list[str]:
                  ("  with another image's latent", "caption_loss_other_image", ".3f"), ("  gap", "gap", ".3f"),
                  ("captions exactly right", "exact_match", ".1%"),
                  ("tokens right", "token_accuracy", ".1%")]  # fmt: skip
-    cells = ("".join(f"{view[key]:>10{style}}" for view in views) for _, key, style in rows)
-    return [head, *(f"  {title:<30}{cell}" for (title, _, _), cell in zip(rows, cells, strict=True))]
+    lines = [row(title, style, [view[key] for view in views]) for title, key, style in rows]
+    if "compared" in figures:
+        told = figures["compared"]
+        of = "" if told["samples"] == figures["samples"] else f"of {told['samples']} pairs, "
+        lines.append(f"  {of}beside {told['references'] / told['samples']:.3g} true captions each:")
+        lines += [row(title, ".3f", [view["text"][key] for view in views]) for key, title in NAMES.items()]
+    return [head, *lines]
+
+
+def _retrieval_table(figures: dict) -> list[str]:
+    def row(title: str, one: dict) -> str:
+        rank = f"{one['median_rank']:>13g}" if "median_rank" in one else ""
+        return f"  {title:<38}" + "".join(f"{one[name]:>9.1%}" for name in ("r1", "r5", "r10")) + rank
+
+    texts, images = figures["image_to_text"], figures["text_to_image"]
+    titles = {
+        "likelihood": "log p(text | image)", "likelihood_per_token": "  per token", "half_prior": "  - 0.5 log p(text)",
+        "prior": "  - log p(text)", "prior_per_token": "  - log p(text), per token", "chance": "a random order",
+    }  # fmt: skip
+    return [
+        f"retrieval among {figures['samples']:,} images and {figures['texts']:,} texts, step {figures['step']}",
+        f"  {'image to text':<38}{'R@1':>9}{'R@5':>9}{'R@10':>9}{'median rank':>13}",
+        *(row(f"  {title}", texts[name]) for name, title in titles.items()),
+        "  text to image",
+        row("  log p(text | image)", images), row("  a random order", images["chance"]),
+    ]  # fmt: skip
 
 
 def _classification_table(figures: dict) -> list[str]:

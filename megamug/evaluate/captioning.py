@@ -1,7 +1,8 @@
 """How well captions are written, and whether the image is used for it.
 
 The caption loss is taken with the right image's latent and with another image's (the pair before it in the batch): a
-decoder that only knows what captions are like has the same loss with both.
+decoder that only knows what captions are like has the same loss with both. The likeliest captions are compared with the
+true ones by `caption_figures`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from megamug.durable import write_atomically
 from megamug.errors import UserError
+from megamug.evaluate.caption_figures import TOKENIZATION, caption_figures
+from megamug.evaluate.references import References
 from megamug.generation.captions import all_visible, encode, generate_tokens
-from megamug.generation.pictures import columns, held_out, sample_rows, select
+from megamug.generation.pictures import columns, held_out_samples, sample_rows, select
 from megamug.models.mug.model import MugBatch
 from megamug.telemetry.pictures import save_grid
 
 EXAMPLES = 12  # samples listed and shown
+COCO = "captioning.coco.json"  # what was written with all patches visible, in COCO's format of results
 
 
 @dataclass
@@ -81,31 +85,58 @@ class View:
         }  # fmt: skip
 
 
-def measure(run, samples: int, folder: Path) -> dict:
+def measure(run, samples: int, folder: Path, references: References | None = None) -> dict:
     """Figures of at most `samples` held-out pairs, examples, and a picture of them; FOLDER/captioning.jsonl has all.
 
     `masked`: with the patches hidden that training hides; `all_visible`: with none hidden. In each: `caption_loss` and
     `caption_loss_other_image` in nat a token, the end token included, `gap` between them; of the likeliest captions
     (greedy), `exact_match` is the share that reads as the true one, `token_accuracy` the share of the true tokens, end
-    included, that stand in their places.
+    included, that stand in their places; `text` is what `caption_figures` says of them, beside all true captions of the
+    samples, or those of `references`. With these, FOLDER/captioning.coco.json has what was written with none hidden as
+    COCO's server takes it. Raises UserError where no sample has a reference.
     """
-    return measure_views(run, samples, folder, "captioning", View)
+    figures, results = measure_views(run, samples, folder, "captioning", View, references)
+    compared = [result for result in results if result["references"]]
+    if not compared:
+        raise UserError(f"--references {references.path}: none of the {len(results)} samples that were measured is in"
+                        " there; raise --samples")  # fmt: skip
+    told = {"samples": len(compared), "references": sum(len(r["references"]) for r in compared),
+            "tokenization": TOKENIZATION}  # fmt: skip
+    if references is not None:
+        told["list"] = references.figures()
+        told["coco_results"] = str(folder / COCO)
+        answers = [{"image_id": r["image_id"], "caption": r["all_visible"]["caption"]} for r in compared]
+        write_atomically(folder / COCO, json.dumps(answers, ensure_ascii=False).encode())
+    for view in ("masked", "all_visible"):
+        figures[view]["text"] = caption_figures(
+            [r[view]["caption"] for r in compared], [r["references"] for r in compared]
+        )
+    return {**figures, "compared": told}
 
 
-def measure_views(run, samples: int, folder: Path, task: str, view: type[View]) -> dict:
-    """The figures of a task that tells captions, by a `view` for each way of showing the images. FOLDER/TASK.jsonl has
-    every sample: its true caption and what was told, a line each."""
+def measure_views(
+    run, samples: int, folder: Path, task: str, view: type[View], references: References | None = None
+) -> tuple[dict, list[dict]]:
+    """The figures of a task that tells captions, by a `view` for each way of showing the images, and every sample: its
+    true captions (or those of `references`) and what was told, which FOLDER/TASK.jsonl has, too, a line each."""
     model, plan, tokenizer = run.model, run.task.plan, run.task.tokenizer
     masked, whole = view(plan.visible), view(plan.patches)
     captions, rows, results = [], [], []
     with torch.inference_mode():
-        for batch, true in held_out(run.task, run.world, samples):
+        for batch, pairs, valid in held_out_samples(run.task, run.world, samples):
+            captions_of, places, texts_of = pairs.captions(), pairs.places(), pairs.references()
+            true = [captions_of[i] for i in valid]
             seen = masked.add(model, tokenizer, batch)
             unmasked = whole.add(model, tokenizer, all_visible(batch, plan.patches))
             terms = masked.terms(model, batch)
             for place, caption in enumerate(true):
-                results.append({"sample": len(results), "caption": caption, view.counted: terms[place],
-                                "all_visible": unmasked[place], "masked": seen[place]})  # fmt: skip
+                image = None if references is None else references.of(places[valid[place]])
+                own = texts_of[valid[place]] if references is None else image and image.captions
+                results.append({
+                    "sample": len(results), "key": places[valid[place]][1], "caption": caption, "references": own,
+                    "image_id": image and image.id, view.counted: terms[place], "all_visible": unmasked[place],
+                    "masked": seen[place],
+                })  # fmt: skip
             missing = EXAMPLES - len(rows)
             if missing > 0:
                 first, start = select(batch, torch.arange(min(missing, len(true)))), len(rows)
@@ -121,13 +152,14 @@ def measure_views(run, samples: int, folder: Path, task: str, view: type[View]) 
     ]
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     write_atomically(folder / f"{task}.jsonl", lines.encode())
-    return {
+    figures = {
         "samples": masked.pairs, view.counted: masked.tokens, "patches": plan.patches,
         "units": "losses in nat a token; the other image is the pair before in the batch",
         "masked": masked.figures(), "all_visible": whole.figures(), "examples": examples,
         "results": str(folder / f"{task}.jsonl"),
         "pictures": [str(save_grid(rows, columns(model), folder / f"{task}.png"))],
     }  # fmt: skip
+    return figures, results
 
 
 def right_tokens(written: Tensor, true: Tensor, pad: int) -> int:

@@ -50,5 +50,5 @@ def measure(run, samples: int, folder: Path) -> dict:
     `masked_token_loss_other_image` in nat a token, `gap` between them, and `masked_token_accuracy`, the share whose
     likeliest token is the true one.
     """
-    figures = measure_views(run, samples, folder, "masked_text", HiddenTokens)
+    figures, _ = measure_views(run, samples, folder, "masked_text", HiddenTokens)
     return {"text_mask_ratio": run.config.model.text_mask_ratio, **figures}

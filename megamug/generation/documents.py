@@ -62,35 +62,20 @@ def generate_documents(
     """
     config = _read_config(Path(run_dir))
     vocabulary = Vocabulary.load(config.data.tokenizer)
-    _check_options(vocabulary, prompts, image, max_images, guidance, contrastive, contrastive_top_k)
-    picture = [] if image is None else encode_image(Path(image), vocabulary)
-    starts = [prompt_ids(text, picture, vocabulary) for text in prompts]
-    limits = [token_limit(config, vocabulary, start, max_tokens) for start in starts]
+    check_options(vocabulary, prompts, image, max_images, guidance, contrastive, contrastive_top_k)
+    starts, limits = beginnings(config, vocabulary, prompts, None if image is None else Path(image), max_tokens)
 
     import torch
     import torch.distributed as dist
 
-    from megamug.generation.decoding import Sampling, write_documents
     from megamug.generation.images import new_folder
     from megamug.generation.loading import load_run
 
-    sampling = Sampling(
-        temperature, TOP_P if top_p is None else top_p, guidance, contrastive, contrastive_top_k or 1,
-        config.seed if seed is None else seed,
-    )  # fmt: skip
+    sampling = sampling_of(config, temperature, top_p, guidance, contrastive, contrastive_top_k, seed)
     with load_run(run_dir, step) as run:
         if run.world.size > 1:  # an image's codes may differ between machines
             dist.broadcast_object_list(starts, src=0)
-        # Sample s of prompt p has number s * prompts + p: more samples leave the first ones as they are.
-        rows = []
-        numbers = range(samples * len(starts))
-        for first in range(0, len(numbers), ROWS):
-            part = numbers[first : first + ROWS]
-            which = [n % len(starts) for n in part]
-            rows += write_documents(
-                run.model, vocabulary, [starts[i] for i in which], sampling, limits=[limits[i] for i in which],
-                max_images=max_images, samples=part,
-            )  # fmt: skip
+        rows = write_samples(run.model, vocabulary, starts, limits, sampling, max_images, samples)
         settings = {
             "checkpoint": str(run.checkpoint), "step": run.step, "temperature": temperature,
             "top_p": sampling.top_p if temperature else None, "guidance": guidance, "contrastive": contrastive,
@@ -109,6 +94,49 @@ def generate_documents(
     return figures
 
 
+def beginnings(
+    config: Config, vocabulary: Vocabulary, prompts: Sequence[str], image: Path | bytes | None, max_tokens: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """(ids of each document's beginning, the most tokens of each document). Raises UserError, see `prompt_ids`,
+    `encode_image` and `token_limit`."""
+    picture = [] if image is None else encode_image(image, vocabulary)
+    starts = [prompt_ids(text, picture, vocabulary) for text in prompts]
+    return starts, [token_limit(config, vocabulary, start, max_tokens) for start in starts]
+
+
+def sampling_of(
+    config: Config, temperature: float, top_p: float | None, guidance: float | None, contrastive: float | None,
+    contrastive_top_k: int | None, seed: int | None,
+):  # fmt: skip
+    """`decoding.Sampling` with defaults in the places of None."""
+    from megamug.generation.decoding import Sampling
+
+    return Sampling(
+        temperature, TOP_P if top_p is None else top_p, guidance, contrastive, contrastive_top_k or 1,
+        config.seed if seed is None else seed,
+    )  # fmt: skip
+
+
+def write_samples(
+    model, vocabulary: Vocabulary, starts: list[list[int]], limits: list[int], sampling, max_images: int | None,
+    samples: int,
+) -> list:  # fmt: skip
+    """The rows of `samples` documents for each beginning. Sample s of prompt p has number s * prompts + p: more samples
+    leave the first ones as they are."""
+    from megamug.generation.decoding import write_documents
+
+    rows: list = []
+    numbers = range(samples * len(starts))
+    for first in range(0, len(numbers), ROWS):
+        part = numbers[first : first + ROWS]
+        which = [n % len(starts) for n in part]
+        rows += write_documents(
+            model, vocabulary, [starts[i] for i in which], sampling, limits=[limits[i] for i in which],
+            max_images=max_images, samples=part,
+        )  # fmt: skip
+    return rows
+
+
 def _read_config(run_dir: Path) -> Config:
     from megamug.generation.loading import read_config
 
@@ -121,10 +149,11 @@ def _read_config(run_dir: Path) -> Config:
     return config
 
 
-def _check_options(
+def check_options(
     vocabulary: Vocabulary, prompts: Sequence[str], image, max_images: int | None, guidance: float | None,
     contrastive: float | None, contrastive_top_k: int | None,
 ) -> None:  # fmt: skip
+    """Raises UserError where options do not go together, or not with this vocabulary."""
     if not vocabulary.codes and (image is not None or max_images):
         option = f"--image {image}" if image is not None else f"--max-images {max_images}"
         raise UserError(f"{option}: {vocabulary.folder} is a vocabulary of text alone, without an image tokenizer; "
@@ -181,12 +210,14 @@ def token_limit(config: Config, vocabulary: Vocabulary, start: list[int], max_to
     return limit
 
 
-def encode_image(path: Path, vocabulary: Vocabulary) -> list[int]:
-    """The ids of a picture file, as those of training data are made. Raises `UserError` where it cannot be read."""
+def encode_image(image: Path | bytes, vocabulary: Vocabulary) -> list[int]:
+    """The ids of a picture file, or of its bytes, as those of training data are made. Raises `UserError` where it
+    cannot be read."""
     from megamug.models.image_tokenizer.encoder import ImageEncoder
 
+    path = Path("image") if isinstance(image, bytes) else image
     try:
-        data = path.read_bytes()
+        data = image if isinstance(image, bytes) else path.read_bytes()
         width, height = check_header(data, DEFAULT_LIMITS)
     except OSError as error:
         raise UserError(f"--image: {path} cannot be read: {error.strerror}") from error

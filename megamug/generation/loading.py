@@ -43,8 +43,9 @@ class LoadedRun:
 
 
 @contextmanager
-def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun]:
+def load_run(run_dir: str | Path, step: int | None = None, dtype: str | None = None) -> Iterator[LoadedRun]:
     """The newest complete checkpoint of `run_dir`, or that of `step`, verified; leaves the process group at the end.
+    `dtype`: in the place of the run's precision.dtype.
 
     Raises `UserError`: more processes than can share the model, no run, no complete checkpoint, a damaged one, another
     tokenizer.
@@ -59,6 +60,7 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Iterator[LoadedRun
     contents = saver.read_state(path)
     for remark in configured.check(config, Path(run_dir) / "config.yaml", path, contents):
         logger.info(remark)
+    config.precision.dtype = dtype or config.precision.dtype
     task = make_task(config)
     trained, found_now = contents["identity"], task.identity()
     if trained["data.tokenizer"] not in (None, found_now["data.tokenizer"]):  # None: nobody wrote down which it was

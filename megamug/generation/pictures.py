@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamug.data.pairs.batch import PairBatch
 from megamug.data.pairs.text import Tokenizer
 from megamug.generation.captions import encode, fill_in, generate_captions, reconstruct
 from megamug.models.mug.model import Mug, MugBatch, patchify, unpatchify
@@ -38,10 +39,16 @@ def sample_rows(model: Mug, batch: MugBatch, texts: Sequence[Sequence[str]]) -> 
     shape = (len(batch.images), batch.masked_ids.shape[1], 3 * size**2)
     images = [batch.images, _with_patches(batch, torch.full(shape, GREY, device=batch.images.device), size)]
     if model.plan.paints:
-        painted = reconstruct(model, batch, encode(model, batch)).clamp(0, 1)
-        images.append(_with_patches(batch, (painted * 255).round(), size))
+        images.append(repainted(model, batch))
     pixels = [x.permute(0, 2, 3, 1).contiguous().cpu().numpy() for x in images]
     return [PictureRow([x[i] for x in pixels], list(texts[i])) for i in range(len(batch.images))]
+
+
+@torch.inference_mode()
+def repainted(model: Mug, batch: MugBatch) -> Tensor:
+    """The images with the hidden patches as the model paints them, uint8 [b, 3, H, W]."""
+    painted = reconstruct(model, batch, encode(model, batch)).clamp(0, 1)
+    return _with_patches(batch, (painted * 255).round(), model.plan.patch_size)
 
 
 def _with_patches(batch: MugBatch, patches: Tensor, patch_size: int) -> Tensor:
@@ -69,8 +76,17 @@ def true_and_written(
 
 
 def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tuple[MugBatch, list[str]]]:
-    """Micro-batches of held-out pairs and their captions as they stand in the shards ("" for an image without), in the
-    fixed order of validation. Without `tokens` images without a caption are among them.
+    """`held_out_samples`, with the captions as they stand in the shards ("" for an image without)."""
+    for batch, pairs, rows in held_out_samples(task, world, max_samples, tokens):
+        captions = pairs.captions()
+        yield batch, [captions[i] for i in rows]
+
+
+def held_out_samples(
+    task, world, max_samples: int, tokens: bool = True
+) -> Iterator[tuple[MugBatch, PairBatch, list[int]]]:
+    """Micro-batches of held-out pairs in the fixed order of validation: their rows that count, and the whole with the
+    numbers of those rows. Without `tokens` images without a caption are among them.
 
     Masks are those of training (a pure function of seed and sample). `task` is a MugTask, `world` a single replica.
     """
@@ -80,8 +96,7 @@ def held_out(task, world, max_samples: int, tokens: bool = True) -> Iterator[tup
             for micro in pairs.micro_batches:
                 if micro.valid.any():
                     batch, rows = task.batch(micro), torch.from_numpy(micro.valid.nonzero()[0])
-                    captions = micro.captions()
-                    yield select(batch, rows), [captions[i] for i in rows.tolist()]
+                    yield select(batch, rows), micro, rows.tolist()
     finally:
         loader.close()
 

@@ -3,7 +3,10 @@
     features.safetensors    class_token, mean, layer_N: float32 [n, h]; labels int64 [n], -1 where there is none
     features.jsonl          a line a row: {"shard", "key", "label", "caption"}
 
-or, with the ending .npz, one file of numpy arrays: those, and keys and captions as texts.
+or, with the ending .npz, one file of numpy arrays: those, and "shard: key" and caption of each row as `keys` and
+`captions`, which `texts` reads: the UTF-8 of all rows one behind the other (`captions_utf8`, uint8), and where each
+begins (`captions_starts`, int64 [n + 1], the last the end). An array of texts would take four bytes a character of the
+longest one for each row.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from megamug.errors import UserError
 
 ENDINGS = (".safetensors", ".npz")
 SETTINGS = "settings"  # of the header: what made them
+TEXTS = ("keys", "captions")  # of .npz
 
 
 @dataclass
@@ -82,8 +86,9 @@ def write(output: Path, parts: Sequence[Path], settings: dict, describe: Callabl
         with replacing(output) as file:
             np.savez(
                 file, **{name: whole(name).numpy() for name in names}, labels=labels.numpy(),
-                keys=np.array([f"{line['shard']}: {line['key']}" for line in lines]),
-                captions=np.array([line["caption"] for line in lines]), **{SETTINGS: np.array(json.dumps(settings))},
+                **_packed("keys", [f"{line['shard']}: {line['key']}" for line in lines]),
+                **_packed("captions", [line["caption"] for line in lines]),
+                **{SETTINGS: np.array(json.dumps(settings))},
             )  # fmt: skip
     else:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -98,6 +103,25 @@ def write(output: Path, parts: Sequence[Path], settings: dict, describe: Callabl
             aside.unlink(missing_ok=True)
         fsync_folder(output.parent)
     return Summary(len(rows), settings["images"] - len(rows), int((labels >= 0).sum()), width, names)
+
+
+def _packed(name: str, texts: list[str]) -> dict[str, np.ndarray]:
+    rows = [text.encode() for text in texts]
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return {f"{name}_utf8": np.frombuffer(b"".join(rows), np.uint8), f"{name}_starts": starts}
+
+
+def texts(path: str | Path, name: str) -> list[str]:
+    """`keys` or `captions` of a .npz that `megamug features` wrote, a text a row. Raises UserError where there are
+    none, and for a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data, starts = file[f"{name}_utf8"].tobytes(), file[f"{name}_starts"]
+        if starts[0] != 0 or starts[-1] != len(data) or (np.diff(starts) < 0).any():
+            raise ValueError(f"{name}_starts do not lead from 0 to {len(data)}")
+        return [data[first:end].decode() for first, end in zip(starts[:-1], starts[1:], strict=True)]
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} has no {name} that can be read ({error}); extract the features again") from None
 
 
 def _names(part: Path) -> set[str]:
@@ -134,7 +158,8 @@ def read(path: str | Path) -> StoredFeatures:
         settings = _settings(path)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                arrays = {n: file[n] for n in file.files if n not in (SETTINGS, "keys", "captions")}
+                beside = {SETTINGS, *TEXTS, *(f"{name}_{part}" for name in TEXTS for part in ("utf8", "starts"))}
+                arrays = {n: file[n] for n in file.files if n not in beside}
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         else:
             tensors = load_file(path)

@@ -129,13 +129,17 @@ def test_captioning_figures(run_dir, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "captioning.json").read_text()) == figures
     assert (tmp_path / "out" / "captioning.png").is_file()
     results = [json.loads(line) for line in (tmp_path / "out" / "captioning.jsonl").read_text().splitlines()]
+    assert figures["compared"]["references"] == HELD_OUT and {r["image_id"] for r in results} == {None}
+    assert all(result["references"] == [result["caption"]] for result in results)
     assert [result["sample"] for result in results] == list(range(figures["samples"]))
     for view in ("masked", "all_visible"):
         right = sum(result[view]["right_tokens"] for result in results) / sum(r["tokens"] for r in results)
         assert right == pytest.approx(figures[view]["token_accuracy"])
         assert np.mean([result[view]["exact"] for result in results]) == pytest.approx(figures[view]["exact_match"])
     assert [result["masked"]["caption"] for result in results][:12] == [e["masked"] for e in figures["examples"]]
-    assert "captions exactly right" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "captions exactly right" in told and "beside 1 true captions each" in told
+    assert f"{figures['all_visible']['text']['cider_d']:10.3f}" in told.split("CIDEr-D")[1].split("\n")[0]
 
 
 def test_exact_match_and_token_accuracy(run_dir, monkeypatch):
@@ -238,6 +242,6 @@ def test_images_without_captions_are_reconstructed_as_those_with(run_dir, tmp_pa
     same = evaluate.run_task(run_dir, "reconstruction", output=tmp_path / "same")
     names = ("samples", "pixel_error", "baseline_error", "image_loss")
     assert [figures[name] for name in names] == [same[name] for name in names] and figures["samples"] == HELD_OUT
-    monkeypatch.setattr(evaluate, "run_task", None)
+    monkeypatch.setattr("megamug.generation.loading.load_run", None)
     code = cli.main(["evaluate", str(run_dir), "--task", "captioning", "--data", str(tmp_path)])
     assert code == 2

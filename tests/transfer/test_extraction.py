@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megamug import cli
 from megamug.data.dali import CropDecoder
@@ -75,10 +75,33 @@ def test_features_are_those_of_each_image_alone(run, shards, expected, tmp_path,
     assert features(run, shards, tmp_path / "f.npz") == 0
     arrays = np.load(tmp_path / "f.npz")
     assert np.array_equal(arrays["mean"], found["mean"].numpy())
-    assert (arrays["keys"][16], arrays["captions"][16]) == ("b.tar: 016", "picture 16")
+    kept = {name: stored.texts(tmp_path / "f.npz", name) for name in ("keys", "captions")}
+    assert kept["keys"] == [f"{line['shard']}: {line['key']}" for line in lines]
+    assert kept["captions"] == [line["caption"] for line in lines]
     for name in ("f.safetensors", "f.npz"):
         kept = stored.read(tmp_path / name)
         assert torch.equal(kept.labelled("mean")[0], found["mean"]) and kept.settings["images"] == COUNT
+
+
+def test_a_long_caption_costs_its_own_length(tmp_path):
+    """And not that length for every row; texts of any script come back, empty ones too."""
+    captions = ["a", "", "é\U0001f431\n" * 2000, "b"] * 50
+    save_file({"rows": torch.arange(200), "mean": torch.ones(200, 2)}, tmp_path / "part.safetensors")
+    stored.write(
+        tmp_path / "f.npz", [tmp_path / "part.safetensors"], {"images": 200},
+        lambda row: {"shard": "s.tar", "key": f"{row}", "label": None, "caption": captions[row]},
+    )  # fmt: skip
+    assert stored.texts(tmp_path / "f.npz", "captions") == captions
+    assert stored.texts(tmp_path / "f.npz", "keys")[7] == "s.tar: 7"
+    bytes_of_them = len("".join(captions).encode())
+    assert bytes_of_them < (tmp_path / "f.npz").stat().st_size < bytes_of_them + 30_000
+    assert set(stored.read(tmp_path / "f.npz").tensors) == {"mean"}
+    arrays = dict(np.load(tmp_path / "f.npz"))  # no pickle is needed
+    arrays["captions_starts"][3] = -1
+    np.savez(tmp_path / "f.npz", **arrays)
+    for name in ("captions", "titles"):
+        with pytest.raises(UserError, match=f"has no {name} that can be read"):
+            stored.texts(tmp_path / "f.npz", name)
 
 
 def test_several_processes_share_the_images_and_a_stopped_run_goes_on(run, shards, expected, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,8 +28,17 @@ class PairBatch:
 
     def keys(self) -> list[str]:
         """`shard file: key` of each sample, read from the indexes when asked for."""
+        return [f"{printable(path.name)}: {key}" for path, key in self.places()]
+
+    def places(self) -> list[tuple[Path, str]]:
+        """The shard and the key in there of each sample, read from the indexes when asked for."""
         places = [source.locate(index) for source, index in self._locations]
-        return [f"{printable(shard.path.name)}: {shard.key(i)}" for shard, i in places]
+        return [(shard.path, shard.key(i)) for shard, i in places]
+
+    def references(self) -> list[list[str]]:
+        """All captions of each sample, see `Shard.captions_aside`."""
+        places = [source.locate(index) for source, index in self._locations]
+        return [shard.captions_aside(i, self._lines[0]) for shard, i in places]
 
     def captions(self) -> list[str]:
         """The captions as they stand in the shards, "" where there is none; of several, those that `tokens` hold."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamug.command_line.console import counted
-from megamug.data.shards.captions import parse_captions
+from megamug.data.shards.captions import CaptionedImage, parse_captions, read_coco_captions
 from megamug.data.shards.index_file import SUFFIX
 from megamug.data.shards.labels import CLASSES, classes_bytes, labels_of_folders, read_classes, read_label_list
 from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
@@ -25,19 +26,20 @@ class Entry:
     """One image to pack."""
 
     image: Path
-    caption: bytes | Path | None  # or the file that holds it; None: it has none
+    caption: bytes | Path | CaptionedImage | None  # or the file that holds it; None: it has none
     label: int | None = None
 
 
 def make_shards(
     source: str | Path, output: str | Path, *, prefix: str = "shard", shard_size: int = 10_000, overwrite: bool = False,
-    images_alone: bool = False, labels: str | None = None,
+    images_alone: bool = False, labels: str | None = None, captions: str | Path | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:  # fmt: skip
     """Pack `source` (a folder or a .tsv file) into `output/PREFIX-000000.tar`, ...; keys are running numbers.
 
     Where no image of a folder has a caption, they are packed alone; where some have, the others are left out, unless
     `images_alone`. `labels`: `folders` (root/CLASS/image) or a list (see `labels.read_label_list`); every image that
-    is packed then has a `KEY.cls`, and `classes.txt` in `output` names the classes.
+    is packed then has a `KEY.cls`, and `classes.txt` in `output` names the classes. `captions`: a list as COCO writes
+    it (see `captions.read_coco_captions`), in the place of files beside the images; an image keeps all of its own.
 
     Returns the shards and (image, reason) of what was left out: no caption, no label, an unreadable file. A shard
     appears whole; with each image it keeps the name of its file below `source`, so that the quarantine can name it.
@@ -52,11 +54,12 @@ def make_shards(
     skipped: list[tuple[Path, str]] = []
     names = None
     if source.is_dir():
-        entries = _folder_entries(source, images_alone, skipped)
+        entries = _folder_entries(source, images_alone, skipped, captions and Path(captions))
         if labels is not None:
             entries, names = _labelled(entries, source, labels, skipped)
-    elif labels is not None:
-        raise UserError(f"--labels is for a folder of images, and {source} is none")
+    elif labels is not None or captions is not None:
+        option = "--labels" if labels is not None else "--captions"
+        raise UserError(f"{option} is for a folder of images, and {source} is none")
     elif source.is_file() and source.suffix == ".tsv":
         entries = list(_table_entries(source))
     else:
@@ -106,38 +109,52 @@ def _write_classes(output: Path, names: list[str] | None, overwrite: bool) -> No
 
 
 def _members(samples: Iterator[tuple]) -> Iterator[tuple]:
-    """The members of samples (key, extension, image, caption or None, label or None, name of the image's file)."""
-    for key, extension, image, caption, label, source in samples:
+    """The members of samples (key, extension, image, what stands beside it by extension, name of the image's file)."""
+    for key, extension, image, beside, source in samples:
         yield f"{key}.{extension}", image, source
-        if caption is not None:
-            yield f"{key}.txt", caption
-        if label is not None:
-            yield f"{key}.cls", str(label).encode()
+        for name, data in beside.items():
+            yield f"{key}.{name}", data
 
 
 def _read(
     entries: list[Entry], root: Path, skipped: list[tuple[Path, str]], progress: Progress
 ) -> Iterator[tuple]:  # fmt: skip
-    """(key, extension, image bytes, caption in UTF-8 or None, label or None, name below `root`) of each entry that can
-    be read."""
+    """(key, extension, image bytes, what stands beside it by extension, name below `root`) of each entry that can be
+    read."""
     number = 0
     for entry in entries:
         image, caption = entry.image, entry.caption
+        beside = {}
         try:
             data = image.read_bytes()
             if isinstance(caption, Path):
                 lines = parse_captions(caption.read_bytes(), caption.suffix.lower() == ".json")
-                caption = "\n".join(lines).encode()  # as many as there are: `data.caption_lines` chooses
+                beside["txt"] = "\n".join(lines).encode()  # as many as there are: `data.caption_lines` chooses
+            elif isinstance(caption, CaptionedImage):
+                told = {"caption": caption.captions, "image_id": caption.id, "file_name": caption.file}
+                beside["json"] = json.dumps(told, ensure_ascii=False).encode()
+            elif caption is not None:
+                beside["txt"] = caption
+            if entry.label is not None:
+                beside["cls"] = str(entry.label).encode()
         except (OSError, ValueError) as error:
             skipped.append((image, str(error)))
         else:
             name = image.relative_to(root) if image.is_relative_to(root) else image
-            yield f"{number:09d}", image.suffix.lower()[1:], data, caption, entry.label, printable(name)
+            yield f"{number:09d}", image.suffix.lower()[1:], data, beside, printable(name)
             number += 1
         progress.update()
 
 
-def _folder_entries(folder: Path, images_alone: bool, skipped: list[tuple[Path, str]]) -> list[Entry]:
+def _folder_entries(
+    folder: Path, images_alone: bool, skipped: list[tuple[Path, str]], captions: Path | None
+) -> list[Entry]:
+    listed = None
+    if captions is not None:
+        listed = {folder / image.file: image for image in read_coco_captions(captions, "--captions") if image.file}
+        if not listed:
+            raise UserError(f"--captions {captions}: no images (id, file_name) in there, so nothing says which image"
+                            " a caption is of")  # fmt: skip
     entries = []
     for parent, folders, names in os.walk(folder):
         folders.sort()
@@ -147,7 +164,15 @@ def _folder_entries(folder: Path, images_alone: bool, skipped: list[tuple[Path, 
             if path.suffix.lower()[1:] in IMAGE_EXTENSIONS:
                 beside = [name[: -len(path.suffix)] + extension for extension in (".txt", ".json")]
                 caption = next((Path(parent, other) for other in beside if other in present), None)
+                if listed is not None:
+                    image = listed.pop(path, None)
+                    caption = image if image is not None and image.captions else None
                 entries.append(Entry(path, caption))
+    if listed is not None:
+        skipped += [(path, f"named in {captions}, but there is no such image") for path in sorted(listed)]
+        if not images_alone:
+            skipped += [(entry.image, f"no caption in {captions}") for entry in entries if entry.caption is None]
+            return [entry for entry in entries if entry.caption is not None]
     if images_alone or all(entry.caption is None for entry in entries):
         return entries
     skipped += [(entry.image, _NO_CAPTION) for entry in entries if entry.caption is None]

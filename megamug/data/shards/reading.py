@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import threading
 import zlib
@@ -126,6 +127,12 @@ class Shard:
         Raises OSError where the bytes are not there, or are compared (see above) and are others; `ValueError` where the
         caption is none.
         """
+        picture, text, record = self._members(i, image, caption)
+        parsed = choose(parse_captions(text, bool(record["caption_is_json"])), lines, draw) if caption else ""
+        return picture, parsed, record
+
+    def _members(self, i: int, image: bool, caption: bool) -> tuple[bytes, bytes, np.void]:
+        """(bytes of the image, of the caption's member, record), checked as `read` says."""
         record = self.record(i)
         stat = os.fstat(self._file)
         compared = self.verify or (stat.st_size, stat.st_mtime_ns) != (
@@ -143,8 +150,7 @@ class Shard:
                 raise OSError(f"{self.path}: sample {i} is not what was indexed (its SHA-256 differs)")
         if caption and not record["caption_size"]:
             raise ValueError(f"{self.path}: sample {i} has no caption")
-        parsed = choose(parse_captions(text, bool(record["caption_is_json"])), lines, draw) if caption else ""
-        return picture if image else b"", parsed, record
+        return picture if image else b"", text, record
 
     def _read(self, offset: int, size: int) -> bytes:
         # pread and not a mapping of the tar: a shard that shrinks or a file system that fails is then an error of one
@@ -165,6 +171,18 @@ class Shard:
         and closes shards."""
         with self._aside() as shard:
             return shard.caption(i, lines, draw) if shard.record(i)["caption_size"] else ""
+
+    def captions_aside(self, i: int, lines: str = "join") -> list[str]:
+        """Each caption of sample `i` as a text of its own, [] where there is none. Those of a list in JSON are apart
+        always, lines of a text unless `lines` is `join`. Opens the files as `caption_aside`."""
+        with self._aside() as shard:
+            if not shard.record(i)["caption_size"]:
+                return []
+            _, text, record = shard._members(i, image=False, caption=True)
+        is_json = bool(record["caption_is_json"])
+        captions = parse_captions(text, is_json)
+        listed = is_json and isinstance(json.loads(text.decode("utf-8-sig"))["caption"], list)
+        return captions if listed or lines != "join" else [choose(captions)]
 
     def label(self, i: int) -> int:
         """The class of sample `i`, -1 where it has none."""

@@ -270,23 +270,30 @@ class LatentCrossAttention(CrossAttention):
 
 @contextmanager
 def key_value_cache(model: nn.Module, capacity: int) -> Iterator[None]:
-    """Inside, a forward of `model` takes only the tokens that follow those of the forwards before it.
-
-    Causal self-attention appends to what it has seen (`capacity` tokens at most); cross-attention computes the keys and
-    values of the latent at the first forward and keeps them. One batch and one latent per use; layers must be `local`.
-    """
+    """Inside, a forward of `model` takes only the tokens that follow those of the forwards before it: causal
+    self-attention appends to what it has seen (`capacity` tokens at most), the latent is `kept_latent`. One batch and
+    one latent per use; layers must be `local`."""
     own = [m for m in model.modules() if isinstance(m, LocalAttention) and m.causal]
-    cross = [m for m in model.modules() if isinstance(m, LatentCrossAttention)]
     assert own and not any(m.cache for m in own), "no `local` causal attention, or a cache inside a cache"
     try:
         for attention in own:
             attention.cache = KeyValueCache(capacity)
+        with kept_latent(model):
+            yield
+    finally:
+        for attention in own:
+            attention.cache = None
+
+
+@contextmanager
+def kept_latent(model: nn.Module) -> Iterator[None]:
+    """Inside, cross-attention keeps the keys and values of the first forward's latent, the only one of this use."""
+    cross = [m for m in model.modules() if isinstance(m, LatentCrossAttention)]
+    try:
         for attention in cross:
             attention.keep = True
         yield
     finally:
-        for attention in own:
-            attention.cache = None
         for attention in cross:
             attention.keep, attention.kept = False, None
 
