@@ -1,8 +1,8 @@
 """What a checkpoint holds, and how each rank's part of it gets its layout-free name.
 
-Model parameters, fp32 main parameters (bf16 runs) and Adam's two moments are tensors named after the parameter, with
-global shape and offset; Megatron's torch_dist format stores them so that any layout can read them. Step, cursor and
-configuration are JSON. Nothing is pickled by us; what the format itself pickles is read under a guard.
+Model parameters, fp32 main parameters (bf16 runs) and AdamW's two moments (SGD's or LARS's one) are tensors named after
+the parameter, with global shape and offset; Megatron's torch_dist format stores them so that any layout can read them.
+Step, cursor and configuration are JSON. Nothing is pickled by us; what the format itself pickles is read under a guard.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from megamug.checkpoint.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import check_format
-from megamug.checkpoint.optimizer_state import MOMENTS, MainState, SavedOptimizer
+from megamug.checkpoint.optimizer_state import MainState, SavedOptimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
 
@@ -56,9 +56,9 @@ def _storage(tensor: Tensor) -> object:
     return id(tensor) if is_fp8(tensor) else (tensor.data_ptr(), tensor.shape)
 
 
-def _kinds(chunks: list[torch.nn.Module]) -> list[str]:
+def _kinds(chunks: list[torch.nn.Module], optimizer: SavedOptimizer) -> list[str]:
     """What the optimizer keeps of a parameter in a checkpoint, beside the parameter itself."""
-    return [*MOMENTS, *(["main"] if next(chunks[0].parameters()).dtype != torch.float32 else [])]
+    return [*optimizer.moments, *(["main"] if next(chunks[0].parameters()).dtype != torch.float32 else [])]
 
 
 def _of_optimizer(kind: str, entry: Entry, data: Tensor) -> Entry:
@@ -94,7 +94,7 @@ def sharded_state(
     model, tensors = _by_key(entries), []
     for name in sorted(optimizer.names.values()):
         entry = by_parameter[name]
-        for kind in _kinds(chunks):
+        for kind in _kinds(chunks, optimizer):
             data = _whole(states.get(name), kind, entry, optimizer, world)
             tensors.append(_of_optimizer(kind, entry, data))
             if kind == "main" and is_fp8(entry.data):
@@ -220,7 +220,7 @@ def load_tensors(
         state["optimizer"] = _by_key(
             _of_optimizer(kind, entry, torch.empty(entry.data.shape, dtype=torch.float32, device=world.device))
             for entry in (by_parameter[name] for name in optimizer.names.values())
-            for kind in _kinds(chunks)
+            for kind in _kinds(chunks, optimizer)
         )
     check_format(folder)
     with guarded_loading(), warnings.catch_warnings():
@@ -235,7 +235,7 @@ def load_tensors(
         tensors = loaded["optimizer"]
         for main_state in optimizer.main_states():
             key = by_parameter[main_state.name].key
-            for kind in (*MOMENTS, "main"):
+            for kind in (*optimizer.moments, "main"):
                 if kind == "main":
                     if main_state.main is main_state.parameter:
                         continue

@@ -105,7 +105,8 @@ def _weight(config: Config, size: int) -> list[str]:
         stages = range(rank, len(plan.stages), parallel.pipeline)  # more than one with virtual stages
         counts = [parameters.stage_counts(plan, stage) for stage in stages]
         held, trained = (sum(c.on_rank(parallel.tensor) for c in some) for some in zip(*counts, strict=True))
-        memory = parameters.state_memory(held, trained, config.precision.dtype, ranks, parallel.distributed_optimizer)
+        memory = parameters.state_memory(held, trained, config.precision.dtype, ranks, parallel.distributed_optimizer,
+                                         config.optimizer.name)  # fmt: skip
         share = sum(plan.blocks[i].flops for stage in stages for i in plan.stages[stage]) / plan.forward_flops
         lines.append(
             f"  stage {rank}  {memory.total / GIB:.3f} = weights({memory.weights / GIB:.3f}) +"

@@ -49,16 +49,19 @@ class StateMemory:
         return self.weights + self.gradients + self.main_parameters + self.moments
 
 
-def state_memory(parameters: int, trained: int, dtype: str, replicas: int, distributed_optimizer: bool) -> StateMemory:
+def state_memory(
+    parameters: int, trained: int, dtype: str, replicas: int, distributed_optimizer: bool, optimizer: str = "adamw"
+) -> StateMemory:
     """What `parameters` on a process, `trained` of them, need: gradients are summed in fp32; AdamW has two fp32
-    moments; bf16 weights have fp32 main parameters, fp32 weights are their own. `distributed_optimizer` shares main
-    parameters and moments out among `replicas` data-parallel ranks; the fullest rank is told."""
+    moments, SGD and LARS one; bf16 weights have fp32 main parameters, fp32 weights are their own.
+    `distributed_optimizer` shares main parameters and moments out among `replicas` data-parallel ranks; the fullest
+    rank is told."""
     held = -(-trained // replicas) if distributed_optimizer else trained
     return StateMemory(
         weights=BYTES[dtype] * parameters,
         gradients=4 * trained,
         main_parameters=4 * held if dtype == "bf16" else 0,
-        moments=8 * held,
+        moments=(8 if optimizer == "adamw" else 4) * held,
     )
 
 

@@ -65,6 +65,21 @@ def test_every_layout_gives_the_one_process_curve_and_gradients(reference, proce
     assert max(error for error, _ in gradients.values()) <= TOLERANCE, gradients
 
 
+def test_lars_knows_norms_of_what_ranks_share(tmp_path):
+    """Its factors are those of whole parameters; its buffers go on in another layout."""
+    options = {"optimizer": {"name": "lars", "learning_rate": 2.0, "trust_coefficient": 0.02, "warmup_steps": 3}}
+    start = job("mean", **options)
+    alone, _ = run([start, {**start, "steps": CUT, "save": str(tmp_path / "start")}], 1)
+    assert alone["records"][-1][0] < alone["records"][0][0] - 0.05
+    layouts = {"TP2": {"tensor": 2}, "TP2 + SP": {"tensor": 2, "sequence": True}, "PP2": {"pipeline": 2}, "DP2": {}}
+    jobs = [{**start, "parallel": parallel} for parallel in layouts.values()]
+    jobs.append({**start, "parallel": layouts["TP2 + SP"], "first": CUT, "load": str(tmp_path / "start")})
+    *others, later = run(jobs, 2)
+    found = [worst(other["records"], alone["records"]) for other in others]
+    found.append(worst(later["records"], alone["records"][CUT:]))
+    assert max(found) <= TOLERANCE, found
+
+
 def test_a_frozen_encoder_keeps_its_weights_and_standardises_over_all_replicas(tmp_path):
     """A micro-batch of one process is as many samples as those of two together; running means are in a checkpoint."""
 

@@ -69,7 +69,7 @@ class Standardised(nn.Module):
 
 class Head(MegatronModule):
     """The mean of the patches and a LayerNorm, or the class token behind the encoder's norm; then a linear. Of a frozen
-    encoder either is taken behind its norm, and standardised."""
+    encoder either is taken behind its norm, and standardised unless `batch_norm` is off."""
 
     def __init__(self, plan: ClassifierPlan):
         config = plan.encoder_config
@@ -78,7 +78,7 @@ class Head(MegatronModule):
         # Every tensor-parallel rank computes the same from the whole sequence.
         if plan.head_norm:
             self.norm = replicated(nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype), False)
-        if plan.frozen_encoder:
+        if plan.standardised:
             self.standardised = Standardised(plan, width)
         self.linear = replicated(nn.Linear(width, plan.classes, dtype=dtype), False)
 
@@ -88,7 +88,7 @@ class Head(MegatronModule):
         pooled = tokens[1 + self.plan.registers :].mean(dim=0) if self.plan.mean_pool else tokens[0]
         if self.plan.head_norm:
             pooled = self.norm(pooled)
-        if self.plan.frozen_encoder:
+        if self.plan.standardised:
             pooled = self.standardised(pooled.float()).to(pooled.dtype)
         return self.linear(pooled).float()
 
