@@ -12,6 +12,7 @@ from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 BUFFER = ("momentum_buffer",)  # of SGD and LARS
+AVERAGE = "average"  # of the weights, where a run keeps one
 
 
 @dataclass
@@ -27,13 +28,18 @@ class MainState:
     span: tuple[int, int] | None
     optimizer: torch.optim.Optimizer
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What the optimizer keeps of each parameter."""
+        return kept_by(self.optimizer)
+
     def moment(self, which: str) -> Tensor:
-        """One of `kept_by(optimizer)`, shaped as `main`; made (zero) where no step was done yet."""
+        """One of `kept`, or the average, shaped as `main`; made (zero) where no step was done yet."""
         state = self.optimizer.state[self.main]
         if which not in state:
             if counts_per_parameter(self.optimizer) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=self.main.device)
-            for name in kept_by(self.optimizer):
+            for name in self.kept:
                 state.setdefault(name, torch.zeros_like(self.main, dtype=torch.float32))
         return state[which]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from megamug.checkpoint.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import check_format
-from megamug.checkpoint.optimizer_state import MainState, SavedOptimizer
+from megamug.checkpoint.optimizer_state import AVERAGE, MainState, SavedOptimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
 
@@ -67,18 +67,18 @@ def _of_optimizer(kind: str, entry: Entry, data: Tensor) -> Entry:
     return dataclasses.replace(entry, key=f"optimizer.{kind}.{entry.key}", data=data, **dtype)
 
 
-def _whole(state: MainState | None, kind: str, entry: Entry, optimizer: SavedOptimizer, world) -> Tensor:
+def whole(state: MainState | None, kind: str, parameter: Tensor, optimizer: SavedOptimizer, world) -> Tensor:
     """One state tensor over this rank's whole part of the parameter; a collective under the distributed optimizer."""
     part = None if state is None else state.main if kind == "main" else state.moment(kind)
     if part is not None and state.span is None:
         full = part.detach()
     else:
-        full = torch.zeros(entry.data.numel(), dtype=torch.float32, device=world.device)
+        full = torch.zeros(parameter.numel(), dtype=torch.float32, device=world.device)
         if part is not None:
             full[slice(*state.span)] = part.detach().view(-1)
     if optimizer.distributed and world.dp_size > 1:
         dist.all_reduce(full, group=world.dp_group)  # each element stands on one rank, zeros elsewhere
-    return full.view(entry.data.shape)
+    return full.view(parameter.shape)
 
 
 def sharded_state(
@@ -95,7 +95,7 @@ def sharded_state(
     for name in sorted(optimizer.names.values()):
         entry = by_parameter[name]
         for kind in _kinds(chunks, optimizer):
-            data = _whole(states.get(name), kind, entry, optimizer, world)
+            data = whole(states.get(name), kind, entry.data, optimizer, world)
             tensors.append(_of_optimizer(kind, entry, data))
             if kind == "main" and is_fp8(entry.data):
                 # As a run without FP8 parameters would store it: what reads the model has no use for FP8's rounding.
@@ -205,6 +205,24 @@ def save_tensors(state: dict, folder: Path) -> None:
 def of_parts(key: str, parts: tuple[str, ...]) -> bool:
     """Whether the tensor `key` is of one of some parts of a model; of none named, whatever it is."""
     return not parts or key.split(".", 1)[0] in parts
+
+
+def load_averages(chunks: list[torch.nn.Module], folder: Path, names: set[str]) -> list[str]:
+    """Loads the averages of weights that `folder` keeps (`names`: what it stores) in the place of the weights; returns
+    the names of those that have one."""
+    entries = [e for e in entries_of(chunks) if f"optimizer.{AVERAGE}.{e.key}" in names]
+    wanted = _by_key(
+        _of_optimizer(AVERAGE, e, torch.empty(e.data.shape, dtype=torch.float32, device=e.data.device)) for e in entries
+    )
+    if not wanted:
+        return []
+    with guarded_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load({"average": wanted}, str(folder))["average"]
+    with torch.no_grad():
+        for entry in entries:
+            entry.data.copy_(loaded[f"optimizer.{AVERAGE}.{entry.key}"])
+    return [entry.key for entry in entries]
 
 
 def load_tensors(

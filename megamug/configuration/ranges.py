@@ -23,7 +23,7 @@ RANGES = {
     "fusion.cross_every": _COUNT, "fusion.output_width": _COUNT,
     "classifier.classes": Range(2), "classifier.label_smoothing": _DECAY,
     "classifier.drop_path": _DECAY, "classifier.mixup": _FROM_ZERO, "classifier.cutmix": _FROM_ZERO,
-    "classifier.random_erasing": Range(0, 1),
+    "classifier.random_erasing": Range(0, 1), "classifier.ema": _DECAY,
     "classifier.layer_decay": Range(0, 1, open_low=True),
     "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
@@ -47,7 +47,7 @@ RANGES = {
 CHOICES = {
     "model.kind": tuple(BY_KIND),
     "fusion.freeze": ("none", "text", "image", "both"),
-    "classifier.pool": ("mean", "class_token"),
+    "classifier.pool": ("mean", "class_token", "attention"),
     "data.caption_lines": LINES,
     "data.loss_on": ("all", "response", "text", "image"),
     "parallel.recompute": ("none", "full"),

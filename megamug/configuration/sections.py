@@ -91,7 +91,7 @@ class ClassifierConfig:
     """What `kind: classifier` puts behind a MUG's encoder, which sees every patch of an image: one linear."""
 
     classes: int | None = None  # null: those of data.train (names in classes.txt, else its largest label and one)
-    pool: str = "mean"  # what the linear reads: mean (of the patches, then a LayerNorm) | class_token
+    pool: str = "mean"  # the linear reads: mean (of the patches, then a LayerNorm) | class_token | attention (frozen)
     frozen: bool = False  # linear probe: the encoder stays as it is
     batch_norm: bool = True  # frozen: features are standardised, BatchNorm without parameters (MAE); false: as they are
     label_smoothing: float = 0.1  # share of a target that all classes get alike; in training, held-out losses have none
@@ -100,6 +100,7 @@ class ClassifierConfig:
     cutmix: float = 0.0  # alpha of that by which one has a box of the other; 0: not; with mixup, half of them each
     rand_augment: str | None = None  # a policy of timm (MAE: rand-m9-mstd0.5-inc1), whose package it needs; null: none
     random_erasing: float = 0.0  # share of images of which a box becomes noise (MAE: 0.25)
+    ema: float = 0.0  # decay of averages of the weights, which validation, evaluation and exports read; 0: none
     layer_decay: float = 1.0  # each layer's learning rate is so many times that of the next one; 1: all have the same
 
 

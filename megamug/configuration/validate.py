@@ -360,6 +360,8 @@ def meaning(config: Config) -> dict[str, object]:
     """`function`, and what the weights are trained for and by: a run that went on with another value would have one
     curve of two losses, or states of another optimizer. New runs may start from its weights (`model.initial`)."""
     told = {"data.loss_on": config.data.loss_on} if towers(config) else {}
+    if config.model.kind == "classifier":
+        told["classifier.ema above 0"] = config.classifier.ema > 0
     return function(config) | told | {"optimizer.name": config.optimizer.name}
 
 

@@ -32,7 +32,14 @@ def head(config: Config) -> None:
         if getattr(own, key) > 0 and config.data.micro_batch_size == 1:
             raise UserError(f"classifier.{key}({getattr(own, key):g}) mixes the images of a micro-batch, and"
                             f" data.micro_batch_size is 1; set data.micro_batch_size=2 or classifier.{key}=0")
+    if own.ema > 0 and precision.fp8 != "none":
+        raise UserError(f"classifier.ema({own.ema:g}): averages of the weights take their place for held-out data, and"
+                        f" precision.fp8({precision.fp8}) keeps copies of its own of them; set precision.fp8=none or"
+                        " classifier.ema=0")
     if not own.frozen:
+        if own.pool == "attention":
+            raise UserError("classifier.pool(attention) is a probe of a frozen encoder, and classifier.frozen is false;"
+                            " set classifier.frozen=true or classifier.pool=mean")
         if not own.batch_norm:
             raise UserError("classifier.batch_norm(false) is of a frozen encoder, and classifier.frozen is false; set"
                             " classifier.batch_norm=true or classifier.frozen=true")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megamug.configuration import validate, validate_precision
+from megamug.configuration.counts import kept_values
 from megamug.configuration.presets import VOCABULARY
 from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
@@ -147,7 +148,7 @@ def _objection(check: Callable, *arguments) -> str | None:
 def _search(config: Config, gpus: int, gpu: Gpu, model: Model, fixed: set[str]) -> Iterator[Choice | Rejected]:
     space = _Space(config, gpu, fixed)
     for tensor in space.values("parallel.tensor", [1, 2, 4, 8]):
-        layout = Layout(tensor=tensor, dtype=config.precision.dtype, optimizer=config.optimizer.name)
+        layout = Layout(tensor=tensor, dtype=config.precision.dtype, kept=kept_values(config))
         said = {"tensor": tensor}
         if tensor > NODE or gpus % tensor:
             yield Rejected(said, f"{tensor} GPUs are more than a node's {NODE}" if tensor > NODE else

@@ -24,7 +24,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megamug.checkpoint.optimizer_state import BUFFER, MOMENTS, MainState, counts_per_parameter
+from megamug.checkpoint.optimizer_state import AVERAGE, BUFFER, MOMENTS, MainState, counts_per_parameter
 from megamug.configuration.sections import Config, OptimizerConfig, TrainConfig
 from megamug.models.blocks.specs import FP8_RECIPES
 from megamug.training import adam, gradients
@@ -32,6 +32,7 @@ from megamug.training.gradients import GradientBuffers
 from megamug.training.pipeline import finalise_gradients
 from megamug.training.spikes import SpikeGuard
 from megamug.training.updates import momentum
+from megamug.training.updates.averages import Averages
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
@@ -122,7 +123,8 @@ class Optimizer:
         self.models, self.distributed = models, config.parallel.distributed_optimizer
         self.fp8_parameters = config.precision.fp8_parameters
         self.kernel, self.kernel_name, self.kernel_reason, building = _kernel(config)
-        self.moments = MOMENTS if options.name == "adamw" else BUFFER
+        self.counts = options.name == "adamw"  # torch's AdamW and the fused ones count updates by themselves
+        self.moments = MOMENTS if self.counts else BUFFER
         self.spikes = SpikeGuard(options.skip_spikes) if options.skip_spikes > 0 else None
         with building:
             self.megatron = get_megatron_optimizer(
@@ -143,6 +145,10 @@ class Optimizer:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+        self.averages = None
+        if config.model.kind == "classifier" and config.classifier.ema > 0:
+            self.averages = Averages(list(self.main_states()), config.classifier.ema)
+            self.moments += (AVERAGE,)
 
     def _groups(self) -> Iterator[dict]:
         return chain.from_iterable(part.param_groups for part in self.parts)
@@ -183,8 +189,10 @@ class Optimizer:
         elif divisor is not None:
             gradients.scale_(self.megatron.get_parameters(), 1 / divisor)
         self.megatron.step_with_ready_grads()
-        if self.moments != MOMENTS:  # torch's AdamW and the fused ones count by themselves
+        if not self.counts:
             self.restore_step(self.updates_done() + 1)
+        if self.averages is not None:
+            self.averages.update(fine)
         return fine
 
     def gather_parameters(self) -> None:

@@ -57,7 +57,7 @@ def test_its_encoder_is_that_of_a_mug_that_sees_everything(inputs):
 @pytest.mark.parametrize("overrides, processes, told", [
     ("classifier.classes=2", 1, ["classifier.classes(2)", "the data(3)", "set classifier.classes=3"]),
     ("classifier.classes=1", 1, ["classifier.classes(1) must be"]),
-    ("classifier.pool=max", 1, ["classifier.pool: 'max'", "mean, class_token"]),
+    ("classifier.pool=max", 1, ["classifier.pool: 'max'", "mean, class_token, attention"]),
     ("classifier.label_smoothing=1", 1, ["classifier.label_smoothing(1"]),
     ("data.validation=FOLDER/more", 1, ["data.validation", "different classes.txt"]),
     ("data.train=FOLDER/nowhere", 1, ["data.train", "no such file or folder"]),
@@ -84,6 +84,9 @@ def test_its_encoder_is_that_of_a_mug_that_sees_everything(inputs):
     ("optimizer.name=lars optimizer.trust_coefficient=0", 1, ["optimizer.trust_coefficient(0"]),
     ("optimizer.name=lars parallel.distributed_optimizer=true", 1, ["is lars", "or optimizer.name=adamw"]),
     ("classifier.rand_augment=augmix-m5", 1, ["classifier.rand_augment(augmix-m5)", "rand-m9-mstd0.5-inc1"]),
+    ("classifier.pool=attention", 1, ["classifier.pool(attention)", "set classifier.frozen=true"]),
+    ("classifier.ema=1", 1, ["classifier.ema(1"]),
+    ("classifier.ema=0.9 precision.fp8=current precision.dtype=bf16", 1, ["ema(0.9)", "fp8(current)"]),
     ("classifier.random_erasing=1.5", 1, ["classifier.random_erasing(1.5"]),
     (PROBE + "classifier.drop_path=0.1", 1, ["classifier.drop_path(0.1)", "set classifier.drop_path=0.0"]),
     (PROBE + "classifier.layer_decay=0.5", 1, ["classifier.layer_decay(0.5)", "set classifier.layer_decay=1.0"]),

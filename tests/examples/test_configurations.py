@@ -4,6 +4,7 @@ parallelism and FP8 want."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megamug.planner import parameters
 from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import make_data
-from tests.training.classified import make_shards
+from tests.training.classified import coloured, make_shards
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
@@ -50,8 +51,8 @@ def data(tmp_path_factory) -> Path:
 def overrides(path: Path, data: Path) -> list[str]:
     if path in CLASSIFIERS:
         without = [] if importlib.util.find_spec("timm") else ["classifier.rand_augment=null"]
-        return [f"data.train={data / 'labelled' / 'train'}", "model.initial=somewhere", "classifier.classes=1000",
-                f"run_dir={data / 'run'}", *without]  # fmt: skip
+        return [f"data.train={data / 'labelled' / 'train'}", "data.validation=null", "model.initial=somewhere",
+                "classifier.classes=1000", f"run_dir={data / 'run'}", *without]  # fmt: skip
     if path.parent.name in ("mug", "transfer"):
         sources, tokenizer = data / "data" / "train", data / "tokenizer.model"
     else:
@@ -130,6 +131,38 @@ def test_classifiers_follow_the_recipes_of_mae_and_moco_v3():
         assert probe.classifier.frozen and probe.classifier.pool == "class_token" and probe.optimizer.weight_decay == 0
         assert (probe.optimizer.name, probe.optimizer.momentum) == (optimizer, 0.9)
         assert probe.classifier.batch_norm == norm and probe.classifier.label_smoothing == 0
+
+
+def test_fine_grained_data_become_classes_and_have_epochs_of_the_recipe(data, capsys, tmp_path):
+    """The table of docs/transfer.md, and its commands on a made list of the kind that iNaturalist publishes."""
+    page = (ROOT / "docs" / "transfer.md").read_text()
+    rows = re.findall(r"^\| [\w -]+ \| ([\d,]+), ([\d,]+) \| `([\w.]+)` \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for images, _, _, steps, warm_up in rows:
+        epoch = int(images.replace(",", "")) // 1024
+        assert (int(steps), int(warm_up)) == (100 * epoch, 5 * epoch)
+    names = [f"train_val2018/Aves/{species}/{n}.png" for species in (2761, 3099) for n in range(3)]
+    for n, name in enumerate(names):
+        (tmp_path / "inat" / name).parent.mkdir(parents=True, exist_ok=True)
+        coloured(n % 3, n).save(tmp_path / "inat" / name)
+    published = {
+        "info": {"year": 2018}, "licenses": [{"id": 0, "name": "CC"}],
+        "images": [{"id": 7 + n, "file_name": name, "license": 0, "width": 40, "height": 40, "rights_holder": "x"}
+                   for n, name in enumerate(names)],
+        "categories": [{"id": 3099, "name": "Larus", "supercategory": "Aves"}, {"id": 2761, "name": "Corvus",
+                                                                                "supercategory": "Aves"}],
+        "annotations": [{"id": n, "image_id": 7 + n, "category_id": int(name.split("/")[2])}
+                        for n, name in enumerate(names)],
+    }  # fmt: skip
+    (tmp_path / "train2018.json").write_text(json.dumps(published))
+    shards = tmp_path / "shards"
+    words = ["data", "shards", str(tmp_path / "inat"), "--output", str(shards), "--labels"]
+    assert cli.main([*words, str(tmp_path / "train2018.json")]) == 0
+    assert (shards / "classes.txt").read_text().split() == ["Corvus", "Larus"]
+    command = re.search(r"megamug train (examples/mug/finetune_vit_b16.yaml) .*?\\\n(.*run_dir.*)\n", page)
+    changes = [word for word in command[2].split() if not word.startswith("run_dir")]
+    told = dry_run(ROOT / command[1], data, capsys, *changes, f"data.train={shards}", "classifier.classes=null")
+    assert "42700 steps of 1024" in told and "2 classes" in told
 
 
 @pytest.mark.parametrize("path", LARGE_JAM, ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import megamug
 from megamug import cli
 from megamug.configuration.reading import load_config
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
@@ -39,7 +40,8 @@ def test_a_run_learns_and_goes_on_to_the_bit(data, tmp_path, capsys, mixes):
     assert cli.main(["train", written(data, whole, train={"steps": 24})]) == 0
     assert "class 1." in capsys.readouterr().out
     # With all that is drawn for a sample.
-    drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "layer_decay": 0.9, "random_erasing": 0.3} if mixes else {}
+    drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "layer_decay": 0.9, "random_erasing": 0.3,
+             "ema": 0.8} if mixes else {}  # fmt: skip
     if mixes and importlib.util.find_spec("timm"):
         drawn["rand_augment"] = "rand-m3-mstd0.5-inc1"
     config = written(data, halves, train={"steps": 24}, classifier=drawn)
@@ -140,3 +142,25 @@ def test_a_probe_leaves_the_encoder_as_it_was_and_goes_on_to_the_bit(data, tmp_p
     if name == "lars":
         assert cli.main(["train", configs[0], "optimizer.name=sgd"]) == 2
         assert "optimizer.name was lars and is now sgd; set optimizer.name as it was" in capsys.readouterr().err
+
+
+def test_validation_evaluation_and_exports_read_averages(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    path = written(data, run, train={"steps": 4}, classifier={"ema": 0.9, "pool": "class_token"})
+    assert cli.main(["train", path]) == 0
+    assert "held-out losses are those of averages of the weights (classifier.ema=0.9)" in capsys.readouterr().out
+    told = records(run)[-1]["validation"]["class_loss"]
+    assert cli.main(["evaluate", str(run), "--task", "classification", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["weights"] == "averages" and figures["loss"] == pytest.approx(told, rel=1e-6)
+    stored = tensors(run / "checkpoints" / "step-00000004")
+    average = stored["optimizer.average.encoder.stack.final_layernorm.bias"]
+    assert not torch.equal(average, stored["encoder.stack.final_layernorm.bias"])
+    assert torch.equal(megamug.load_encoder(run).norm.bias, average)
+    assert cli.main(["convert", "--from", "megamug", "--to", "megamug", str(run), str(tmp_path / "alone")]) == 0
+    assert "averages of the weights are taken where the run keeps them" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(tmp_path / "alone"), "--task", "classification", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["weights"] == "last" and figures["loss"] == pytest.approx(told, rel=1e-6)
+    assert cli.main(["train", path, "train.steps=5", "classifier.ema=0"]) == 2
+    assert "classifier.ema above 0 was True and is now False" in capsys.readouterr().err

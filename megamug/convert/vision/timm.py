@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row, batched
+from megamug.convert.vision import classifier
 from megamug.convert.vision.mae import encoder_rows, encoder_settings
 from megamug.convert.vision.vit import positions, standard_eps
 from megamug.data.pairs.images import SHARE
@@ -94,3 +96,4 @@ def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:
 FORMAT = Format(
     "timm", "timm's VisionTransformer, class and register tokens", "mug", ("encoder.",), settings, rows, fixed, files
 )
+FORMAT = replace(FORMAT, of_classifiers=classifier.of(FORMAT))
