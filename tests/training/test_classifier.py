@@ -150,8 +150,9 @@ def test_validation_evaluation_and_exports_read_averages(data, tmp_path, capsys)
     assert cli.main(["train", path]) == 0
     assert "held-out losses are those of averages of the weights (classifier.ema=0.9)" in capsys.readouterr().out
     told = records(run)[-1]["validation"]["class_loss"]
-    assert cli.main(["evaluate", str(run), "--task", "classification", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    assert cli.main(["evaluate", str(run), "--task", "classification"]) == 0
+    assert "step 4 (averages of the weights)" in capsys.readouterr().err
+    figures = json.loads((run / "evaluate" / "step-00000004" / "classification.json").read_text())
     assert figures["weights"] == "averages" and figures["loss"] == pytest.approx(told, rel=1e-6)
     stored = tensors(run / "checkpoints" / "step-00000004")
     average = stored["optimizer.average.encoder.stack.final_layernorm.bias"]
@@ -159,8 +160,8 @@ def test_validation_evaluation_and_exports_read_averages(data, tmp_path, capsys)
     assert torch.equal(megamug.load_encoder(run).norm.bias, average)
     assert cli.main(["convert", "--from", "megamug", "--to", "megamug", str(run), str(tmp_path / "alone")]) == 0
     assert "averages of the weights are taken where the run keeps them" in capsys.readouterr().out
-    assert cli.main(["evaluate", str(tmp_path / "alone"), "--task", "classification", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    assert cli.main(["evaluate", str(tmp_path / "alone"), "--task", "classification"]) == 0
+    figures = json.loads((tmp_path / "alone" / "evaluate" / "step-00000000" / "classification.json").read_text())
     assert figures["weights"] == "last" and figures["loss"] == pytest.approx(told, rel=1e-6)
     assert cli.main(["train", path, "train.steps=5", "classifier.ema=0"]) == 2
     assert "classifier.ema above 0 was True and is now False" in capsys.readouterr().err
