@@ -89,6 +89,9 @@ def test_logits_are_those_of_timm(runs, tmp_path, name, registers):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(timm_logits(tensors, described, images), logits, rtol=1e-4, atol=1e-4)
     assert float(logits.std()) > 0.1
+    for one, other in zip(*(vars(megamug.load_encoder(path)(images)).values() for path in (run, tmp_path / "out")),
+                          strict=True):  # fmt: skip
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
     timm = pytest.importorskip("timm", reason="timm is not installed, or torchvision is not")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():

@@ -74,9 +74,14 @@ def rows(encoder: list[Row], config: Config, pooled_norm: str, linear: str) -> l
     """Those of `encoder`, and of the head's parts by their foreign names."""
     width = config.model.width
     if norm_of_the_mean(config):
-        encoder = [row for row in encoder if not row.ours.startswith("encoder.stack.final_layernorm.")]
-        encoder += weight_and_bias("head.norm", (width,), pooled_norm)
+        encoder = with_norm_of_the_mean(encoder, config, pooled_norm)
     return encoder + weight_and_bias("head.linear", (config.classifier.classes, width), linear)
+
+
+def with_norm_of_the_mean(encoder: list[Row], config: Config, theirs: str) -> list[Row]:
+    """The rows of an encoder whose last norm is the head's."""
+    kept = [row for row in encoder if not row.ours.startswith("encoder.stack.final_layernorm.")]
+    return kept + weight_and_bias("head.norm", (config.model.width,), theirs)
 
 
 def of(form: Format) -> Format:
