@@ -28,7 +28,7 @@ from megamug.errors import UserError
 ARCHITECTURE = re.compile(r"vit_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d+)?(_\d+)?(\.\w+)?")
 SIZES = {
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "reg_tokens", "in_chans",
-    "no_embed_class", "dynamic_img_size", "global_pool",
+    "no_embed_class", "dynamic_img_size", "global_pool", "fc_norm",
 }  # fmt: skip
 # (width, layers, heads) of timm's names, and the patches they come with.
 KINDS = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large",
