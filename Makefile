@@ -19,6 +19,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard setup.py csrc/* csrc/*/* csrc/*/*/
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet "setuptools>=77" wheel
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps 'timm>=1.0'  # its RandAugment; torchvision goes with one torch
 	touch $@
 
 demo: venv

@@ -10,12 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+BUFFER = ("momentum_buffer",)  # of SGD and LARS
+AVERAGE = "average"  # of the weights, where a run keeps one
 
 
 @dataclass
 class MainState:
-    """One parameter's fp32 main value and Adam moments, or this rank's part of them.
+    """One parameter's fp32 main value and what is kept beside it, or this rank's part of them.
 
     `span` (None: all of it) is the part [start, end) of the flattened parameter that this rank holds.
     """
@@ -26,19 +28,29 @@ class MainState:
     span: tuple[int, int] | None
     optimizer: torch.optim.Optimizer
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What the optimizer keeps of each parameter."""
+        return kept_by(self.optimizer)
+
     def moment(self, which: str) -> Tensor:
-        """`exp_avg` or `exp_avg_sq`, shaped as `main`; made (zero) where no step was done yet."""
+        """One of `kept`, or the average, shaped as `main`; made (zero) where no step was done yet."""
         state = self.optimizer.state[self.main]
         if which not in state:
             if counts_per_parameter(self.optimizer) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=self.main.device)
-            for name in MOMENTS:
+            for name in self.kept:
                 state.setdefault(name, torch.zeros_like(self.main, dtype=torch.float32))
         return state[which]
 
 
+def kept_by(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimizer keeps of each parameter, by the names of torch."""
+    return BUFFER if "momentum" in optimizer.defaults else MOMENTS
+
+
 def counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's AdamW counts steps per parameter; Transformer Engine's and apex's count per group."""
+    """torch's AdamW counts steps per parameter; of the others they are counted per group."""
     return isinstance(optimizer, torch.optim.Adam)
 
 
@@ -47,6 +59,7 @@ class SavedOptimizer(Protocol):
 
     distributed: bool  # its states are sharded over the data-parallel ranks
     names: dict[Tensor, str]  # parameter -> its name in `torch.nn.ModuleList(chunks)`
+    moments: tuple[str, ...]  # what is kept of each parameter
 
     def gather_parameters(self) -> None:
         """Makes this rank hold all updates of its parameters."""

@@ -1,8 +1,8 @@
 """What a checkpoint holds, and how each rank's part of it gets its layout-free name.
 
-Model parameters, fp32 main parameters (bf16 runs) and Adam's two moments are tensors named after the parameter, with
-global shape and offset; Megatron's torch_dist format stores them so that any layout can read them. Step, cursor and
-configuration are JSON. Nothing is pickled by us; what the format itself pickles is read under a guard.
+Model parameters, fp32 main parameters (bf16 runs) and AdamW's two moments (SGD's or LARS's one) are tensors named after
+the parameter, with global shape and offset; Megatron's torch_dist format stores them so that any layout can read them.
+Step, cursor and configuration are JSON. Nothing is pickled by us; what the format itself pickles is read under a guard.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from megamug.checkpoint.fp8_parameters import is_fp8, set_value, unrounded
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import check_format
-from megamug.checkpoint.optimizer_state import MOMENTS, MainState, SavedOptimizer
+from megamug.checkpoint.optimizer_state import AVERAGE, MainState, SavedOptimizer
 
 Entry = ShardedTensor | ShardedTensorFactory  # a factory: one parameter that is stored in parts (gated feed-forward)
 
@@ -56,9 +56,9 @@ def _storage(tensor: Tensor) -> object:
     return id(tensor) if is_fp8(tensor) else (tensor.data_ptr(), tensor.shape)
 
 
-def _kinds(chunks: list[torch.nn.Module]) -> list[str]:
+def _kinds(chunks: list[torch.nn.Module], optimizer: SavedOptimizer) -> list[str]:
     """What the optimizer keeps of a parameter in a checkpoint, beside the parameter itself."""
-    return [*MOMENTS, *(["main"] if next(chunks[0].parameters()).dtype != torch.float32 else [])]
+    return [*optimizer.moments, *(["main"] if next(chunks[0].parameters()).dtype != torch.float32 else [])]
 
 
 def _of_optimizer(kind: str, entry: Entry, data: Tensor) -> Entry:
@@ -67,18 +67,18 @@ def _of_optimizer(kind: str, entry: Entry, data: Tensor) -> Entry:
     return dataclasses.replace(entry, key=f"optimizer.{kind}.{entry.key}", data=data, **dtype)
 
 
-def _whole(state: MainState | None, kind: str, entry: Entry, optimizer: SavedOptimizer, world) -> Tensor:
+def whole(state: MainState | None, kind: str, parameter: Tensor, optimizer: SavedOptimizer, world) -> Tensor:
     """One state tensor over this rank's whole part of the parameter; a collective under the distributed optimizer."""
     part = None if state is None else state.main if kind == "main" else state.moment(kind)
     if part is not None and state.span is None:
         full = part.detach()
     else:
-        full = torch.zeros(entry.data.numel(), dtype=torch.float32, device=world.device)
+        full = torch.zeros(parameter.numel(), dtype=torch.float32, device=world.device)
         if part is not None:
             full[slice(*state.span)] = part.detach().view(-1)
     if optimizer.distributed and world.dp_size > 1:
         dist.all_reduce(full, group=world.dp_group)  # each element stands on one rank, zeros elsewhere
-    return full.view(entry.data.shape)
+    return full.view(parameter.shape)
 
 
 def sharded_state(
@@ -94,8 +94,8 @@ def sharded_state(
     model, tensors = _by_key(entries), []
     for name in sorted(optimizer.names.values()):
         entry = by_parameter[name]
-        for kind in _kinds(chunks):
-            data = _whole(states.get(name), kind, entry, optimizer, world)
+        for kind in _kinds(chunks, optimizer):
+            data = whole(states.get(name), kind, entry.data, optimizer, world)
             tensors.append(_of_optimizer(kind, entry, data))
             if kind == "main" and is_fp8(entry.data):
                 # As a run without FP8 parameters would store it: what reads the model has no use for FP8's rounding.
@@ -207,6 +207,24 @@ def of_parts(key: str, parts: tuple[str, ...]) -> bool:
     return not parts or key.split(".", 1)[0] in parts
 
 
+def load_averages(chunks: list[torch.nn.Module], folder: Path, names: set[str]) -> list[str]:
+    """Loads the averages of weights that `folder` keeps (`names`: what it stores) in the place of the weights; returns
+    the names of those that have one."""
+    entries = [e for e in entries_of(chunks) if f"optimizer.{AVERAGE}.{e.key}" in names]
+    wanted = _by_key(
+        _of_optimizer(AVERAGE, e, torch.empty(e.data.shape, dtype=torch.float32, device=e.data.device)) for e in entries
+    )
+    if not wanted:
+        return []
+    with guarded_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load({"average": wanted}, str(folder))["average"]
+    with torch.no_grad():
+        for entry in entries:
+            entry.data.copy_(loaded[f"optimizer.{AVERAGE}.{entry.key}"])
+    return [entry.key for entry in entries]
+
+
 def load_tensors(
     chunks: list[torch.nn.Module], optimizer: SavedOptimizer | None, world, folder: Path, step: int,
     parts: tuple[str, ...] = (),
@@ -220,7 +238,7 @@ def load_tensors(
         state["optimizer"] = _by_key(
             _of_optimizer(kind, entry, torch.empty(entry.data.shape, dtype=torch.float32, device=world.device))
             for entry in (by_parameter[name] for name in optimizer.names.values())
-            for kind in _kinds(chunks)
+            for kind in _kinds(chunks, optimizer)
         )
     check_format(folder)
     with guarded_loading(), warnings.catch_warnings():
@@ -235,7 +253,7 @@ def load_tensors(
         tensors = loaded["optimizer"]
         for main_state in optimizer.main_states():
             key = by_parameter[main_state.name].key
-            for kind in (*MOMENTS, "main"):
+            for kind in (*optimizer.moments, "main"):
                 if kind == "main":
                     if main_state.main is main_state.parameter:
                         continue

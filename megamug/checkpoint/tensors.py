@@ -34,6 +34,7 @@ from megamug.checkpoint import configured
 from megamug.checkpoint.guarded import guarded_loading
 from megamug.checkpoint.metadata import FILE as METADATA
 from megamug.checkpoint.metadata import hole_of
+from megamug.checkpoint.optimizer_state import AVERAGE
 from megamug.checkpoint.store import STATE, STEP_FOLDER, CheckpointStore
 from megamug.configuration.reading import absolute, save_config, to_yaml
 from megamug.configuration.sections import Config
@@ -70,7 +71,8 @@ class TensorReader:
     Every byte is checked against the manifest first, and what is pickled is read under `guarded_loading`. Raises
     UserError: no checkpoint there, a damaged one, one that names what no checkpoint needs.
 
-    `names` are the model's tensors; `optimizer_names` Adam's moments and the fp32 main parameters of bf16 runs.
+    `names` are the model's tensors; `optimizer_names` what the optimizer keeps (Adam's moments, averages of weights)
+    and the fp32 main parameters of bf16 runs.
     """
 
     def __init__(self, path: str | Path):
@@ -81,19 +83,29 @@ class TensorReader:
         self._places = metadata.storage_data
         self.names = [name for name in self._stored if not name.startswith(OPTIMIZER)]
         self.optimizer_names = [name for name in self._stored if name.startswith(OPTIMIZER)]
+        self._averages: dict[str, str] = {}  # of the model's tensors, the names of those that stand for them
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
+
+    def take_averages(self) -> str | None:
+        """From now on `read` and `dtype` of the model's tensors give averages of the weights where the checkpoint keeps
+        some; then a remark that says so."""
+        prefix = f"{OPTIMIZER}{AVERAGE}."
+        stored = {name.removeprefix(prefix): name for name in self.optimizer_names if name.startswith(prefix)}
+        self._averages = {name: average for name, average in stored.items() if name in self._stored}
+        return averages_remark(len(self._averages)) if self._averages else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The global shape of a tensor. Raises UserError where there is none of that name."""
         return tuple(self._entry(name).size)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name).properties.dtype
+        return self._entry(self._averages.get(name, name)).properties.dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`, on the CPU, put together from the pieces of all ranks."""
+        name = self._averages.get(name, name)
         entry = self._entry(name)
         first = entry.chunks[0]
         if first.sizes == entry.size:
@@ -107,9 +119,10 @@ class TensorReader:
         return whole
 
     def tensors(self) -> Iterator[LazyTensor]:
-        """The model's tensors, unread."""
+        """The model's tensors, unread, of the types that they are stored in."""
         for name in self.names:
-            yield LazyTensor(name, self.shape(name), self.dtype(name), lambda name=name: self.read(name))
+            dtype = self._entry(name).properties.dtype
+            yield LazyTensor(name, self.shape(name), dtype, lambda name=name, dtype=dtype: self.read(name).to(dtype))
 
     def state(self) -> dict:
         """`state.json`: step, cursor, identity, and `origin` of a run that was not trained here."""
@@ -128,6 +141,11 @@ class TensorReader:
         if not isinstance(piece, Tensor) or piece.shape != chunk.sizes or piece.dtype != dtype:
             raise UserError(f"{self.folder}: {name} is not what its metadata says; take another checkpoint")
         return piece
+
+
+def averages_remark(count: int) -> str:
+    """How it is told that averages are read."""
+    return f"averages of the weights are taken where the run keeps them (classifier.ema): {count} tensors"
 
 
 def read_metadata(folder: Path) -> Metadata:

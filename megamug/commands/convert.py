@@ -59,6 +59,8 @@ def main(argv: list[str], prog: str | None = None) -> None:
                         help="missing keys, or unknown ones of the tensors or of config.json, to go on without; *"
                              " stands for any text")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (5GB)")
+    parser.add_argument("--pth", action="store_true", help="write model.pth, {\"model\": tensors}, as MAE's scripts"
+                        " read it, instead of safetensors (--to mae or timm)")  # fmt: skip
     options = parser.parse_intermixed_args(argv)
     try:
         remarks = convert(options)
@@ -74,10 +76,13 @@ def convert(options: argparse.Namespace) -> list[str]:
     if output != MEGAMUG and options.config:
         raise UserError(f"--config describes the run that is written, but --to is {output}; leave it out")
     _check_vocabulary(options)
+    if options.pth and (source != MEGAMUG or output not in ("mae", "timm")):
+        raise UserError("--pth is how MAE's scripts read models: of --from megamug --to mae or timm; leave it out")
     if source == output == MEGAMUG:
         reader = TensorReader(options.source)
         state = reader.state()
         config, changes = read_configuration(reader)
+        changes += [remark] if (remark := reader.take_averages()) else []
         write_run(options.output, config, reader.tensors(), state["identity"], state.get("origin"))
         return [*changes, "only the weights: no optimizer state"]
     if source == MEGAMUG and output in IMAGE_TOKENIZERS:
@@ -97,7 +102,8 @@ def convert(options: argparse.Namespace) -> list[str]:
     form = format_named(output)
     if source != MEGAMUG:
         raise UserError(f"--from {source} --to {output}: convert to megamug first, then from megamug")
-    return from_megamug(form, options.source, options.output, options.allow_missing, size(options.max_shard_size))
+    most = size(options.max_shard_size)
+    return from_megamug(form, options.source, options.output, options.allow_missing, most, options.pth)
 
 
 def _check_vocabulary(options: argparse.Namespace) -> None:

@@ -62,3 +62,9 @@ def stack_layers(config: Config) -> dict[str, int]:
         key = "model.text_unimodal_layers + text_multimodal_layers"
         layers[key] = model.text_unimodal_layers + model.text_multimodal_layers
     return layers
+
+
+def kept_values(config: Config) -> int:
+    """fp32 values that the optimizer keeps of each parameter: moments, and the average of the weights."""
+    averages = config.model.kind == "classifier" and config.classifier.ema > 0
+    return (2 if config.optimizer.name == "adamw" else 1) + averages

@@ -93,12 +93,16 @@ class ClassifierConfig:
     """What `kind: classifier` puts behind a MUG's encoder, which sees every patch of an image: one linear."""
 
     classes: int | None = None  # null: those of data.train (names in classes.txt, else its largest label and one)
-    pool: str = "mean"  # what the linear reads: mean (of the patches, then a LayerNorm) | class_token
-    frozen: bool = False  # linear probe: the encoder stays as it is, features are standardised (BatchNorm) in its place
+    pool: str = "mean"  # the linear reads: mean (of the patches, then a LayerNorm) | class_token | attention (frozen)
+    frozen: bool = False  # linear probe: the encoder stays as it is
+    batch_norm: bool = True  # frozen: features are standardised, BatchNorm without parameters (MAE); false: as they are
     label_smoothing: float = 0.1  # share of a target that all classes get alike; in training, held-out losses have none
     drop_path: float = 0.0  # share of images that skip a part of the last layer; linearly fewer before it
     mixup: float = 0.0  # alpha of the beta distribution by which images are mixed in pairs; 0: not
     cutmix: float = 0.0  # alpha of that by which one has a box of the other; 0: not; with mixup, half of them each
+    rand_augment: str | None = None  # a policy of timm (MAE: rand-m9-mstd0.5-inc1), whose package it needs; null: none
+    random_erasing: float = 0.0  # share of images of which a box becomes noise (MAE: 0.25)
+    ema: float = 0.0  # decay of averages of the weights, which validation, evaluation and exports read; 0: none
     layer_decay: float = 1.0  # each layer's learning rate is so many times that of the next one; 1: all have the same
 
 
@@ -167,15 +171,18 @@ class PrecisionConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with a cosine schedule. Biases, norms and tokens do not decay."""
+    """An optimizer with a cosine schedule. Biases, norms and tokens do not decay, nor does LARS adapt their rates."""
 
+    name: str = "adamw"  # adamw | lars (MAE's linear probe) | sgd (with momentum; MoCo v3's)
     learning_rate: float = 1.5e-4  # at the end of warm-up, as it stands: not scaled by the batch
     min_learning_rate: float = 0.0  # that the cosine falls towards; reached one step after the last
     warmup_steps: int = 0  # linear from 0
-    weight_decay: float = 0.05  # decoupled
+    weight_decay: float = 0.05  # adamw: decoupled; lars, sgd: added to the gradient, times the weight
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
+    momentum: float = 0.9  # of lars and sgd: share of the last update in the next
+    trust_coefficient: float = 1e-3  # of lars: norm of an update of rate 1, as a share of the norm of what it changes
     clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
     fused: str = "auto"  # auto | te | apex | torch: whose AdamW kernel; auto: torch's
     skip_spikes: float = 0.0  # no update where the gradient norm is so many deviations above its last 128; 0: always

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from megamug.configuration import validate_classifier, validate_lm, validate_precision
+from megamug.configuration import validate_classifier, validate_lm, validate_optimizer, validate_precision
 from megamug.configuration.counts import (
     as_mug,
     data_parallel,
@@ -41,7 +41,8 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     config = resolve(config)
     sizes(config, world_size)
     trackers(config)
-    own = {"mug": (files, run_folder, vocabulary), "classifier": (validate_classifier.files, run_folder)}
+    classifier = (validate_classifier.augmentation, validate_classifier.files, run_folder)
+    own = {"mug": (files, run_folder, vocabulary), "classifier": classifier}
     for check in own.get(config.model.kind, (validate_lm.files, run_folder)):
         check(config)
     if here:
@@ -54,7 +55,8 @@ def sizes(config: Config, world_size: int) -> None:
     model(config)
     layout(config, world_size)
     batch(config, world_size)
-    schedule(config)
+    validate_optimizer.optimizer(config)
+    validate_optimizer.schedule(config)
     tensor_parallel(config)
     sequence_parallel(config)
     pipeline(config, world_size)
@@ -165,19 +167,6 @@ def batch(config: Config, world_size: int) -> None:
             fix = f"data.global_batch_size={round_up(whole, micro * data)}"
         raise UserError(f"data: global_batch_size({whole}) is not divisible by micro_batch_size({micro}) x"
                         f" data-parallel ranks({data}) = {micro * data}; set {fix}")
-
-
-def schedule(config: Config) -> None:
-    """Warm-up within the run, learning rates in order."""
-    optimizer, steps = config.optimizer, config.train.steps
-    if optimizer.warmup_steps > steps:
-        raise UserError(f"optimizer.warmup_steps({optimizer.warmup_steps}) is more than train.steps({steps});"
-                        f" set optimizer.warmup_steps={steps // 10}")
-    if optimizer.min_learning_rate > optimizer.learning_rate:
-        raise UserError(
-            f"optimizer.min_learning_rate({optimizer.min_learning_rate:g}) is above"
-            f" optimizer.learning_rate({optimizer.learning_rate:g}); set optimizer.min_learning_rate=0"
-        )
 
 
 def tensor_parallel(config: Config) -> None:
@@ -326,9 +315,9 @@ def run_folder(config: Config) -> None:
         before, now = meaning(saved), meaning(config)
         for key in now:
             if before[key] != now[key]:
-                raise UserError(f"run_dir: {run} holds checkpoints whose loss or function is another: {key} was"
-                                f" {before[key]} and is now {now[key]}; set {key} as it was, or run_dir to a new folder"
-                                f" and model.initial={run} to start from these weights")
+                raise UserError(f"run_dir: {run} holds checkpoints whose loss, optimizer or function is another:"
+                                f" {key} was {before[key]} and is now {now[key]}; set {key} as it was, or run_dir to a"
+                                f" new folder and model.initial={run} to start from these weights")
 
 
 def devices(config: Config) -> None:
@@ -378,9 +367,12 @@ def model_identity(config: Config) -> dict[str, object]:
 
 
 def meaning(config: Config) -> dict[str, object]:
-    """`function`, and what the weights are trained for: a run that went on with another value would have one curve of
-    two losses. New runs may start from its weights (`model.initial`)."""
-    return function(config) | ({"data.loss_on": config.data.loss_on} if towers(config) else {})
+    """`function`, and what the weights are trained for and by: a run that went on with another value would have one
+    curve of two losses, or states of another optimizer. New runs may start from its weights (`model.initial`)."""
+    told = {"data.loss_on": config.data.loss_on} if towers(config) else {}
+    if config.model.kind == "classifier":
+        told["classifier.ema above 0"] = config.classifier.ema > 0
+    return function(config) | told | {"optimizer.name": config.optimizer.name}
 
 
 def function(config: Config) -> dict[str, object]:

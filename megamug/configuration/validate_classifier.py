@@ -32,7 +32,17 @@ def head(config: Config) -> None:
         if getattr(own, key) > 0 and config.data.micro_batch_size == 1:
             raise UserError(f"classifier.{key}({getattr(own, key):g}) mixes the images of a micro-batch, and"
                             f" data.micro_batch_size is 1; set data.micro_batch_size=2 or classifier.{key}=0")
+    if own.ema > 0 and precision.fp8 != "none":
+        raise UserError(f"classifier.ema({own.ema:g}): averages of the weights take their place for held-out data, and"
+                        f" precision.fp8({precision.fp8}) keeps copies of its own of them; set precision.fp8=none or"
+                        " classifier.ema=0")
     if not own.frozen:
+        if own.pool == "attention":
+            raise UserError("classifier.pool(attention) is a probe of a frozen encoder, and classifier.frozen is false;"
+                            " set classifier.frozen=true or classifier.pool=mean")
+        if not own.batch_norm:
+            raise UserError("classifier.batch_norm(false) is of a frozen encoder, and classifier.frozen is false; set"
+                            " classifier.batch_norm=true or classifier.frozen=true")
         return
     if config.model.initial is None:
         raise UserError("classifier.frozen(true) reads a trained encoder, and model.initial is not set; name a run:"
@@ -68,6 +78,14 @@ def files(config: Config) -> None:
         raise UserError(f"the data have {found} class; a classifier wants two at least")
 
 
+def augmentation(config: Config) -> None:
+    """A policy of RandAugment that timm can be asked for."""
+    if config.classifier.rand_augment is not None:
+        from megamug.data.pairs import rand_augment
+
+        rand_augment.check(config.classifier.rand_augment)
+
+
 def with_classes(config: Config) -> Config:
     """A copy whose `classifier.classes` says how many there are in data.train, where it was null."""
     if config.classifier.classes is not None:
@@ -81,7 +99,9 @@ def identity(config: Config) -> dict[str, object]:
     """What makes checkpoints of one model unfit for another; the number of classes once it is known."""
     found: dict[str, object] = {"model.kind": config.model.kind, "data.image_size": config.data.image_size}
     found |= {f"model.{name}": getattr(config.model, name) for name in SIZES}
-    found["classifier.pool"], found["classifier.frozen"] = config.classifier.pool, str(config.classifier.frozen).lower()
+    own = config.classifier
+    found["classifier.pool"] = own.pool
+    found |= {f"classifier.{key}": str(getattr(own, key)).lower() for key in ("frozen", "batch_norm")}
     return found | ({} if config.classifier.classes is None else {"classifier.classes": config.classifier.classes})
 
 

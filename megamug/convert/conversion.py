@@ -30,9 +30,10 @@ from megamug.convert.described import check as check_described
 from megamug.convert.formats import Format, View, VocabularyRows
 from megamug.convert.language import growth
 from megamug.convert.language.growth import MEAN_ROWS, NewRows
-from megamug.convert.safetensors_out import write_folder
+from megamug.convert.safetensors_out import write_folder, write_pth
 from megamug.convert.source import ForeignTensors
 from megamug.convert.table import Row
+from megamug.convert.vision import classifier
 from megamug.data.documents.vocabulary import Vocabulary
 from megamug.errors import UserError
 
@@ -120,11 +121,17 @@ def from_megamug(
     output: str | Path,
     allow: Iterable[str] = (),
     max_shard_bytes: int = SHARD_BYTES,
+    pth: bool = False,
 ) -> list[str]:
     """Writes the folder `output` (safetensors, its index where there are several, config.json where the format has one)
-    from a megamug run or checkpoint folder of any layout; returns remarks. Raises UserError as `to_megamug` does."""
+    from a megamug run or checkpoint folder of any layout; returns remarks. `pth`: instead model.pth, {"model":
+    tensors}. Raises UserError as `to_megamug` does."""
     reader = TensorReader(source)
     config, changes = read_configuration(reader)
+    config.run_dir = str(reader.folder.parent.parent)
+    changes += [remark] if (remark := reader.take_averages()) else []
+    if config.model.kind == "classifier" and form.of_classifiers is not None:
+        form, reader = form.of_classifiers, classifier.plain(reader, config)
     if config.model.kind != form.kind:
         raise UserError(f"{source} is a model of kind {config.model.kind}; {form.name} is one of kind {form.kind}")
     vocabulary = _vocabulary(reader, config)
@@ -152,7 +159,8 @@ def from_megamug(
         tensors.append(LazyTensor(
             form.spelled(name), tuple(make().shape), dtype, lambda make=make, dtype=dtype: make().to(dtype)
         ))  # fmt: skip
-    write_folder(output, tensors, max_shard_bytes, form.files(config, vocabulary))
+    files = form.files(config, vocabulary)
+    write_pth(output, tensors, files) if pth else write_folder(output, tensors, max_shard_bytes, files)
     return remarks
 
 
@@ -178,7 +186,7 @@ def read_configuration(reader: TensorReader) -> tuple[Config, list[str]]:
 
 def _vocabulary(reader: TensorReader, config: Config) -> VocabularyRows:
     """Rows of the vocabulary without padding: of the model it was converted from, or of its vocabulary folder."""
-    if config.model.kind == "mug":
+    if config.model.kind in ("mug", "classifier"):
         return ()
     state = reader.state()
     if vocabulary_rows(state):

@@ -12,6 +12,7 @@ from megamug.convert.conversion import compare_fixed, configure
 from megamug.convert.formats import Format, View
 from megamug.convert.registry import FORMATS
 from megamug.convert.source import ForeignTensors
+from megamug.convert.vision import classifier
 from megamug.errors import UserError
 
 # Beginnings of names (as the formats' tables spell them) that are no part of an encoder.
@@ -31,6 +32,9 @@ def foreign_encoder(path: str | Path) -> tuple[Config, Callable[[str], Tensor], 
         view = View(source, form.canonical)
         config = configure(form, view, [], [])
         rows = [row for row in form.rows(config, ()) if row.ours.startswith("encoder.")]
+        if "fc_norm.weight" in view and "norm.weight" not in view:  # a classifier by the mean of the patches
+            config.model.kind, config.classifier.pool = "classifier", "mean"
+            rows = classifier.with_norm_of_the_mean(rows, config, "fc_norm")
         fixed = {name: make for name, make in form.fixed(config).items() if not name.startswith(OTHERS)}
         known = {name for row in rows for name in row.theirs} | fixed.keys()
         missing = [name for row in rows for name in row.theirs if name not in view]

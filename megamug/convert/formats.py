@@ -67,7 +67,8 @@ class Format:
     `parts`: beginnings of the megamug names that the format has a place for. `ignored`: a pattern of buffers that
     libraries store and compute anew. `apart`: the beginning of names that are another model's, and a sentence that says
     which; they are left out. `canonical` turns the names of the format's older spellings into the table's,
-    `spelled` the table's names into those that are written.
+    `spelled` the table's names into those that are written. `of_classifiers`: what an encoder's format is with a head
+    behind it, for a run of `kind: classifier` that is written.
     """
 
     name: str
@@ -85,3 +86,4 @@ class Format:
     apart: tuple[str, str] | None = None
     canonical: Callable[[str], str] = as_it_is
     spelled: Callable[[str], str] = as_it_is
+    of_classifiers: Format | None = None

@@ -1,12 +1,14 @@
 """Safetensors written as a stream: the header follows from names, shapes and dtypes, so each tensor is made, written
-and let go before the next one (https://github.com/huggingface/safetensors: header length, JSON header, bytes)."""
+and let go before the next one (https://github.com/huggingface/safetensors: header length, JSON header, bytes). On
+request a model is a .pth of torch instead."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,31 +29,47 @@ def write_folder(
 
     Raises UserError where the folder exists, OSError where the disk fails.
     """
-    output = Path(output)
-    if output.exists():
-        raise UserError(f"{output} exists; choose another folder, or remove it")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     shards = _shards(tensors, max_shard_bytes)
     count = len(shards)
     names = ["model.safetensors"] if count == 1 else [
         f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
     ]  # fmt: skip
-    for name, shard in zip(names, shards, strict=True):
-        write_file(partial / name, shard)
     files = dict(files or {})
     if count > 1:
         files["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
             "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
         }
+    with _appearing(Path(output), files) as partial:
+        for name, shard in zip(names, shards, strict=True):
+            write_file(partial / name, shard)
+    return [Path(output) / name for name in names]
+
+
+def write_pth(output: str | Path, tensors: Sequence[LazyTensor], files: dict[str, dict] | None = None) -> Path:
+    """Writes OUTPUT/model.pth as MAE's scripts read it, {"model": {name: tensor}}, and the JSON `files`; all tensors
+    are in memory at once. Raises as `write_folder` does."""
+    with _appearing(Path(output), files or {}) as partial, open(partial / "model.pth", "wb") as file:
+        torch.save({"model": {tensor.name: tensor.read().detach().contiguous() for tensor in tensors}}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return Path(output) / "model.pth"
+
+
+@contextmanager
+def _appearing(output: Path, files: dict[str, dict]) -> Iterator[Path]:
+    """A folder to fill, which is `output` once it is whole, the JSON `files` in it."""
+    if output.exists():
+        raise UserError(f"{output} exists; choose another folder, or remove it")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
     for name, tree in files.items():
         (partial / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     fsync_folder(partial)
     os.rename(partial, output)
     fsync_folder(output.parent)
-    return [output / name for name in names]
 
 
 def _shards(tensors: Sequence[LazyTensor], limit: int) -> list[list[LazyTensor]]:

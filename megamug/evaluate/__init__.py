@@ -241,7 +241,8 @@ def _classification_table(figures: dict) -> list[str]:
     rows = {f"top-{key[3:]}": figures[key] for key in figures if key.startswith("top")}
     rows["mean of classes"] = figures["mean_per_class"]
     return [
-        f"classification of {figures['samples']:,} held-out images, step {figures['step']}",
+        f"classification of {figures['samples']:,} held-out images, step {figures['step']}"
+        + (" (averages of the weights)" if figures["weights"] == "averages" else ""),
         *(f"  {title:<20}{share:>10.2%}" for title, share in rows.items()),
         f"  {'loss, nat':<20}{figures['loss']:>10.4f}",
     ]

@@ -20,10 +20,11 @@ MOST = 5  # answers that top-5 looks at; all classes where there are fewer
 def measure(run, samples: int | None, folder: Path) -> dict:
     """Figures of at most `samples` held-out images (None: all), each once; FOLDER/classification.jsonl has every one.
 
-    `loss` is the mean cross-entropy in nat, without label smoothing; `top1` and `top5` are shares of the images whose
-    class is the likeliest or among the five likeliest, `per_class` the same of the images of each class that is there
-    and `mean_per_class` its mean. Images are seen as in validation. Raises UserError where the data have other classes
-    than the run.
+    `weights` says whether they are those of the last step or their averages (`classifier.ema`). `loss` is the mean
+    cross-entropy in nat, without label smoothing; `top1` and `top5` are shares of the images whose class is the
+    likeliest or among the five likeliest, `per_class` the same of the images of each class that is there and
+    `mean_per_class` its mean. Images are seen as in validation. Raises UserError where the data have other classes than
+    the run.
     """
     names = check_classes(run.task.plan.classes, resolve_sources(run.config.data.validation), run.config.run_dir)
     classes, top = run.task.plan.classes, min(MOST, run.task.plan.classes)
@@ -60,6 +61,7 @@ def measure(run, samples: int | None, folder: Path) -> dict:
     ]  # fmt: skip
     count, first, some = counts.sum(dim=1).tolist()
     return {
+        "weights": "averages" if run.averaged else "last",
         "samples": count, "classes": classes, "loss": total / count, "top1": first / count, f"top{top}": some / count,
         "mean_per_class": sum(one["top1"] for one in per_class) / len(per_class), "per_class": per_class,
         "results": str(folder / RESULTS),

@@ -19,7 +19,7 @@ import torch
 from megamug.checkpoint import configured, tokenizer_copy
 from megamug.checkpoint.converted import check_vocabulary, vocabulary_rows
 from megamug.checkpoint.store import CheckpointStore
-from megamug.checkpoint.tensors import stored_shapes
+from megamug.checkpoint.tensors import averages_remark, read_metadata, stored_shapes
 from megamug.command_line.launcher import world_size
 from megamug.configuration import validate_lm
 from megamug.configuration.reading import load_config, resolve, towers
@@ -40,6 +40,7 @@ class LoadedRun:
     world: setup.World
     step: int
     checkpoint: Path
+    averaged: bool = False  # its weights are averages (`classifier.ema`)
 
 
 @contextmanager
@@ -91,7 +92,10 @@ def load_run(run_dir: str | Path, step: int | None = None, dtype: str | None = N
                 " trained or converted with"
             )
         state.load_tensors([model], None, world, path / "model", step=found)
-        yield LoadedRun(config, task, model.eval(), world, found, path)
+        averages = state.load_averages([model], path / "model", set(read_metadata(path).state_dict_metadata))
+        if averages:
+            logger.info(averages_remark(len(averages)))
+        yield LoadedRun(config, task, model.eval(), world, found, path, bool(averages))
     finally:
         setup.stop()
 

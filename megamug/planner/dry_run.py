@@ -6,7 +6,7 @@ No device and no process group is needed: a laptop tells what 512 GPUs would hol
 from __future__ import annotations
 
 from megamug.configuration import validate
-from megamug.configuration.counts import as_mug
+from megamug.configuration.counts import as_mug, kept_values
 from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 from megamug.planner import parameters
@@ -60,7 +60,8 @@ def _mug(config: Config) -> list[str]:
                      f" loss weight {model.caption_loss_weight:g}")
     if config.model.kind == "classifier":
         own = config.classifier
-        reads = "the mean of the patches" if own.pool == "mean" else "the class token"
+        reads = {"mean": "the mean of the patches", "class_token": "the class token",
+                 "attention": "what one query reads of the patches"}[own.pool]  # fmt: skip
         lines.append(f"head       {own.classes} classes, of {reads}; label smoothing {own.label_smoothing:g}"
                      + ("; the encoder is frozen" if own.frozen else ""))  # fmt: skip
     return lines
@@ -106,7 +107,8 @@ def _weight(config: Config, size: int) -> list[str]:
         stages = range(rank, len(plan.stages), parallel.pipeline)  # more than one with virtual stages
         counts = [parameters.stage_counts(plan, stage) for stage in stages]
         held, trained = (sum(c.on_rank(parallel.tensor) for c in some) for some in zip(*counts, strict=True))
-        memory = parameters.state_memory(held, trained, config.precision.dtype, ranks, parallel.distributed_optimizer)
+        memory = parameters.state_memory(held, trained, config.precision.dtype, ranks, parallel.distributed_optimizer,
+                                         kept_values(config))  # fmt: skip
         share = sum(plan.blocks[i].flops for stage in stages for i in plan.stages[stage]) / plan.forward_flops
         lines.append(
             f"  stage {rank}  {memory.total / GIB:.3f} = weights({memory.weights / GIB:.3f}) +"

@@ -36,6 +36,7 @@ class Layout:
     micro_batches: int = 1  # of a step and data-parallel rank
     recompute: bool = False
     distributed_optimizer: bool = False
+    kept: int = 2  # fp32 values that the optimizer keeps of a parameter
     fp8: str = "none"
     dtype: str = "bf16"
     layers: str = "local"  # one of `execution.EXECUTIONS`
@@ -196,7 +197,7 @@ def _rank(stages: list[_Stage], layout: Layout, rank: int) -> Memory:
     own, micro = stages[rank :: layout.pipeline], layout.micro_batch
     state = state_memory(
         sum(stage.held for stage in own), sum(stage.trained for stage in own), layout.dtype, layout.data,
-        layout.distributed_optimizer,
+        layout.distributed_optimizer, layout.kept,
     )  # fmt: skip
     live = in_flight(layout.pipeline, layout.virtual, layout.micro_batches, rank)
     kept = max(sum(n * stage.kept for n, stage in zip(counts, own, strict=True)) for counts in live)

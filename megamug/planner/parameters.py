@@ -49,16 +49,19 @@ class StateMemory:
         return self.weights + self.gradients + self.main_parameters + self.moments
 
 
-def state_memory(parameters: int, trained: int, dtype: str, replicas: int, distributed_optimizer: bool) -> StateMemory:
-    """What `parameters` on a process, `trained` of them, need: gradients are summed in fp32; AdamW has two fp32
-    moments; bf16 weights have fp32 main parameters, fp32 weights are their own. `distributed_optimizer` shares main
-    parameters and moments out among `replicas` data-parallel ranks; the fullest rank is told."""
+def state_memory(
+    parameters: int, trained: int, dtype: str, replicas: int, distributed_optimizer: bool, kept: int = 2
+) -> StateMemory:
+    """What `parameters` on a process, `trained` of them, need: gradients are summed in fp32, the optimizer
+    keeps `kept` fp32 values of each (`configuration.counts.kept_values`); bf16 weights have fp32 main parameters, fp32
+    weights are their own. `distributed_optimizer` shares main parameters and what is kept out among `replicas`
+    data-parallel ranks; the fullest rank is told."""
     held = -(-trained // replicas) if distributed_optimizer else trained
     return StateMemory(
         weights=BYTES[dtype] * parameters,
         gradients=4 * trained,
         main_parameters=4 * held if dtype == "bf16" else 0,
-        moments=8 * held,
+        moments=4 * kept * held,
     )
 
 
@@ -103,7 +106,7 @@ def mug_stage(plan, stage: int) -> Count:
         sizes["text"] = model.text_width, 4 * model.text_width, plan.unimodal_layers + plan.multimodal_layers
     for name, part in plan.parts(stage).items():
         if name == "class":
-            count += linear(model.width, plan.classes) + (norm(model.width) if plan.head_norm else Count())
+            count += class_head(plan)
             continue
         width, ffn_width, layers = sizes[name]
         vocabulary = Count(plan.padded_vocabulary * width)
@@ -126,6 +129,14 @@ def mug_stage(plan, stage: int) -> Count:
     return count
 
 
+def class_head(plan) -> Count:
+    """What a classifier has behind the encoder."""
+    width, count = plan.model.width, linear(plan.model.width, plan.classes)
+    if plan.attentive:  # a query, keys, values
+        count += Count(0, width) + linear(width, width, bias=False) + linear(width, width, bias=False)
+    return count + norm(width) if plan.head_norm else count
+
+
 # What tensor parallelism splits in a language model; a linear split by its inputs has its bias whole.
 SPLIT = re.compile(r"(linear_(qkv|q|kv|fc1)\.(weight|bias)|linear_(proj|fc2)\.weight"
                    r"|word_embeddings\.weight|output_layer\.weight)$")  # fmt: skip
@@ -138,7 +149,7 @@ def stage_counts(plan, stage: int) -> tuple[Count, Count]:
 
     if isinstance(plan, MugPlan):
         held = mug_stage(plan, stage)
-        return held, linear(plan.model.width, plan.classes) if plan.frozen_encoder else held
+        return held, class_head(plan) if plan.frozen_encoder else held
     if not isinstance(plan, JamPlan):
         own = _lm_shapes(plan, stage)
         return _counted(own), _counted(own)

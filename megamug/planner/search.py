@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megamug.configuration import validate, validate_precision
+from megamug.configuration.counts import kept_values
 from megamug.configuration.presets import VOCABULARY
 from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
@@ -147,7 +148,8 @@ def _objection(check: Callable, *arguments) -> str | None:
 def _search(config: Config, gpus: int, gpu: Gpu, model: Model, fixed: set[str]) -> Iterator[Choice | Rejected]:
     space = _Space(config, gpu, fixed)
     for tensor in space.values("parallel.tensor", [1, 2, 4, 8]):
-        layout, said = Layout(tensor=tensor, dtype=config.precision.dtype), {"tensor": tensor}
+        layout = Layout(tensor=tensor, dtype=config.precision.dtype, kept=kept_values(config))
+        said = {"tensor": tensor}
         if tensor > NODE or gpus % tensor:
             yield Rejected(said, f"{tensor} GPUs are more than a node's {NODE}" if tensor > NODE else
                            f"{gpus} GPUs cannot be shared out in groups of {tensor}")  # fmt: skip
@@ -186,10 +188,11 @@ def _pipelines(space: _Space, gpus: int, model: Model, layout: Layout, pipeline:
         yield Rejected(said, f"data.global_batch_size({whole}) is not divisible by {data} data-parallel ranks")
         return
     virtual = [v for v in (1, 2, 4, 8) if v == 1 or 1 < pipeline and pipeline * v <= len(model.blocks)]
+    shards = data > 1 and space.config.optimizer.name == "adamw"
     for chunks in space.values("parallel.virtual", virtual):
         for fp8 in space.fp8():
             layers = layers_of(space.config, layout.tensor, fp8)
-            for shared in space.values("parallel.distributed_optimizer", [True, False] if data > 1 else [False]):
+            for shared in space.values("parallel.distributed_optimizer", [True, False] if shards else [False]):
                 for recompute in space.values("parallel.recompute", ["none", "full"]):
                     again = recompute == "full"
                     yield from _micro_batches(space, gpus, model, replace(

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 FILE, DAMAGED = "environment.json", "environment.damaged.json"
 PACKAGES = (
     "torch", "megatron-core", "nvidia-dali-cuda130", "numpy", "transformers", "transformer-engine", "pillow",
-    "webdataset", "sentencepiece", "tokenizers",
+    "webdataset", "sentencepiece", "tokenizers", "timm",
 )  # fmt: skip
 JOB = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID",
        "TORCHELASTIC_RESTART_COUNT")  # fmt: skip

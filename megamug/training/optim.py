@@ -1,4 +1,4 @@
-"""AdamW under Megatron's optimizers, its schedule, and its state by parameter name.
+"""AdamW, SGD or LARS under Megatron's optimizers, the schedule, and the state by parameter name.
 
 Megatron has three: plain (fp32), with fp32 main parameters (bf16), and distributed (states sharded over the
 data-parallel ranks). `MainState` shows all three in one way, which is what makes a checkpoint of one loadable by
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -22,13 +24,15 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 
-from megamug.checkpoint.optimizer_state import MainState, counts_per_parameter
+from megamug.checkpoint.optimizer_state import AVERAGE, BUFFER, MOMENTS, MainState, counts_per_parameter
 from megamug.configuration.sections import Config, OptimizerConfig, TrainConfig
 from megamug.models.blocks.specs import FP8_RECIPES
 from megamug.training import adam, gradients
 from megamug.training.gradients import GradientBuffers
 from megamug.training.pipeline import finalise_gradients
 from megamug.training.spikes import SpikeGuard
+from megamug.training.updates import momentum
+from megamug.training.updates.averages import Averages
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
@@ -76,13 +80,14 @@ def wrap_chunks(chunks: list[torch.nn.Module], config: Config) -> list[GradientB
 def _megatron_options(config: Config) -> MegatronOptimizerConfig:
     options, bf16 = config.optimizer, config.precision.dtype == "bf16"
     return MegatronOptimizerConfig(
-        optimizer="adam",
+        optimizer="adam" if options.name == "adamw" else "sgd",
         lr=options.learning_rate,
         min_lr=options.min_learning_rate,
         weight_decay=options.weight_decay,
         adam_beta1=options.beta1,
         adam_beta2=options.beta2,
         adam_eps=options.eps,
+        sgd_momentum=options.momentum,
         clip_grad=options.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -109,7 +114,7 @@ def _has_rate(scale: float, parameter: Tensor) -> bool:
 
 
 class Optimizer:
-    """AdamW of one rank: rate and decay of the step, gradient norm, clipping; a bad gradient need not be applied."""
+    """The optimizer of one rank: rate and decay, gradient norm, clipping; a bad gradient need not be applied."""
 
     def __init__(self, config: Config, models: list[GradientBuffers]):
         """`models` are this rank's chunks. Parameters that need no gradient (frozen) have no state and no update."""
@@ -117,9 +122,11 @@ class Optimizer:
         self.options, self.train = options, config.train
         self.models, self.distributed = models, config.parallel.distributed_optimizer
         self.fp8_parameters = config.precision.fp8_parameters
-        self.kernel, kernel_class, self.kernel_reason = adam.choose(options.fused)
+        self.kernel, self.kernel_name, self.kernel_reason, building = _kernel(config)
+        self.counts = options.name == "adamw"  # torch's AdamW and the fused ones count updates by themselves
+        self.moments = MOMENTS if self.counts else BUFFER
         self.spikes = SpikeGuard(options.skip_spikes) if options.skip_spikes > 0 else None
-        with adam.used_by_megatron(kernel_class):
+        with building:
             self.megatron = get_megatron_optimizer(
                 _megatron_options(config), models, config_overrides=_overrides(models),
                 use_gloo_process_groups=False,
@@ -138,6 +145,10 @@ class Optimizer:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+        self.averages = None
+        if config.model.kind == "classifier" and config.classifier.ema > 0:
+            self.averages = Averages(list(self.main_states()), config.classifier.ema)
+            self.moments += (AVERAGE,)
 
     def _groups(self) -> Iterator[dict]:
         return chain.from_iterable(part.param_groups for part in self.parts)
@@ -178,6 +189,10 @@ class Optimizer:
         elif divisor is not None:
             gradients.scale_(self.megatron.get_parameters(), 1 / divisor)
         self.megatron.step_with_ready_grads()
+        if not self.counts:
+            self.restore_step(self.updates_done() + 1)
+        if self.averages is not None:
+            self.averages.update(fine)
         return fine
 
     def gather_parameters(self) -> None:
@@ -215,7 +230,7 @@ class Optimizer:
                 yield MainState(self.names[parameter], parameter, main, span, torch_optimizer)
 
     def restore_step(self, step: int) -> None:
-        """Sets the number of updates done, from which Adam corrects its bias."""
+        """Sets the number of updates done, from which AdamW corrects its bias."""
         for part in self.parts:
             for group in part.optimizer.param_groups:
                 if "step" in group or not counts_per_parameter(part.optimizer):
@@ -234,6 +249,17 @@ class Optimizer:
                 if "step" in state:
                     return int(state["step"])
         return 0
+
+
+def _kernel(config: Config) -> tuple[str, str, str, AbstractContextManager]:
+    """What updates the parameters: its name, how it is told, why it was taken, and where Megatron builds on it."""
+    options = config.optimizer
+    if options.name == "adamw":
+        kernel, kernel_class, reason = adam.choose(options.fused)
+        return kernel, adam.NAMES[kernel], reason, adam.used_by_megatron(kernel_class)
+    group = parallel_state.get_tensor_model_parallel_group() if config.parallel.tensor > 1 else None
+    building = momentum.used_by_megatron(options, group)
+    return options.name, momentum.NAMES[options.name], f"optimizer.name={options.name}", building
 
 
 def agreed(fine: Tensor) -> Tensor:

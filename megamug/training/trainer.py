@@ -25,7 +25,7 @@ from megamug.errors import UserError
 from megamug.telemetry import environment, trackers
 from megamug.telemetry.metrics import MetricsLogger, setup_logging
 from megamug.telemetry.peaks import peak_flops
-from megamug.training import adam, replicas, resuming
+from megamug.training import replicas, resuming
 from megamug.training.resilience import (
     BadStepGuard,
     Watchdog,
@@ -240,10 +240,12 @@ class Trainer:
         if self.config.data.validation is None:
             return
         from megamug.training import validation
+        from megamug.training.updates import averages
 
         started, most = time.perf_counter(), self.config.data.validation_samples
         try:
-            sums, samples = validation.held_out(self.models, self.task, self.world, most, self.watchdog.beat)
+            with averages.in_place(self.chunks, self.optimizer, self.world):
+                sums, samples = validation.held_out(self.models, self.task, self.world, most, self.watchdog.beat)
         except validation.DataFailed as error:
             logger.error("no validation after step %d: %s; training goes on", self.step, error)
             return
@@ -321,9 +323,11 @@ class Trainer:
         )  # fmt: skip
         task, how = self.task, "compiled" if self.task.compiled else "not compiled"
         logger.info("layers: %s (%s), %s (%s)", task.spec, task.spec_reason, how, task.compiled_reason)
-        kernel = adam.NAMES[self.optimizer.kernel]
         logger.info("optimizer: %s (%s); torch's kernels for many tensors at once sum, measure and clip gradients",
-                    kernel, self.optimizer.kernel_reason)  # fmt: skip
+                    self.optimizer.kernel_name, self.optimizer.kernel_reason)  # fmt: skip
+        if self.optimizer.averages is not None:
+            logger.info("held-out losses are those of averages of the weights (classifier.ema=%g), which evaluation and"
+                        " exports read, too", self.optimizer.averages.decay)  # fmt: skip
         flops = self.task.flops_per_sample / 1e9
         told = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
         logger.info("this rank holds %.2f M parameters%s; %.2f GFLOP a training sample", count / 1e6, told, flops)

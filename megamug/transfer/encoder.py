@@ -25,7 +25,8 @@ from megamug.transfer.preprocessing import Preprocessor
 
 @dataclass
 class Features:
-    """What an encoder says of b images. All but `layers` are behind the final norm."""
+    """What an encoder says of b images. All but `layers` are behind the final norm. (Of a classifier that learned by
+    the mean of the patches, `mean` alone is normalised, as its linear reads it.)"""
 
     class_token: Tensor  # [b, h]
     mean: Tensor  # [b, h]: mean of the patches, without class and register tokens
@@ -78,7 +79,8 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(model.width, model.heads, model.ffn_width, model.layer_norm_eps) for _ in range(model.layers)
         )
-        self.norm = nn.LayerNorm(model.width, model.layer_norm_eps)
+        self.eps, final, pooled = model.layer_norm_eps, nn.LayerNorm(model.width, model.layer_norm_eps), nn.Identity()
+        self.norm, self.pooled_norm = (pooled, final) if norm_of_the_mean(config) else (final, pooled)
         trained, here = (side // model.patch_size for side in (data.image_size, self.image_size))
         self.register_buffer("positions", resampled_positions(model.width, trained, here), persistent=False)
         self.grid = (here, here)
@@ -100,7 +102,7 @@ class VisionEncoder(nn.Module):
         x = self.norm(x)
         patches = x[:, prefix:]
         return Features(
-            x[:, 0], patches.mean(1), patches.unflatten(1, self.grid), x[:, 1:prefix],
+            x[:, 0], self.pooled_norm(patches.mean(1)), patches.unflatten(1, self.grid), x[:, 1:prefix],
             tuple(found[number] for number in wanted),
         )  # fmt: skip
 
@@ -153,11 +155,21 @@ _IN_BLOCKS = {
 }  # fmt: skip
 
 
-def global_names(model) -> dict[str, str]:
+def norm_of_the_mean(config: Config) -> bool:
+    """Whether the one norm behind the blocks is that of the mean of the patches, in the head (`pool: mean` of a
+    classifier whose encoder learned, MAE's fc_norm)."""
+    return config.model.kind == "classifier" and config.classifier.pool == "mean" and not config.classifier.frozen
+
+
+def global_names(model, norm_of_the_mean: bool = False) -> dict[str, str]:
     """{name in a `VisionEncoder`: global name in megamug's checkpoints}; `model`: that section of the configuration."""
     names = {mine: f"encoder.{theirs}" for theirs, mine in _OUTSIDE.items()}
     if not model.register_tokens:
         del names["register_tokens"]
+    if norm_of_the_mean:
+        for kind in ("weight", "bias"):
+            del names[f"norm.{kind}"]
+            names[f"pooled_norm.{kind}"] = f"head.norm.{kind}"
     for i in range(model.layers):
         for theirs, mine in _IN_BLOCKS.items():
             for kind in ("weight", "bias"):
@@ -177,8 +189,9 @@ def load_encoder(
     """The encoder of a run, a checkpoint, or an exported folder or file, in evaluation mode.
 
     Args:
-        path: a run folder (its newest complete checkpoint, or that of `step`), a checkpoint `step-XXXXXXXX`, or what
-            `megamug convert` writes and reads: a folder of timm or transformers, a file of MAE.
+        path: a run folder of a MUG or a classifier (its newest complete checkpoint, or that of `step`), a checkpoint
+            `step-XXXXXXXX`, or what `megamug convert` writes and reads: a folder of timm or transformers, a file of
+            MAE.
         untrained: instead of the trained numbers those that the run began with, by its seed: what training is held
             against.
         image_size: side of the images in pixels; default: what it was trained with. Positions are resampled for others.
@@ -189,7 +202,7 @@ def load_encoder(
     """
     path = Path(path)
     if path.is_dir() and ((path / "checkpoints").is_dir() or path.name.startswith("step-")):
-        config, read, remarks = *_of_a_run(path, step, untrained), []
+        config, read, remarks = _of_a_run(path, step, untrained)
     else:
         if step is not None:
             raise UserError(f"step: {path} is no run folder, and holds one set of weights; leave step out")
@@ -198,20 +211,20 @@ def load_encoder(
         if untrained:
             raise UserError(f"untrained: {path} does not tell what it began with; name a run that was trained here")
         config, read, remarks = foreign_encoder(path)
-    encoder = VisionEncoder(config, image_size)
+    encoder, names = VisionEncoder(config, image_size), global_names(config.model, norm_of_the_mean(config))
     encoder.remarks = remarks
     if untrained:
         from megamug.models.init import draw
 
         if config.model.initial is not None:
             raise UserError(f"{path} began with the weights of {config.model.initial} (model.initial); name that")
-        shapes = {theirs: encoder.get_parameter(name).shape for name, theirs in global_names(config.model).items()}
+        shapes = {theirs: encoder.get_parameter(name).shape for name, theirs in names.items()}
 
         def read(name: str) -> Tensor:
             return draw(name, shapes[name], config.seed)
 
     with torch.no_grad():
-        for name, theirs in global_names(config.model).items():
+        for name, theirs in names.items():
             mine, stored = encoder.get_parameter(name), read(theirs)
             if mine.shape != stored.shape:
                 raise UserError(f"{path}: {theirs} is {list(stored.shape)}, and {list(mine.shape)} by its"
@@ -221,7 +234,7 @@ def load_encoder(
 
 
 def _of_a_run(path: Path, step: int | None, untrained: bool):
-    """(configuration, what reads a tensor by its global name)"""
+    """(configuration, what reads a tensor by its global name, remarks)"""
     from megamug.checkpoint import configured
     from megamug.checkpoint.tensors import TensorReader
 
@@ -239,6 +252,8 @@ def _of_a_run(path: Path, step: int | None, untrained: bool):
     config, _ = configured.read(reader.folder.parent.parent, reader.folder, state)
     if untrained and state.get("origin"):
         raise UserError(f"untrained: {path} began with weights of another library; name a run that was trained here")
-    if config.model.kind != "mug":
-        raise UserError(f"{path} is a run of {config.model.kind}, which has no image encoder; name a run of a MUG")
-    return config, reader.read
+    if config.model.kind not in ("mug", "classifier"):
+        raise UserError(f"{path} is a run of {config.model.kind}, which has no image encoder; name a run of a MUG or of"
+                        " a classifier")  # fmt: skip
+    averages = reader.take_averages()
+    return config, reader.read, [] if averages is None else [averages]

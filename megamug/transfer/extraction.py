@@ -103,7 +103,7 @@ def extract(
 
 def _fingerprint(encoder: VisionEncoder) -> str:
     preprocess = encoder.preprocess
-    computed = encoder.heads, encoder.norm.eps, preprocess.mean, preprocess.std, preprocess.background
+    computed = encoder.heads, encoder.eps, preprocess.mean, preprocess.std, preprocess.background
     digest = hashlib.sha256(repr(computed).encode())
     for name, tensor in encoder.named_parameters():
         digest.update(name.encode())

@@ -211,6 +211,8 @@ def test_outputs_are_never_overwritten(source, tmp_path):
     (["--from", "megamug", "--to", "mae", "--config", "seed=1"], "leave it out"),
     (["--from", "megamug", "--to", "mae", "--max-shard-size", "5 GiB"], "a size such as 5GB"),
     (["--from", "megamug", "--to", "mae"], "neither a run folder"),
+    (["--from", "megamug", "--to", "hf_vit", "--pth"], "--pth is how MAE's scripts read models"),
+    (["--from", "mae", "--to", "megamug", "--pth"], "--pth is how MAE's scripts read models"),
     (["--from", "llamagen_gpt", "--to", "megamug"], "holds no matrix tok_embeddings.weight"),
 ])  # fmt: skip
 def test_mistakes_end_in_a_sentence(source, tmp_path, arguments, message):

@@ -271,7 +271,7 @@ def test_run_folder_whose_weights_would_mean_something_else(inputs, tmp_path, ch
     save_config(resolve(configured(inputs, f"run_dir={tmp_path}")))
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     told = refusal(inputs, f"run_dir={tmp_path} {change}")
-    assert f"holds checkpoints whose loss or function is another: {said}; set" in told
+    assert f"holds checkpoints whose loss, optimizer or function is another: {said}; set" in told
     assert f"run_dir to a new folder and model.initial={tmp_path} to start from these weights" in told
     validate.validate(configured(inputs, f"run_dir={tmp_path / 'new'}", change), 1)
 

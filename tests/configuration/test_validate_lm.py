@@ -162,4 +162,4 @@ def test_run_folder_whose_weights_would_mean_something_else(inputs, tmp_path, mo
     save_config(resolve(configured(inputs, f"{model}run_dir={tmp_path}")))
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     told = refusal(inputs, f"{model}run_dir={tmp_path} {change}")
-    assert f"holds checkpoints whose loss or function is another: {said}; set" in told
+    assert f"holds checkpoints whose loss, optimizer or function is another: {said}; set" in told

@@ -3,6 +3,8 @@ parallelism and FP8 want."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -17,11 +19,11 @@ from megamug.planner import parameters
 from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import make_data
-from tests.training.classified import make_shards
+from tests.training.classified import coloured, make_shards
 
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
-CLASSIFIERS = [path for path in CONFIGURATIONS if path.stem in ("finetune_vit_b16", "probe_vit_b16")]
+CLASSIFIERS = [path for path in CONFIGURATIONS if path.stem.startswith(("finetune", "probe"))]
 MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug" and path not in CLASSIFIERS]
 LARGE_JAM = sorted((ROOT / "examples" / "jam").glob("jam_2x*.yaml"))
 LAUNCHING = (ROOT / "docs" / "launching.md").read_text()
@@ -48,8 +50,9 @@ def data(tmp_path_factory) -> Path:
 
 def overrides(path: Path, data: Path) -> list[str]:
     if path in CLASSIFIERS:
-        return [f"data.train={data / 'labelled' / 'train'}", "model.initial=somewhere", "classifier.classes=1000",
-                f"run_dir={data / 'run'}"]  # fmt: skip
+        without = [] if importlib.util.find_spec("timm") else ["classifier.rand_augment=null"]
+        return [f"data.train={data / 'labelled' / 'train'}", "data.validation=null", "model.initial=somewhere",
+                "classifier.classes=1000", f"run_dir={data / 'run'}", *without]  # fmt: skip
     if path.parent.name in ("mug", "transfer"):
         sources, tokenizer = data / "data" / "train", data / "tokenizer.model"
     else:
@@ -107,17 +110,59 @@ def test_rates_follow_the_recipe_of_mug(path):
     assert config.precision.dtype == "bf16" and config.checkpoint.every > 0
 
 
-def test_classifiers_follow_maes_recipes():
-    """Base rate 5e-4 for 256 images, 100 epochs of ImageNet-1k of which 5 are warm-up; of the probe, 90 and 10."""
-    tuned, probe = (load_config(path) for path in sorted(CLASSIFIERS))
-    assert tuned.optimizer.learning_rate == pytest.approx(5e-4 * tuned.data.global_batch_size / 256)
-    for config, epochs, warm_up in ((tuned, 100, 5), (probe, 90, 10)):
-        epoch = 1_281_167 // config.data.global_batch_size
+def test_classifiers_follow_the_recipes_of_mae_and_moco_v3():
+    """Base rates are for 256 images, epochs of ImageNet-1k."""
+    names = "finetune_vit_b16", "probe_vit_b16", "probe_sgd_vit_b16"
+    recipes = [load_config(ROOT / "examples" / "mug" / f"{name}.yaml") for name in names]
+    for config, batch, rate, epochs, warm_up in zip(
+        recipes, (1024, 16384, 1024), (5e-4, 0.1, 3), (100, 90, 90), (5, 10, 0), strict=True
+    ):
+        assert config.data.global_batch_size == batch
+        assert config.optimizer.learning_rate == pytest.approx(rate * batch / 256)
+        epoch = 1_281_167 // batch
         assert (config.train.steps, config.optimizer.warmup_steps) == (epochs * epoch, warm_up * epoch)
-        assert config.data.crop_scale == [0.08, 1.0] and config.optimizer.beta2 == 0.999
+        assert config.data.crop_scale == [0.08, 1.0] and config.optimizer.clip_grad == 0
+    tuned, *probes = recipes
+    assert tuned.optimizer.beta2 == 0.999 and tuned.optimizer.weight_decay == 0.05
     own = tuned.classifier
+    assert own.rand_augment == "rand-m9-mstd0.5-inc1" and own.random_erasing == 0.25
     assert (own.drop_path, own.layer_decay, own.mixup, own.cutmix, own.label_smoothing) == (0.1, 0.65, 0.8, 1.0, 0.1)
-    assert probe.classifier.frozen and probe.classifier.pool == "class_token" and probe.optimizer.weight_decay == 0
+    for probe, optimizer, norm in zip(probes, ("lars", "sgd"), (True, False), strict=True):
+        assert probe.classifier.frozen and probe.classifier.pool == "class_token" and probe.optimizer.weight_decay == 0
+        assert (probe.optimizer.name, probe.optimizer.momentum) == (optimizer, 0.9)
+        assert probe.classifier.batch_norm == norm and probe.classifier.label_smoothing == 0
+
+
+def test_fine_grained_data_become_classes_and_have_epochs_of_the_recipe(data, capsys, tmp_path):
+    """The table of docs/transfer.md, and its commands on a made list of the kind that iNaturalist publishes."""
+    page = (ROOT / "docs" / "transfer.md").read_text()
+    rows = re.findall(r"^\| [\w -]+ \| ([\d,]+), ([\d,]+) \| `([\w.]+)` \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for images, _, _, steps, warm_up in rows:
+        epoch = int(images.replace(",", "")) // 1024
+        assert (int(steps), int(warm_up)) == (100 * epoch, 5 * epoch)
+    names = [f"train_val2018/Aves/{species}/{n}.png" for species in (2761, 3099) for n in range(3)]
+    for n, name in enumerate(names):
+        (tmp_path / "inat" / name).parent.mkdir(parents=True, exist_ok=True)
+        coloured(n % 3, n).save(tmp_path / "inat" / name)
+    published = {
+        "info": {"year": 2018}, "licenses": [{"id": 0, "name": "CC"}],
+        "images": [{"id": 7 + n, "file_name": name, "license": 0, "width": 40, "height": 40, "rights_holder": "x"}
+                   for n, name in enumerate(names)],
+        "categories": [{"id": 3099, "name": "Larus", "supercategory": "Aves"}, {"id": 2761, "name": "Corvus",
+                                                                                "supercategory": "Aves"}],
+        "annotations": [{"id": n, "image_id": 7 + n, "category_id": int(name.split("/")[2])}
+                        for n, name in enumerate(names)],
+    }  # fmt: skip
+    (tmp_path / "train2018.json").write_text(json.dumps(published))
+    shards = tmp_path / "shards"
+    words = ["data", "shards", str(tmp_path / "inat"), "--output", str(shards), "--labels"]
+    assert cli.main([*words, str(tmp_path / "train2018.json")]) == 0
+    assert (shards / "classes.txt").read_text().split() == ["Corvus", "Larus"]
+    command = re.search(r"megamug train (examples/mug/finetune_vit_b16.yaml) .*?\\\n(.*run_dir.*)\n", page)
+    changes = [word for word in command[2].split() if not word.startswith("run_dir")]
+    told = dry_run(ROOT / command[1], data, capsys, *changes, f"data.train={shards}", "classifier.classes=null")
+    assert "42700 steps of 1024" in told and "2 classes" in told
 
 
 @pytest.mark.parametrize("path", LARGE_JAM, ids=lambda path: path.stem)

@@ -77,6 +77,7 @@ UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
         ("classifier", 2, 2, {"classifier": {"classes": 10}}),
         ("classifier", 1, 1, {"classifier": {"classes": 10, "pool": "class_token"}}),
         ("classifier", 1, 1, {"classifier": {"classes": 10, "frozen": True}}),
+        ("classifier", 1, 1, {"classifier": {"classes": 10, "frozen": True, "pool": "attention"}}),
     ],
 )
 def test_parameters_of_other_models_are_those_of_the_built_stages(world, kind, pipeline, virtual, sections):

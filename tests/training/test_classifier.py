@@ -3,6 +3,7 @@ run's encoder to start from."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import megamug
 from megamug import cli
 from megamug.configuration.reading import load_config
 from tests.evaluate.tiny_run import STEP, make_data, make_run, tiny_config
@@ -38,7 +40,10 @@ def test_a_run_learns_and_goes_on_to_the_bit(data, tmp_path, capsys, mixes):
     assert cli.main(["train", written(data, whole, train={"steps": 24})]) == 0
     assert "class 1." in capsys.readouterr().out
     # With all that is drawn for a sample.
-    drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "layer_decay": 0.9} if mixes else {}
+    drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "layer_decay": 0.9, "random_erasing": 0.3,
+             "ema": 0.8} if mixes else {}  # fmt: skip
+    if mixes and importlib.util.find_spec("timm"):
+        drawn["rand_augment"] = "rand-m3-mstd0.5-inc1"
     config = written(data, halves, train={"steps": 24}, classifier=drawn)
     assert cli.main(["train", config, "--dry-run"]) == 0
     told = capsys.readouterr().out
@@ -106,13 +111,16 @@ def test_another_number_of_classes_is_not_continued(data, tmp_path, capsys):
     assert "classifier.pool was mean and is now class_token" in capsys.readouterr().err
 
 
-def test_a_probe_leaves_the_encoder_as_it_was_and_goes_on_to_the_bit(data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgd"])
+def test_a_probe_leaves_the_encoder_as_it_was_and_goes_on_to_the_bit(data, tmp_path, capsys, name):
     mug = make_data(tmp_path / "mug")
     weights = make_run(tiny_config(mug, mug / "run"))
     model = {"initial": str(mug / "run"), "initial_parts": ["encoder"]}
-    probe = {"frozen": True, "pool": "class_token", "label_smoothing": 0.0}
+    probe = {"frozen": True, "pool": "class_token", "label_smoothing": 0.0, "batch_norm": name != "sgd"}
+    with_it = {"name": name, **({} if name == "adamw" else {"beta2": 0.95, "momentum": 0.8})}
     runs = tmp_path / "whole", tmp_path / "halves"
-    configs = [written(data, run, model=model, classifier=probe, train={"steps": 6}) for run in runs]
+    configs = [written(data, run, model=model, classifier=probe, optimizer=with_it, train={"steps": 6})
+               for run in runs]  # fmt: skip
     rate = "optimizer.min_learning_rate=3e-3"
     assert cli.main(["train", configs[0], "--dry-run"]) == 0
     assert "the encoder is frozen" in capsys.readouterr().out
@@ -122,8 +130,38 @@ def test_a_probe_leaves_the_encoder_as_it_was_and_goes_on_to_the_bit(data, tmp_p
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
     compared = [name for name in weights if name in one and name.startswith("encoder.")]
     assert len(compared) > 10 and all(torch.equal(one[name], weights[name]) for name in compared)
-    assert one["head.standardised.running_mean"].any() and one["head.linear.weight"].any()
+    assert one["head.linear.weight"].any() and ("head.standardised.running_mean" in one) == (name != "sgd")
+    assert name == "sgd" or one["head.standardised.running_mean"].any()
+    kept = {"adamw": {"exp_avg", "exp_avg_sq"}}.get(name, {"momentum_buffer"})
+    assert {key.split(".")[1] for key in one if key.startswith("optimizer.")} == kept
     assert not any(name.startswith("optimizer.") and ".encoder." in name for name in one)
     assert cli.main(["evaluate", str(runs[0]), "--task", "classification"]) == 0
     assert cli.main(["train", configs[0], "classifier.frozen=false"]) == 2
-    assert "classifier.frozen was true and is now false" in capsys.readouterr().err
+    expected = "classifier.frozen was true" if name != "sgd" else "classifier.batch_norm(false) is of a frozen encoder"
+    assert expected in capsys.readouterr().err
+    if name == "lars":
+        assert cli.main(["train", configs[0], "optimizer.name=sgd"]) == 2
+        assert "optimizer.name was lars and is now sgd; set optimizer.name as it was" in capsys.readouterr().err
+
+
+def test_validation_evaluation_and_exports_read_averages(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    path = written(data, run, train={"steps": 4}, classifier={"ema": 0.9, "pool": "class_token"})
+    assert cli.main(["train", path]) == 0
+    assert "held-out losses are those of averages of the weights (classifier.ema=0.9)" in capsys.readouterr().out
+    told = records(run)[-1]["validation"]["class_loss"]
+    assert cli.main(["evaluate", str(run), "--task", "classification"]) == 0
+    assert "step 4 (averages of the weights)" in capsys.readouterr().err
+    figures = json.loads((run / "evaluate" / "step-00000004" / "classification.json").read_text())
+    assert figures["weights"] == "averages" and figures["loss"] == pytest.approx(told, rel=1e-6)
+    stored = tensors(run / "checkpoints" / "step-00000004")
+    average = stored["optimizer.average.encoder.stack.final_layernorm.bias"]
+    assert not torch.equal(average, stored["encoder.stack.final_layernorm.bias"])
+    assert torch.equal(megamug.load_encoder(run).norm.bias, average)
+    assert cli.main(["convert", "--from", "megamug", "--to", "megamug", str(run), str(tmp_path / "alone")]) == 0
+    assert "averages of the weights are taken where the run keeps them" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(tmp_path / "alone"), "--task", "classification"]) == 0
+    figures = json.loads((tmp_path / "alone" / "evaluate" / "step-00000000" / "classification.json").read_text())
+    assert figures["weights"] == "last" and figures["loss"] == pytest.approx(told, rel=1e-6)
+    assert cli.main(["train", path, "train.steps=5", "classifier.ema=0"]) == 2
+    assert "classifier.ema above 0 was True and is now False" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_other_sizes_see_the_picture_on_a_resampled_grid(run):
     assert features.patches.shape == (1, 8, 8, WIDTH)
     assert encoder.positions.shape == (64, WIDTH)
     assert torch.equal(resampled_positions(WIDTH, 4, 4), load_encoder(run).positions)
-    if importlib.util.find_spec("timm"):
+    if importlib.util.find_spec("timm") and importlib.util.find_spec("torchvision"):  # which it imports
         from timm.layers import resample_abs_pos_embed
 
         table = resampled_positions(WIDTH, 4, 4)[None]

@@ -13,6 +13,7 @@ from megamug.configuration.sections import Config
 from megamug.convert.described import Described, positive
 from megamug.convert.formats import Format, View, as_it_is, is_count
 from megamug.convert.table import Row
+from megamug.convert.vision.classifier import of_transformers
 from megamug.convert.vision.vit import LayerNames, blocks, encoder, no_registers, positions
 from megamug.data.pairs.images import SHARE
 from megamug.errors import UserError
@@ -174,3 +175,4 @@ FORMAT = Format(
     canonical=without_base, spelled=older, described=DESCRIBED,
 )  # fmt: skip
 FORMAT5 = replace(FORMAT, name="hf_vit5", what="transformers' ViTModel, names of transformers 5", spelled=as_it_is)
+FORMAT, FORMAT5 = (replace(one, of_classifiers=of_transformers(one, encoder_rows)) for one in (FORMAT, FORMAT5))

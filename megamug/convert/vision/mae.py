@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row
+from megamug.convert.vision import classifier
 from megamug.convert.vision.vit import (
     LayerNames,
     blocks,
@@ -97,3 +99,4 @@ def fixed(config: Config) -> dict[str, Callable[[], Tensor]]:
 FORMAT = Format(
     "mae", "facebook's MAE (.pth or safetensors)", "mug", ("encoder.", "image_decoder."), settings, rows, fixed
 )
+FORMAT = replace(FORMAT, of_classifiers=classifier.of(FORMAT))

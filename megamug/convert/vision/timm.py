@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from megamug.configuration.sections import Config
 from megamug.convert.formats import Format, View
 from megamug.convert.table import Row, batched
+from megamug.convert.vision import classifier
 from megamug.convert.vision.mae import encoder_rows, encoder_settings
 from megamug.convert.vision.vit import positions, standard_eps
 from megamug.data.pairs.images import SHARE
@@ -26,7 +28,7 @@ from megamug.errors import UserError
 ARCHITECTURE = re.compile(r"vit_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d+)?(_\d+)?(\.\w+)?")
 SIZES = {
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "reg_tokens", "in_chans",
-    "no_embed_class", "dynamic_img_size", "global_pool",
+    "no_embed_class", "dynamic_img_size", "global_pool", "fc_norm",
 }  # fmt: skip
 # (width, layers, heads) of timm's names, and the patches they come with.
 KINDS = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large",
@@ -94,3 +96,4 @@ def files(config: Config, _vocabulary: tuple[int, ...] = ()) -> dict[str, dict]:
 FORMAT = Format(
     "timm", "timm's VisionTransformer, class and register tokens", "mug", ("encoder.",), settings, rows, fixed, files
 )
+FORMAT = replace(FORMAT, of_classifiers=classifier.of(FORMAT))

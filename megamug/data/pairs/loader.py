@@ -93,6 +93,7 @@ class PairLoader:
         flip: bool = True,
         background: Sequence[int] = WHITE,
         share: float = 1.0,
+        augment: Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
         threads: int = 2,
         prefetch: int = 2,
@@ -101,7 +102,8 @@ class PairLoader:
         max_samples: int | None = None,
     ) -> None:
         """`state`: what `state()` gave, or None to start at the first sample. `background`: red, green, blue (0..255)
-        behind what is transparent. `share`: of the shorter side that a validation pass sees.
+        behind what is transparent. `share`: of the shorter side that a validation pass sees. `augment`: (images,
+        epochs, indices) -> images, of a training pass.
 
         Raises `UserError`: no tokenizer for captions, no DALI for images, samples without the caption or the label that
         is needed, a state of other data or of another seed.
@@ -125,6 +127,7 @@ class PairLoader:
         self.need_images, self.need_captions, self.need_labels = need_images, need_captions, need_labels
         self.crop_scale, self.flip, self.threads = crop_scale, flip, threads
         self.max_failure_rate, self.background, self.share = max_failure_rate, background, share
+        self.augment = augment if train else None
 
         self.order = order_of(sources, seed)
         start = 0
@@ -327,6 +330,10 @@ class PairLoader:
             replaced, still = decode_or_none(decoder, [read[p][0] for p in again], regions[again], flips[again])
             pixels[again] = replaced
             failed = {again[p]: reason for p, reason in still.items()}
+        if self.augment is not None:
+            with span("loader: augment"):
+                unique = self.order.unique(samples.sources[rows], samples.indices[rows])
+                pixels = self.augment(pixels, samples.epochs[rows], unique)
         return pixels
 
     def _views(self, samples: _Samples, rows: slice, read: list) -> tuple[np.ndarray, np.ndarray]:

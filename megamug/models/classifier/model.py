@@ -32,7 +32,8 @@ class ClassBatch:
 
 
 class Standardised(nn.Module):
-    """BatchNorm without parameters, of features [b, h] that need no gradient: MAE's linear probe.
+    """BatchNorm without parameters, of features [rows, h] that need no gradient: MAE's linear probe, where a row is an
+    image, and AIM's attentive one, where it is a patch.
 
     In training means and variances are those of a micro-batch of all data-parallel ranks together (so with several
     micro-batches a step the layout says which images share them); running ones, with torch's momentum of 0.1, are for
@@ -67,9 +68,28 @@ class Standardised(nn.Module):
         return total
 
 
+class AttentivePool(nn.Module):
+    """One learned query that reads all patches by multi-head cross-attention, keys and values without biases (the
+    attentive probe of AIM, El-Nouby et al. 2024, arXiv 2401.08541, after CAE's, arXiv 2202.03026)."""
+
+    def __init__(self, width: int, heads: int, dtype: torch.dtype):
+        super().__init__()
+        self.heads, self.query_token = heads, nn.Parameter(torch.empty(1, width, dtype=dtype))
+        self.key, self.value = (nn.Linear(width, width, bias=False, dtype=dtype) for _ in range(2))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[patches, b, h] -> [b, h]"""
+        keys, values = (
+            each(patches).unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3) for each in (self.key, self.value)
+        )
+        query = self.query_token.view(1, self.heads, 1, -1).expand(len(keys), -1, -1, -1)
+        return F.scaled_dot_product_attention(query, keys, values).flatten(1)
+
+
 class Head(MegatronModule):
     """The mean of the patches and a LayerNorm, or the class token behind the encoder's norm; then a linear. Of a frozen
-    encoder either is taken behind its norm, and standardised."""
+    encoder either, or each patch, which attention then reads, is taken behind its norm, and standardised unless
+    `batch_norm` is off."""
 
     def __init__(self, plan: ClassifierPlan):
         config = plan.encoder_config
@@ -78,19 +98,22 @@ class Head(MegatronModule):
         # Every tensor-parallel rank computes the same from the whole sequence.
         if plan.head_norm:
             self.norm = replicated(nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype), False)
-        if plan.frozen_encoder:
+        if plan.standardised:
             self.standardised = Standardised(plan, width)
+        if plan.attentive:
+            self.attention = replicated(AttentivePool(width, config.num_attention_heads, dtype), False)
         self.linear = replicated(nn.Linear(width, plan.classes, dtype=dtype), False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (this rank's under sequence parallelism) -> logits [b, C] float32."""
         tokens = self.plan.gather(hidden)
-        pooled = tokens[1 + self.plan.registers :].mean(dim=0) if self.plan.mean_pool else tokens[0]
+        patches = tokens[1 + self.plan.registers :]
+        read = patches if self.plan.attentive else patches.mean(dim=0) if self.plan.mean_pool else tokens[0]
         if self.plan.head_norm:
-            pooled = self.norm(pooled)
-        if self.plan.frozen_encoder:
-            pooled = self.standardised(pooled.float()).to(pooled.dtype)
-        return self.linear(pooled).float()
+            read = self.norm(read)
+        if self.plan.standardised:
+            read = self.standardised(read.flatten(0, -2).float()).to(read.dtype).view_as(read)
+        return self.linear(self.attention(read) if self.plan.attentive else read).float()
 
 
 class Classifier(Stage):

@@ -23,12 +23,14 @@ class ClassifierPlan(MugPlan):
         self.classes, self.label_smoothing = config.classifier.classes, config.classifier.label_smoothing
         assert self.classes is not None, "the number of classes is filled in from the data before"
         self.mean_pool, self.frozen_encoder = config.classifier.pool == "mean", config.classifier.frozen
+        self.attentive = config.classifier.pool == "attention"
+        self.standardised = self.frozen_encoder and config.classifier.batch_norm
         # Where the encoder learns, the mean is taken before its norm, and has one of its own (MAE's fc_norm).
         self.head_norm = self.mean_pool and not self.frozen_encoder
         self.final_norm = not self.head_norm
         self.data_group = None
-        self.drop_path, self.mixup, self.cutmix = (
-            getattr(config.classifier, key) for key in ("drop_path", "mixup", "cutmix")
+        self.drop_path, self.mixup, self.cutmix, self.random_erasing = (
+            getattr(config.classifier, key) for key in ("drop_path", "mixup", "cutmix", "random_erasing")
         )
         self.layer_decay = config.classifier.layer_decay
         self.loss_weights = {"class": 1.0}
@@ -54,7 +56,9 @@ class ClassifierPlan(MugPlan):
     @cached_property
     def blocks(self) -> list[Block]:
         """The model in order, with the forward FLOPs of one image."""
-        head = Block("class", "head", 0, linear_flops(1, self.model.width, self.classes))
+        width = self.model.width
+        reading = linear_flops(self.patches, width, 2 * width) + 4 * self.patches * width if self.attentive else 0
+        head = Block("class", "head", 0, linear_flops(1, width, self.classes) + reading)
         return [*super().blocks, head]
 
     def parts(self, stage: int) -> dict[str, Part]:

@@ -11,7 +11,8 @@ from megamug.configuration.sections import Config
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.images import SHARE
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
-from megamug.data.pairs.mixing import kept_shares, path_scales
+from megamug.data.pairs.mixing import erased_boxes, erasing_noise, kept_shares, path_scales
+from megamug.data.pairs.rand_augment import RandAugment
 from megamug.data.shards.sources import resolve_sources
 from megamug.models.classifier.model import ClassBatch, Classifier
 from megamug.models.classifier.plan import ClassifierPlan
@@ -31,7 +32,11 @@ class ClassifierTask(MugTask):
 
     def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> PairLoader:
         """Held-out images are seen as MAE evaluates: the centre, `SHARE` of the shorter side."""
-        return self.pairs(world, train, state, max_samples, captions=False, need_labels=True, share=SHARE)
+        data, policy, augment = self.config.data, self.config.classifier.rand_augment, None
+        if train and policy is not None:
+            augment = RandAugment(policy, self.config.seed, data.image_size, data.mean, data.threads)
+        return self.pairs(world, train, state, max_samples, captions=False, need_labels=True, share=SHARE,
+                          augment=augment)  # fmt: skip
 
     def order(self) -> GlobalOrder:
         return order_of(resolve_sources(self.config.data.train), self.config.seed)
@@ -51,13 +56,15 @@ class ClassifierTask(MugTask):
         return self.plan.forward_flops + 2 * self.plan.blocks[-1].flops
 
     def batch(self, pairs: PairBatch) -> ClassBatch:
-        """In training images are mixed and parts of layers left out, by draws that are a pure function of (seed, epoch,
-        sample). The partner of a micro-batch's i-th image is its i-th from the end (timm's order)."""
+        """In training boxes are erased, images mixed and parts of layers left out, by draws that are a pure function of
+        (seed, epoch, sample). The partner of a micro-batch's i-th image is its i-th from the end (timm's order)."""
         plan, device, images, labels = self.plan, pairs.images.device, pairs.images, pairs.labels
         if not pairs.train:
             rows = None if pairs.valid.all() else torch.from_numpy(pairs.valid.nonzero()[0]).to(device)
             return ClassBatch(images, labels, rows)
         sample = self.config.seed, pairs.epochs, pairs.indices
+        if plan.random_erasing > 0:
+            images = self._erased(images.float(), pairs)
         if plan.mixup > 0 or plan.cutmix > 0:
             kept = torch.from_numpy(kept_shares(*sample, images.shape[-1], plan.mixup, plan.cutmix)).to(device)
             own, shares = F.one_hot(labels, plan.classes).float(), kept.mean(dim=(1, 2)).unsqueeze(1)
@@ -68,6 +75,18 @@ class ClassifierTask(MugTask):
         if plan.drop_path > 0:
             scales = torch.from_numpy(path_scales(*sample, plan.model.layers, plan.drop_path)).to(device, plan.dtype)
         return ClassBatch(images, labels, scales=scales)
+
+    def _erased(self, images: torch.Tensor, pairs: PairBatch) -> torch.Tensor:
+        """Noise in a box of some images [b, 3, H, W], as float32 in the range of bytes."""
+        data, seed = self.config.data, self.config.seed
+        mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
+        boxes = erased_boxes(seed, pairs.epochs, pairs.indices, data.image_size, self.plan.random_erasing)
+        for row in boxes[:, 2].nonzero()[0].tolist():
+            top, left, height, width = boxes[row].tolist()
+            noise = erasing_noise(seed, int(pairs.epochs[row]), int(pairs.indices[row]), height, width)
+            filled = (mean + std * torch.from_numpy(noise)).to(images.device)
+            images[row, :, top : top + height, left : left + width] = filled
+        return images
 
     def totals(self, pairs: GlobalBatch, batches: list[ClassBatch], world) -> dict[str, float]:
         """The number of images in the whole global batch. One small all-reduce over the replicas."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from megamug.data.pairs.mixing import kept_shares, path_scales
+from megamug.data.pairs.mixing import erased_boxes, erasing_noise, kept_shares, path_scales
+from megamug.data.random import uniform
 
 MANY = np.arange(4000)
 
@@ -56,3 +59,29 @@ def test_parts_are_left_out_more_often_with_depth():
             assert set(np.unique(part)) <= {np.float32(0), np.float32(1 / (1 - rate))}
             assert abs((part == 0).mean() - rate) < 0.03 and abs(part.mean() - 1) < 0.05
     assert path_scales(3, np.zeros(1), np.zeros(1), 1, 0.4).max() == 1  # one layer: the first, which is never left out
+
+
+def test_erased_boxes_are_those_of_timms_ranges():
+    """Against a loop that reads the same draws one after another, as timm's does."""
+    epochs, indices, size, chance = np.arange(400) % 2, np.arange(400), 64, 0.25
+    boxes = erased_boxes(3, epochs, indices, size, chance)
+    draws = uniform(3, "erasing", epochs, indices, 41)
+    for row in range(400):
+        expected, tried = (0, 0, 0, 0), draws[row, 1:].reshape(4, 10).T
+        for share, ratio, top, left in tried if draws[row, 0] < chance else ():
+            target, aspect = (0.02 + share * (1 / 3 - 0.02)) * size * size, math.exp(math.log(0.3) * (1 - 2 * ratio))
+            height, width = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+            if height < size and width < size:
+                expected = int(top * (size - height + 1)), int(left * (size - width + 1)), height, width
+                break
+        assert tuple(boxes[row]) == expected
+    erased = boxes[boxes[:, 2] > 0]
+    assert 0.18 < len(erased) / 400 < 0.32
+    assert (erased[:, 0] + erased[:, 2] <= size).all() and (erased[:, 1] + erased[:, 3] <= size).all()
+    areas = erased[:, 2] * erased[:, 3] / size**2
+    assert 0.015 < areas.min() and areas.max() < 0.35
+    assert not erased_boxes(3, epochs, indices, size, 0.0).any()
+    noise = erasing_noise(3, 1, 7, 40, 50)
+    assert noise.shape == (3, 40, 50) and abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert np.array_equal(noise, erasing_noise(3, 1, 7, 40, 50))
+    assert not np.array_equal(noise, erasing_noise(3, 1, 8, 40, 50))

@@ -10,7 +10,7 @@ Options beside the sections of the configuration:
     load, save   checkpoint folders (tensors alone)
     gradients    FILE: the first step's gradient of every parameter by global name, before clipping
     freeze       regular expression: parameters whose global name it finds stay as they are
-    validate     the losses of a forward pass at the end
+    validate     the losses of a forward pass at the end, by averages of the weights where there are some
     copies       compare the copies of a tied vocabulary weight
 """
 
@@ -132,6 +132,7 @@ def run(options: dict) -> dict:
     from megamug.training.optim import Optimizer, wrap_chunks
     from megamug.training.pipeline import reduce_losses, run_batch
     from megamug.training.step_graph import step_runner
+    from megamug.training.updates import averages
 
     task = case.make_task(config)
     plan, names = task.plan, task.loss_names
@@ -161,7 +162,7 @@ def run(options: dict) -> dict:
     validation = None
     if options.get("validate"):
         batches, _ = case.micro_batches(1000, plan, config, world)
-        with torch.no_grad():
+        with averages.in_place(chunks, optimizer, world), torch.no_grad():
             ones = dict.fromkeys(plan.loss_weights, 1.0)
             sums = run_batch(models, on_device(batches, world.device), ones, backward=False)
         validation = {k: v.item() for k, v in reduce_losses(sums, names, world).items()}

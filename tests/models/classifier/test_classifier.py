@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ class Reference(nn.Module):
         self.encoder, self.mean = VisionEncoder(config), config.classifier.pool == "mean"
         self.norm = nn.LayerNorm(config.model.width, config.model.layer_norm_eps)
         self.linear = nn.Linear(config.model.width, CLASSES)
+        if config.classifier.pool == "attention":
+            self.key, self.value = (nn.Linear(config.model.width, config.model.width, bias=False) for _ in range(2))
+            self.query = nn.Parameter(torch.zeros(1, config.model.width))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.mean:
@@ -40,6 +45,8 @@ def both(pool: str, **classifier):
     names = {f"encoder.{mine}": theirs for mine, theirs in global_names(config.model).items()}
     names |= {"norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias", "linear.weight": "head.linear.weight",
               "linear.bias": "head.linear.bias"}  # fmt: skip
+    names |= {f"{mine}.weight": f"head.attention.{mine}.weight" for mine in ("key", "value")}
+    names["query"] = "head.attention.query_token"
     pairs = {mine: own[theirs] for mine, theirs in names.items() if theirs in own}
     assert len(pairs) == len(own)
     with torch.no_grad():
@@ -118,6 +125,40 @@ def test_a_probe_is_torchs_batch_norm_on_features_of_an_encoder_that_stays(world
     kept = {f"head.standardised.running_{name}" for name in ("mean", "var")}
     assert kept <= {entry.key for entry in state.values()}
     assert 0.009 < float(model.head.linear.weight.std()) < 0.011 and (model.head.standardised.running_var == 1).all()
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_attentive_probe_is_one_query_over_standardised_patches(world, norm):
+    plan, model, reference, pairs = both("attention", frozen=True, batch_norm=norm)
+    standardised = nn.BatchNorm1d(plan.model.width, eps=1e-6, affine=False) if norm else nn.Identity()
+
+    def logits(images):
+        patches = reference.encoder(images).patches.flatten(1, 2).detach()
+        patches = standardised(patches.flatten(0, 1)).view_as(patches)
+        read = []
+        whole = reference.query, reference.key(patches), reference.value(patches)
+        for query, keys, values in zip(*(x.chunk(plan.model.heads, dim=-1) for x in whole), strict=True):
+            weights = (keys @ query[0] / math.sqrt(len(query[0]))).softmax(dim=1)
+            read.append((weights.unsqueeze(2) * values).sum(dim=1))
+        return reference.linear(torch.cat(read, dim=1))
+
+    images, labels = images_and_labels(plan, 6)
+    total, _ = model(ClassBatch(images, labels))[1]["class"]
+    expected = F.cross_entropy(logits(images), labels, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    total.backward(), expected.backward()
+    learned = {mine: tensor for mine, tensor in pairs.items() if not mine.startswith("encoder.")}
+    assert learned.keys() == {"query", "key.weight", "value.weight", "linear.weight", "linear.bias"}
+    own = {p.data_ptr(): p for p in model.parameters()}
+    for mine, tensor in learned.items():
+        found, wanted = own[tensor.data_ptr()].grad, reference.get_parameter(mine).grad
+        assert wanted.abs().max() > 1e-4 and float((found - wanted).abs().max() / wanted.abs().max()) < 2e-5, mine
+    assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
+    assert {name for name, p in model.head.named_parameters() if not p.no_weight_decay} == {
+        "attention.key.weight", "attention.value.weight", "linear.weight"
+    }
+    model.eval(), standardised.eval()
+    torch.testing.assert_close(model.logits(ClassBatch(images, labels)), logits(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_part_that_is_left_out_adds_nothing_and_one_that_stays_adds_more(world):
