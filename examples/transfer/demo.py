@@ -3,17 +3,15 @@
     python examples/transfer/demo.py [--folder demo-real] [--data FOLDER] [--seeds 3] [section.key=value ...]
 
 `make demo-real` runs it. FOLDER holds train-*.tar and heldout-*.tar of images with `caption` and `label`, which
-examples/transfer/emoji.py makes (default: $MEGAMUG_EMOJI, else ../shared/data/emoji beside the repository). For each
-seed three encoders are trained: on the pixels of hidden patches, on captions, on both. Their features and those of the
-untrained encoder go through k-NN and a linear probe; at its end it says which differences are more than chance.
+examples/transfer/emoji.py makes (default: $MEGAMUG_EMOJI, else ../shared/data/emoji beside the repository). It is one
+`megamug study`: for each seed three encoders, held against one another and against none by k-NN and a linear probe;
+and pictures of what the encoder takes for alike.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,13 +25,8 @@ from megamug.configuration.reading import load_config  # noqa: E402
 from megamug.errors import UserError  # noqa: E402
 
 CONFIG = ROOT / "examples" / "transfer" / "demo.yaml"
-OBJECTIVES = {
-    "pixels": ["model.caption_loss_weight=0"], "captions": ["model.image_loss_weight=0"], "both": [],
-}  # fmt: skip
-UNTRAINED = "untrained"
-FEATURE, NEIGHBOURS = "mean", 20
+VARIANTS = ROOT / "examples" / "transfer" / "studies" / "objectives.yaml"
 SHOWN = 8  # held-out drawings with their neighbours
-CERTAIN = 2.0  # standard errors
 
 
 def main() -> None:
@@ -63,51 +56,16 @@ def main() -> None:
     run("-m", "megamug", "data", "index", "data/train", "data/heldout")
     if not Path("tokenizer.model").exists():
         run("-m", "megamug", "data", "tokenizer", "data/train", "--output", "tokenizer.model", "--vocab-size", "1000")
-    dtype = precision()
-    figures: dict[str, list[dict]] = {}
-    for seed in range(1, options.seeds + 1):
-        for name, keys in OBJECTIVES.items():
-            look("train", CONFIG, f"run_dir={name}-{seed}", f"seed={seed}", f"precision.dtype={dtype}", *keys,
-                 *options.overrides, quiet=False)  # fmt: skip
-            figures.setdefault(name, []).append(probed(f"{name}-{seed}", name, seed))
-        figures.setdefault(UNTRAINED, []).append(probed(f"both-{seed}", UNTRAINED, seed, "--untrained"))
-    look("evaluate", "both-1", "--task", "reconstruction", "--data", "data/heldout", "--samples", "64")
+    # whole drawings are seen: their rim belongs to them
+    look("study", "custom", CONFIG, "--variants", VARIANTS, "--data", "data/train", "--test", "data/heldout",
+         "--output", "study", "--seeds", str(options.seeds), "--features", "mean", "--view", "1", "--keep-features",
+         f"precision.dtype={precision()}", *options.overrides, quiet=False)  # fmt: skip
+    look("evaluate", "study/runs/both-seed1", "--task", "reconstruction", "--data", "data/heldout", "--samples", "64")
     neighbours(folder / "neighbours.png")
-    report(folder, figures, time.monotonic() - started)
-
-
-def probed(run_dir: str, name: str, seed: int, *words: str) -> dict:
-    """Extracts features of both sets and returns what the probes find."""
-    files = {split: f"features/{name}-{seed}-{split}.safetensors" for split in ("train", "heldout")}
-    for split, file in files.items():
-        # whole drawings are seen: their rim belongs to them
-        look("features", run_dir, "--data", f"data/{split}", "--output", file, "--share", "1", *words)
-    output = f"features/{name}-{seed}.json"
-    look("probe", files["train"], "--test", files["heldout"], "--features", FEATURE, "--k", str(NEIGHBOURS),
-         "--output", output)  # fmt: skip
-    found = json.loads(Path(output).read_text())["results"][FEATURE]
-    return {"linear": found["linear"]["top1"], "knn": found["knn"][str(NEIGHBOURS)]["top1"]}
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """(mean, standard error of the mean); the latter is infinite for one value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return statistics.mean(values), error
-
-
-def verdict(one: list[float], other: list[float]) -> str:
-    """Whether `one` is better or worse than `other` by more than chance, else how many seeds would tell."""
-    (a, error_a), (b, error_b) = spread(one), spread(other)
-    error = math.hypot(error_a, error_b)
-    words = f"{100 * (a - b):+.1f} points, standard error {100 * error:.1f}"
-    if not math.isfinite(error):
-        return f"{100 * (a - b):+.1f} points; one seed does not tell how much of that is chance"
-    if abs(a - b) > CERTAIN * error:
-        return f"{words}: {'better' if a > b else 'worse'}"
-    if a == b:
-        return f"{words}: no difference"
-    seeds = math.ceil(len(one) * (CERTAIN * error / (a - b)) ** 2)
-    return f"{words}: not told from chance; a difference of this size would take about {seeds} seeds"
+    reconstruction = next((folder / "study/runs/both-seed1/evaluate").glob("step-*/*.png"))
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Look at")
+    for picture in (folder / "study/report.png", folder / "neighbours.png", reconstruction):
+        print(f"  {picture}")
 
 
 def neighbours(path: Path) -> None:
@@ -129,44 +87,23 @@ def neighbours(path: Path) -> None:
             return np.array(picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
 
     sources = {split: resolve_sources(f"data/{split}")[0] for split in ("train", "heldout")}
-    columns, near = ["held out"], []
-    for name in (UNTRAINED, "both"):
-        train, test = (stored.read(f"features/{name}-1-{split}.safetensors") for split in ("train", "heldout"))
+    columns, near, features = ["held out"], [], "study/features"
+    for name in ("untrained", "both"):
+        train, test = (stored.read(f"{features}/{name}-seed1-{split}.safetensors") for split in ("train", "test"))
         if (len(train), len(test)) != tuple(map(len, sources.values())):
             raise UserError("some drawings were left out, so rows are not drawings: index data/ again, see above")
         rows = [len(test) * i // SHOWN for i in range(SHOWN)]
-        similar = normalize(test.tensors[FEATURE][rows]) @ normalize(train.tensors[FEATURE]).T
+        similar = normalize(test.tensors["mean"][rows]) @ normalize(train.tensors["mean"]).T
         near.append(similar.topk(3).indices.tolist())
         columns += [f"{name}: {place}" for place in ("nearest", "second", "third")]
-    captions = [json.loads(line)["caption"] for line in Path("features/both-1-heldout.jsonl").read_text().splitlines()]
+    lines = Path(f"{features}/both-seed1-test.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["caption"] for line in lines]
     pictures = [
         PictureRow([drawing("heldout", row), *(drawing("train", other) for found in near for other in found[i])],
                    [captions[row]])
         for i, row in enumerate(rows)
     ]  # fmt: skip
     save_grid(pictures, columns, path)
-
-
-def report(folder: Path, figures: dict[str, list[dict]], seconds: float) -> None:
-    """The table, which differences are more than chance, and where the pictures are."""
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    count = len(next(iter(figures.values())))
-    print(f"\nDone in {seconds / 60:.1f} minutes. Classes of drawings that no encoder saw, right answers in %, mean and"
-          f" standard error over {count} seeds:\n")  # fmt: skip
-    print(f"  {'learned from':<14}{'linear probe':>18}{f'k-NN, k {NEIGHBOURS}':>18}")
-    for name in (UNTRAINED, *OBJECTIVES):
-        cells = []
-        for method in ("linear", "knn"):
-            mean, error = spread([found[method] for found in figures[name]])
-            cells.append(f"{100 * mean:.1f}" + (f" +- {100 * error:.1f}" if math.isfinite(error) else ""))
-        print(f"  {name:<14}{cells[0]:>18}{cells[1]:>18}")
-    print("\nBy the linear probe:")
-    pairs = [(name, UNTRAINED) for name in OBJECTIVES] + [("both", "pixels"), ("both", "captions")]
-    for one, other in pairs:
-        told = verdict(*([found["linear"] for found in figures[name]] for name in (one, other)))
-        print(f"  {f'{one} against {other}':<28}{told}")
-    reconstruction = next((folder / "both-1" / "evaluate").glob("step-*/*.png"))
-    print(f"\nLook at  {folder / 'neighbours.png'}\n         {reconstruction}")
 
 
 if __name__ == "__main__":

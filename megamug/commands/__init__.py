@@ -28,6 +28,7 @@ COMMANDS = {  # `megamug NAME`
     "inspect": ("inspect", "say what a checkpoint holds, and whether it is complete"),
     "features": ("transfer.features", "write an encoder's features of images"),
     "probe": ("transfer.probe", "measure features by k-NN and by a linear probe"),
+    "study": ("transfer.study", "ask one question of many trainings, and tell what is more than chance"),
     "fuse": ("fuse", "fuse two parents into one model"),
     "benchmark": ("benchmark", "measure megamug beside what it is compared with"),
 }

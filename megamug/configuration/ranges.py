@@ -6,6 +6,7 @@ from megamug.command_line.arguments import Range
 from megamug.configuration.presets import BY_KIND
 from megamug.configuration.reading import keys, nearest
 from megamug.configuration.sections import Config
+from megamug.data.pairs.selection import CAPTIONS
 from megamug.data.shards.captions import LINES
 from megamug.errors import UserError
 
@@ -27,6 +28,7 @@ RANGES = {
     "classifier.random_erasing": Range(0, 1), "classifier.ema": _DECAY,
     "classifier.layer_decay": Range(0, 1, open_low=True),
     "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
+    "data.fraction": Range(0, 1, open_low=True),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
     "data.micro_batch_size": _COUNT, "data.crop_scale": Range(0, 1, open_low=True), "data.mean": Range(0, 1),
     "data.background": Range(0, 255),
@@ -51,6 +53,7 @@ CHOICES = {
     "fusion.freeze": ("none", "text", "image", "both"),
     "classifier.pool": ("mean", "class_token", "attention"),
     "data.caption_lines": LINES,
+    "data.captions": CAPTIONS,
     "data.loss_on": ("all", "response", "text", "image"),
     "parallel.recompute": ("none", "full"),
     "precision.dtype": ("fp32", "bf16"),
@@ -120,9 +123,9 @@ _KINDS |= {f"model.{key}": _VISION for key in ("initial_parts", "patch_size", "l
                                                "register_tokens", "layer_norm_eps")}  # fmt: skip
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
                                                   "separate_documents", "loss_on")}  # fmt: skip
-_KINDS |= {f"data.{key}": _VISION for key in ("image_size", "crop_scale", "flip", "background",
+_KINDS |= {f"data.{key}": _VISION for key in ("fraction", "image_size", "crop_scale", "flip", "background",
                                               "mean", "std", "threads", "prefetch", "max_failure_rate")}  # fmt: skip
-_KINDS |= {f"data.{key}": ("mug",) for key in ("caption_length", "caption_lines")}
+_KINDS |= {f"data.{key}": ("mug",) for key in ("captions", "caption_length", "caption_lines")}
 
 
 def check_keys(config: Config) -> None:

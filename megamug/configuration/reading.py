@@ -38,7 +38,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     """
     config = Config()
     if path is not None:
-        tree = _read_yaml(Path(path))
+        tree = read_yaml(Path(path))
         try:
             _fill(config, tree)
         except UserError as error:
@@ -189,7 +189,8 @@ _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+|0b[01]+|([0-9]+\.[0-9]
 _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """The mapping at the top of a file, read strictly. Raises UserError: no file, no YAML, no mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -122,6 +122,8 @@ class DataConfig:
     separate_documents: bool = False  # no document reads another of its row
     loss_on: str = "all"  # all | response | text | image: the tokens that carry loss
     # pairs
+    fraction: float = 1.0  # share of every training set that is seen, drawn by seed; smaller shares lie within larger
+    captions: str = "own"  # own | shuffled: each image has that of another, by seed; to see what captions are worth
     image_size: int = 224  # pixels; images are cropped to squares
     caption_length: int = 64  # tokens predicted per caption
     caption_lines: str = "join"  # join | first | random (by sample and epoch): of a caption file of several lines

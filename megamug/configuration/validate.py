@@ -79,6 +79,9 @@ def losses(config: Config) -> None:
         raise UserError(
             "model: image_loss_weight(0) and caption_loss_weight(0) leave nothing to learn; set one of them above 0"
         )
+    if config.data.captions != "own" and config.model.caption_loss_weight == 0:
+        raise UserError(f"data.captions is {config.data.captions}, but model.caption_loss_weight is 0: no caption is"
+                        " read; set data.captions=own or model.caption_loss_weight above 0")
 
 
 def text(config: Config) -> None:
@@ -259,13 +262,15 @@ def files(config: Config) -> None:
     data = config.data
     if data.train is None:
         raise UserError("data.train is not set; give it a folder of tar shards, a glob, or a list of {path, weight}")
+    from megamug.data.pairs import selection
     from megamug.data.shards.sources import WithoutCaptions, resolve_sources
 
     captions = config.model.caption_loss_weight
     for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
         try:
-            if sources is not None:
-                resolve_sources(sources, captions=captions > 0)
+            found = [] if sources is None else resolve_sources(sources, captions=captions > 0)
+            if key == "data.train":
+                selection.check(found, data.fraction, data.captions)
         except WithoutCaptions as error:
             raise UserError(f"{key}: {error}, and model.caption_loss_weight is {captions:g}; set"
                             " model.caption_loss_weight=0 to learn from the images alone, or give them captions and"
@@ -367,9 +372,10 @@ def model_identity(config: Config) -> dict[str, object]:
 
 
 def meaning(config: Config) -> dict[str, object]:
-    """`function`, and what the weights are trained for and by: a run that went on with another value would have one
+    """`function`, and what the weights are trained for, on and by: a run that went on with another value would have one
     curve of two losses, or states of another optimizer. New runs may start from its weights (`model.initial`)."""
-    told = {"data.loss_on": config.data.loss_on} if towers(config) else {}
+    keys = ("loss_on",) if towers(config) else ("fraction", "captions")
+    told = {f"data.{key}": getattr(config.data, key) for key in keys}
     if config.model.kind == "classifier":
         told["classifier.ema above 0"] = config.classifier.ema > 0
     return function(config) | told | {"optimizer.name": config.optimizer.name}

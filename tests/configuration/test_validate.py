@@ -134,6 +134,8 @@ BAD = [
     ("data.train=null", 1, ["data.train is not set"]),
     ("data.train=/absent/shards", 1, ["data.train: /absent/shards: no such file or folder"]),
     ("data.train=/absent/*.tar", 1, ["data.train: /absent/*.tar: ", "matches"]),
+    ("data.captions=shuffled", 1, ["data.captions: shuffled, but ", "has 1 sample; there is no other"]),
+    ("data.captions=shuffled model.caption_loss_weight=0", 1, ["data.captions is shuffled, but", "no caption is read"]),
     ("data.train=[]", 1, ["data.train: data: an empty list"]),
     ("data.validation=/absent", 1, ["data.validation: /absent"]),
     ("data.tokenizer=null", 1, ["data.tokenizer is not set and model.caption_loss_weight is 0.1", "data tokenizer"]),
@@ -266,6 +268,7 @@ def test_run_folder_of_another_model(inputs, tmp_path):
     ("model.layer_norm_eps=1e-5", "model.layer_norm_eps was 1e-06 and is now 1e-05"),
     ("data.mean=[0.5,0.5,0.5]", "data.mean was [0.485, 0.456, 0.406] and is now [0.5, 0.5, 0.5]"),
     ("data.std=[0.5,0.5,0.5]", "data.std was [0.229, 0.224, 0.225] and is now [0.5, 0.5, 0.5]"),
+    ("data.fraction=0.5", "data.fraction was 1.0 and is now 0.5"),
 ])  # fmt: skip
 def test_run_folder_whose_weights_would_mean_something_else(inputs, tmp_path, change, said):
     save_config(resolve(configured(inputs, f"run_dir={tmp_path}")))

@@ -21,7 +21,7 @@ from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import make_data
 from tests.training.classified import coloured, make_shards
 
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "studies")
 CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
 CLASSIFIERS = [path for path in CONFIGURATIONS if path.stem.startswith(("finetune", "probe"))]
 MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug" and path not in CLASSIFIERS]

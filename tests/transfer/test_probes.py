@@ -101,6 +101,22 @@ def test_the_gradient_is_zero_at_the_end():
     assert loss.item() == pytest.approx(probe.loss, rel=1e-12)
 
 
+def test_correlated_features_have_the_same_minimum_from_wherever_it_is_sought():
+    """As an encoder's are: a few directions hold nearly all of the variance, and one number is constant."""
+    x, labels = clouds(200, width=30)
+    mixing = torch.randn(30, 30, generator=torch.Generator().manual_seed(5)) * torch.logspace(0, -3, 30)
+    x = torch.cat([x @ mixing.T, torch.ones(200, 1)], dim=1)
+    standard = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0).clamp(min=1e-30)
+    standard[:, -1] = 0
+    weight, bias = sklearn_minimum(standard, labels, 10.0, 5)
+    theirs = torch.nn.functional.cross_entropy(standard @ weight.T + bias, labels) + weight.square().sum() / (20 * 200)
+    cold = fit(x, labels, 10.0)
+    warm = fit(x, labels, 10.0, start=fit(x, labels, 0.1))
+    assert cold.converged and warm.converged
+    assert cold.loss == pytest.approx(float(theirs), rel=1e-6) and warm.loss == pytest.approx(cold.loss, rel=1e-7)
+    assert (warm.weight - cold.weight).abs().max() < 1e-3 * cold.weight.abs().max()
+
+
 def test_the_strength_is_chosen_on_what_is_held_out():
     train, labels = clouds(250, width=40, noise=4.0)
     strength, found = choose_strength(train, labels, (1e-4, 1e-2, 100.0))

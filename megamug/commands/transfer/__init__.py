@@ -1,1 +1,3 @@
-"""What is made of a trained encoder: its features, and probes of them."""
+"""What is made of a trained encoder: its features, probes of them, and studies of many."""
+
+METHODS = ("knn", "linear")  # of probes

@@ -10,10 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from megamug.command_line.arguments import COUNT, Parser, Range, number, output_file
-from megamug.errors import UserError
+from megamug.command_line.arguments import COUNT, Parser, Range, device, number, output_file
+from megamug.commands.transfer import METHODS
 
-METHODS = ("knn", "linear")
 POSITIVE = number(float, Range(0, open_low=True))
 
 
@@ -29,27 +28,18 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--strengths", type=POSITIVE, nargs="+", metavar="C", help="of the linear probe, inverse"
                         " regularisation as scikit-learn's C (default: 1e-4 to 100 by tens)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the held-out part (default %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="where it is computed (default %(default)s)")
     parser.add_argument("--output", type=output_file, metavar="FILE.json", help="the figures as JSON")
     parser.add_argument("--json", action="store_true", help="print them as JSON")
     options = parser.parse_args(argv)
 
-    from megamug.transfer import knn, logistic, stored
+    from megamug.transfer import knn, logistic, probing, stored
 
     train, test = stored.read(options.train), stored.read(options.test)
-    if train.settings and test.settings and (other := _differing(train.settings, test.settings)):
-        raise UserError(f"{test.path} was extracted otherwise than {train.path} (other {', '.join(other)}); extract"
-                        " both alike")  # fmt: skip
-    results = {}
-    for name in options.features or train.tensors:
-        sets = (*train.labelled(name), *test.labelled(name))
-        found = results[name] = {}
-        if "knn" in options.methods:
-            ks = options.k or [k for k in knn.KS if k <= len(sets[0])] or [len(sets[0])]
-            found["knn"] = knn.knn(*sets, ks, options.temperature or knn.TEMPERATURE)
-        if "linear" in options.methods:
-            found["linear"] = logistic.linear_probe(
-                *sets, strengths=options.strengths or logistic.STRENGTHS, seed=options.seed
-            )
+    results = probing.probe(
+        train, test, options.methods, options.features, options.k, options.temperature or knn.TEMPERATURE,
+        options.strengths or logistic.STRENGTHS, options.seed, options.device,
+    )  # fmt: skip
     figures = {
         "train": str(train.path), "test": str(test.path), "images": [len(train), len(test)], "results": results,
         "settings": train.settings,
@@ -62,10 +52,6 @@ def main(argv: list[str], prog: str | None = None) -> None:
     print("\n".join(table(figures)), file=sys.stderr)
     if options.json or not sys.stdout.isatty():
         print(json.dumps(figures, indent=1))
-
-
-def _differing(one: dict, other: dict) -> list[str]:
-    return [key for key in ("encoder", "image_size", "share", "dtype") if one.get(key) != other.get(key)]
 
 
 def table(figures: dict) -> list[str]:

@@ -42,7 +42,7 @@ class PairBatch:
 
     def captions(self) -> list[str]:
         """The captions as they stand in the shards, "" where there is none; of several, those that `tokens` hold."""
-        places, (lines, draws) = [source.locate(index) for source, index in self._locations], self._lines
+        places, (lines, draws) = [source.locate_caption(index) for source, index in self._locations], self._lines
         return [shard.caption_aside(i, lines, draw) for (shard, i), draw in zip(places, draws, strict=True)]
 
 

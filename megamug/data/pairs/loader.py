@@ -290,12 +290,17 @@ class PairLoader:
             return [self._read(samples, row, shards) for row in range(rows.start, rows.stop)]
 
     def _read(self, samples: _Samples, row: int, shards: OpenShards) -> tuple | Exception:
-        shard, i = self.sources[samples.sources[row]].locate(samples.indices[row])
+        source, index, draw = self.sources[samples.sources[row]], samples.indices[row], samples.draws[row]
+        shard, i = source.locate(index)
+        own = self.need_captions and source.given is None
         try:
             with shards.lock:  # or the other thread might close the shard meanwhile
-                shard = shards.use(shard)
-                image, caption, record = shard.read(i, image=self.need_images, caption=self.need_captions,
-                                                    lines=self.caption_lines, draw=samples.draws[row])  # fmt: skip
+                image, caption, record = shards.use(shard).read(
+                    i, image=self.need_images, caption=own, lines=self.caption_lines, draw=draw
+                )
+                if self.need_captions and not own:
+                    shard, i = source.locate_caption(index)
+                    caption = shards.use(shard).caption(i, self.caption_lines, draw)
             return image, caption, (int(record["width"]), int(record["height"])), int(record["label"])
         except (OSError, ValueError) as error:
             return error

@@ -33,7 +33,8 @@ _COMPRESSED = re.compile(r"\.(?:tar\.)?(tgz|(?<=tar\.)(?:gz|bz2|xz|zst))$", re.I
 class Source:
     """One set of shards. Samples are numbered through all shards, in the order of the shards' paths.
 
-    With `captioned` only samples with a caption are of the set; those of a shard come first in its index.
+    With `captioned` only samples with a caption are of the set; those of a shard come first in its index. What is set
+    last is `megamug.data.pairs.selection`'s.
     """
 
     name: str
@@ -41,24 +42,35 @@ class Source:
     weight: float | None
     starts: np.ndarray  # int64 [shards + 1]: number of the first sample of each shard, and the total
     captioned: bool = False
+    part: np.ndarray | None = None  # int64 [len]: of all samples those that are seen, ascending
+    given: np.ndarray | None = None  # int64 [len]: whose caption a sample is given, in place of its own
+    remarks: tuple[str, ...] = ()  # what the fingerprint says of both
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.starts[-1]) if self.part is None else len(self.part)
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """The shard that holds sample `index`, and its place in there."""
+        index = index if self.part is None else self.part[index]
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.shards[shard], int(index - self.starts[shard])
 
+    def locate_caption(self, index: int) -> tuple[Shard, int]:
+        """The shard that holds the caption of sample `index`, and its place in there."""
+        return self.locate(index if self.given is None else int(self.given[index]))
+
     def fingerprint(self) -> str:
-        """SHA-256 over names, contents and numbers of samples of the shards: another set is another order."""
+        """SHA-256 over names, contents and numbers of samples of the shards, and over what is seen of them: another set
+        is another order."""
         digest = hashlib.sha256()
         for shard, count in zip(self.shards, self.counts(), strict=True):
             digest.update(f"{shard.header.shard} {shard.header.shard_sha256} {count}\n".encode())
+        for remark in self.remarks:
+            digest.update(f"{remark}\n".encode())
         return digest.hexdigest()
 
     def counts(self) -> list[int]:
-        """How many samples of each shard are of the set: the first so many of its index."""
+        """How many samples of each shard are of the set, before any selection: the first so many of its index."""
         return np.diff(self.starts).tolist()
 
     def without_caption(self) -> int:

@@ -13,7 +13,6 @@ from megamug.data.pairs.images import SHARE
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
 from megamug.data.pairs.mixing import erased_boxes, erasing_noise, kept_shares, path_scales
 from megamug.data.pairs.rand_augment import RandAugment
-from megamug.data.shards.sources import resolve_sources
 from megamug.models.classifier.model import ClassBatch, Classifier
 from megamug.models.classifier.plan import ClassifierPlan
 from megamug.models.mug.task import MugTask
@@ -39,7 +38,7 @@ class ClassifierTask(MugTask):
                           augment=augment)  # fmt: skip
 
     def order(self) -> GlobalOrder:
-        return order_of(resolve_sources(self.config.data.train), self.config.seed)
+        return order_of(self.sources(train=True, captions=False), self.config.seed)
 
     def identity(self) -> dict:
         return super().identity() | {"classifier.classes": self.plan.classes}

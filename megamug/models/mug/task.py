@@ -12,6 +12,7 @@ from megamug.configuration.sections import Config
 from megamug.data.dali import load_dali
 from megamug.data.order import GlobalOrder
 from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
+from megamug.data.pairs.selection import selected
 from megamug.data.pairs.text import Tokenizer
 from megamug.data.random import random_masks, random_words
 from megamug.data.shards.sources import Source, resolve_sources
@@ -55,7 +56,7 @@ class MugTask(Task):
               **more) -> PairLoader:  # fmt: skip
         """A loader; `more`: further arguments of it."""
         data = self.config.data
-        sources = resolve_sources(data.train if train else data.validation, data.verify, captions)
+        sources = self.sources(train, captions)
         if world.is_first:
             self._tell(sources)
         return PairLoader(
@@ -77,6 +78,12 @@ class MugTask(Task):
             **self.reading(world, train),
         )
 
+    def sources(self, train: bool, captions: bool) -> list[Source]:
+        """The sets that are trained on, as far as the run sees them, or the held-out ones."""
+        data = self.config.data
+        sources = resolve_sources(data.train if train else data.validation, data.verify, captions)
+        return selected(sources, self.config.seed, data.fraction, data.captions) if train else sources
+
     def _tell(self, sources: list[Source]) -> None:
         """Once of each set, what is left out of it."""
         for source in sources:
@@ -90,7 +97,7 @@ class MugTask(Task):
         load_dali()
 
     def order(self) -> GlobalOrder:
-        return order_of(resolve_sources(self.config.data.train, captions=self.plan.writes), self.config.seed)
+        return order_of(self.sources(train=True, captions=self.plan.writes), self.config.seed)
 
     def identity(self) -> dict:
         tokenizer = None if self.tokenizer is None else self.tokenizer.sha256[:16]
