@@ -91,11 +91,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate = commands_of.add_parser("evaluate", help="measure a trained model on held-out data")
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
-    evaluate.add_argument("--samples", type=int, metavar="N",
-                          help="at most so many (default: data.validation_samples; classification: all)")  # fmt: skip
+    evaluate.add_argument(
+        "--samples", type=int, metavar="N",
+        help="at most so many (default: data.validation_samples; classification, choices: all)",
+    )  # fmt: skip
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
-        help="shards, or folders of tokenised documents (default: data.validation of the run)",
+        help="shards, or folders of tokenised documents (default: data.validation of the run), or files of the suite",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--suite", metavar="NAME",
+        help="choices: piqa, arc, hellaswag, winogrande, storycloze or file, read from --data; or lm-eval:TASK[,TASK]",
     )  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
@@ -205,7 +211,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.samples is not None and arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
     config = load_config(arguments.run_dir / "config.yaml")
-    if arguments.data is None and config.data.validation is None:
+    if arguments.data is None and config.data.validation is None and arguments.task != "choices":
         raise UserError(f"{arguments.run_dir} was trained without data.validation; name held-out shards with --data")
     check_kind(arguments.task, config.model.kind, arguments.run_dir)
     weight = DECODERS.get(arguments.task)
@@ -215,7 +221,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     data = arguments.data
     if data is not None and len(data) == 1:
         data = data[0]
-    if data is not None:
+    if data is not None and arguments.task != "choices":
         from megamug.data.shards.sources import resolve_sources
 
         try:
@@ -232,7 +238,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     figures = evaluate.run_task(
         arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
-        output=arguments.output,
+        output=arguments.output, suite=arguments.suite,
     )
     _print_json(figures, arguments.json)
     return 0

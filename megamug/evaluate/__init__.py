@@ -1,7 +1,7 @@
 """Figures of a trained run on held-out data.
 
     megamug evaluate RUN --task reconstruction|captioning      (MUG)
-    megamug evaluate RUN --task perplexity                     (language models)
+    megamug evaluate RUN --task perplexity|choices             (language models)
     megamug evaluate RUN --task classification                 (classifiers)
 """
 
@@ -15,9 +15,9 @@ from megamug.errors import UserError
 
 # the loss weight that the task's decoder is trained with
 DECODERS = {"reconstruction": "image_loss_weight", "captioning": "caption_loss_weight"}
-TASKS = (*DECODERS, "perplexity", "classification")
+TASKS = (*DECODERS, "perplexity", "choices", "classification")
 OF_KIND = {
-    "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
+    "mug": tuple(DECODERS), "decoder_lm": ("perplexity", "choices"), "jam_cross": ("perplexity", "choices"),
     "classifier": ("classification",),
 }  # fmt: skip
 
@@ -30,13 +30,17 @@ def run_task(
     samples: int | None = None,
     data: object = None,
     output: str | Path | None = None,
+    suite: str | None = None,
 ) -> dict:
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction` or `captioning` of MUG, `perplexity` of a language model, `classification`.
-        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
-        data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
+        task: `reconstruction` or `captioning` of MUG, `perplexity` or `choices` of a language model, `classification`.
+        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification and
+            choices, all).
+        data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents. Of
+            choices: files of the suite, or folders of lm-eval's task files.
+        suite: of choices, see `megamug.evaluate.choices`.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
 
     Prints a short table on stderr; returns what TASK.json holds. In several processes (language models) the first one
@@ -44,13 +48,16 @@ def run_task(
     data or without the task's decoder; what the task itself refuses.
     """
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, classification, perplexity, reconstruction
+    from megamug.evaluate import captioning, choices, classification, perplexity, reconstruction
     from megamug.generation.loading import load_run
 
     if task not in TASKS:
         raise UserError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
     if task == "perplexity":
         _check_documents(Path(run_dir), data)
+    if suite is not None and task != "choices":
+        raise UserError(f"--suite is of --task choices, not of {task}; leave it out")
+    questions, unanswered = choices.check(suite, data) if task == "choices" else ([], 0)
     with load_run(run_dir, step) as run:
         config = run.config
         check_kind(task, config.model.kind, run_dir)
@@ -58,12 +65,14 @@ def run_task(
             raise UserError(f"{run_dir} was trained with model.{DECODERS[task]}=0: nothing to measure for task {task}")
         if data is not None:
             config.data.validation = data
-        if config.data.validation is None:
+        if config.data.validation is None and task != "choices":
             raise UserError(f"{run_dir} was trained without data.validation; name held-out shards")
         folder = Path(output) if output is not None else Path(run_dir) / "evaluate" / f"step-{run.step:08d}"
         most = config.data.validation_samples if samples is None else samples
         if task == "perplexity":
             measured = perplexity.measure(run, most)
+        elif task == "choices":
+            measured = choices.run_suite(run, suite, data, questions, samples, folder) | {"unanswered": unanswered}
         elif task == "classification":
             measured = classification.measure(run, samples, folder)
         else:
@@ -71,8 +80,8 @@ def run_task(
                 run, most, folder
             )
         figures = {
-            "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
-            **measured,
+            "task": task, "checkpoint": str(run.checkpoint), "step": run.step,
+            "data": choices.paths_of(data) if task == "choices" else config.data.validation, **measured,
         }
         if not run.world.is_first:
             return figures
@@ -114,6 +123,10 @@ def table(figures: dict) -> list[str]:
         return _perplexity_table(figures)
     if figures["task"] == "classification":
         return _classification_table(figures)
+    if figures["task"] == "choices":
+        from megamug.evaluate import choices
+
+        return choices.table(figures)
     head = f"{figures['task']} of {figures['samples']} held-out pairs, step {figures['step']}"
     if figures["task"] == "reconstruction":
         return [
