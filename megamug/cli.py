@@ -96,11 +96,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate = commands_of.add_parser("evaluate", help="measure a trained model on held-out data")
     _add_run(evaluate)
     evaluate.add_argument("--task", choices=TASKS, required=True)
-    evaluate.add_argument("--samples", type=int, metavar="N",
-                          help="at most so many (default: data.validation_samples; classification: all)")  # fmt: skip
+    evaluate.add_argument(
+        "--samples", type=int, metavar="N",
+        help="at most so many (default: data.validation_samples; classification, choices: all)",
+    )  # fmt: skip
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
-        help="shards, or folders of tokenised documents (default: data.validation of the run)",
+        help="shards, or folders of tokenised documents (default: data.validation of the run), or files of the suite",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--suite", metavar="NAME",
+        help="choices: piqa, arc, hellaswag, winogrande, storycloze or file, read from --data; or lm-eval:TASK[,TASK]",
     )  # fmt: skip
     evaluate.add_argument(
         "--references", type=Path, metavar="FILE",
@@ -220,7 +226,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     figures = evaluate.run_task(
         arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
-        output=arguments.output, references=arguments.references,
+        output=arguments.output, references=arguments.references, suite=arguments.suite,
     )
     _print_json(figures, arguments.json)
     return 0

@@ -1,7 +1,7 @@
 """Figures of a trained run on held-out data.
 
     megamug evaluate RUN --task reconstruction|captioning|retrieval|masked_text      (MUG)
-    megamug evaluate RUN --task perplexity                                           (language models)
+    megamug evaluate RUN --task perplexity|choices                                   (language models)
     megamug evaluate RUN --task classification                                       (classifiers)
 """
 
@@ -21,9 +21,9 @@ DECODERS = {
 }  # fmt: skip
 # model.text_objective of the tasks that read captions
 OBJECTIVES = {"captioning": "autoregressive", "retrieval": "autoregressive", "masked_text": "masked"}
-TASKS = (*DECODERS, "perplexity", "classification")
+TASKS = (*DECODERS, "perplexity", "choices", "classification")
 OF_KIND = {
-    "mug": tuple(DECODERS), "decoder_lm": ("perplexity",), "jam_cross": ("perplexity",),
+    "mug": tuple(DECODERS), "decoder_lm": ("perplexity", "choices"), "jam_cross": ("perplexity", "choices"),
     "classifier": ("classification",),
 }  # fmt: skip
 
@@ -37,27 +37,32 @@ def run_task(
     data: object = None,
     output: str | Path | None = None,
     references: str | Path | None = None,
+    suite: str | None = None,
 ) -> dict:
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction`, `captioning`, `retrieval` or `masked_text` of MUG, `perplexity` of a language model,
-            `classification`.
-        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification, all).
-        data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents.
+        task: `reconstruction`, `captioning`, `retrieval` or `masked_text` of MUG, `perplexity` or `choices` of a language
+            model, `classification`.
+        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification and
+            choices, all).
+        data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents. Of
+            choices: files of the suite, or folders of lm-eval's task files.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
         references: of captioning, a list of captions as COCO writes it, in the place of the data's own.
+        suite: of choices, see `megamug.evaluate.choices`.
 
     Prints a short table on stderr; returns what TASK.json holds. In several processes (language models) the first one
     writes and prints. Raises `UserError`: a run that cannot be read, of another kind than the task's, without held-out
     data or without the task's decoder; a library that is missing; what the task itself refuses. All but the last before
     a model is built.
     """
-    check(run_dir, task, data=data, references=references)
+    check(run_dir, task, data=data, references=references, suite=suite)
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, classification, masked_text, perplexity, reconstruction, retrieval
+    from megamug.evaluate import captioning, choices, classification, masked_text, perplexity, reconstruction, retrieval
     from megamug.generation.loading import load_run
 
+    questions, unanswered = choices.check(suite, data) if task == "choices" else ([], 0)
     matched = None
     if references is not None:
         from megamug.data.shards.sources import resolve_sources
@@ -74,6 +79,8 @@ def run_task(
         most = config.data.validation_samples if samples is None else samples
         if task == "perplexity":
             measured = perplexity.measure(run, most)
+        elif task == "choices":
+            measured = choices.run_suite(run, suite, data, questions, samples, folder) | {"unanswered": unanswered}
         elif task == "classification":
             measured = classification.measure(run, samples, folder)
         elif task == "captioning":
@@ -82,8 +89,8 @@ def run_task(
             module = {"reconstruction": reconstruction, "retrieval": retrieval, "masked_text": masked_text}[task]
             measured = module.measure(run, most, folder)
         figures = {
-            "task": task, "checkpoint": str(run.checkpoint), "step": run.step, "data": config.data.validation,
-            **measured,
+            "task": task, "checkpoint": str(run.checkpoint), "step": run.step,
+            "data": choices.paths_of(data) if task == "choices" else config.data.validation, **measured,
         }
         if not run.world.is_first:
             return figures
@@ -96,7 +103,14 @@ def run_task(
     return figures
 
 
-def check(run_dir: str | Path, task: str, *, data: object = None, references: str | Path | None = None) -> None:
+def check(
+    run_dir: str | Path,
+    task: str,
+    *,
+    data: object = None,
+    references: str | Path | None = None,
+    suite: str | None = None,
+) -> None:
     """Raises UserError for what `run_task` would refuse of these, as far as that needs no model: first what the run is,
     then what it is to be measured on."""
     from megamug.configuration.reading import load_config
@@ -111,6 +125,10 @@ def check(run_dir: str | Path, task: str, *, data: object = None, references: st
     check_decoder(task, config.model, run_dir)
     if references is not None and task != "captioning":
         raise UserError(f"--references is for --task captioning, and the task is {task}; leave it out")
+    if suite is not None and task != "choices":
+        raise UserError(f"--suite is of --task choices, not of {task}; leave it out")
+    if task == "choices":  # its files are read once, in `run_task`
+        return
     if data is None and config.data.validation is None:
         raise UserError(f"{run_dir} was trained without data.validation; name held-out shards with --data")
     if data is not None:
@@ -183,6 +201,10 @@ def table(figures: dict) -> list[str]:
         return _classification_table(figures)
     if figures["task"] == "retrieval":
         return _retrieval_table(figures)
+    if figures["task"] == "choices":
+        from megamug.evaluate import choices
+
+        return choices.table(figures)
     head = f"{figures['task']} of {figures['samples']} held-out pairs, step {figures['step']}"
     if figures["task"] == "reconstruction":
         return [

@@ -121,10 +121,13 @@ def batches(
 
 
 @torch.inference_mode()
-def token_losses(model, tokens: torch.Tensor, labels: torch.Tensor, world) -> np.ndarray:
+def token_losses(
+    model, tokens: torch.Tensor, labels: torch.Tensor, world, likeliest: bool = False
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each label, nat, float64 [b, s]; 0 where it is IGNORE. Padded ids take no part.
 
-    `tokens`, `labels` [b, s]; each row is a document, or a window of one, by itself.
+    `tokens`, `labels` [b, s]; each row is a document, or a window of one, by itself. `likeliest`: also whether no other
+    token of the vocabulary is likelier, bool [b, s]; True where the label is IGNORE.
     """
     tokens, labels = tokens.to(world.device), labels.to(world.device)
     states = model.run(model.embed(tokens), tokens)
@@ -133,11 +136,26 @@ def token_losses(model, tokens: torch.Tensor, labels: torch.Tensor, world) -> np
     terms = make_terms(columns, model.plan.vocabulary, group, 0.0, 0.0, IGNORE)
     rows, length = tokens.shape
     step = max(1, LOGITS_BYTES // (4 * rows * columns))
-    losses = []
+    losses, first_of_all = [], []
     for first in range(0, length, step):
         part = slice(first, first + step)
         some = {k: x[part] for k, x in states.items()} if isinstance(states, dict) else states[part]
         logits = model.logits(some)  # [s, b, V / tp]
         targets = labels[:, part].transpose(0, 1)
-        losses.append(forward_torch(logits.flatten(0, 1), targets.reshape(-1), None, terms)[0].view(targets.shape))
-    return torch.cat(losses).transpose(0, 1).double().cpu().numpy()
+        loss, (maximum, _) = forward_torch(logits.flatten(0, 1), targets.reshape(-1), None, terms)
+        losses.append(loss.view(targets.shape))
+        if likeliest:
+            first_of_all.append(_reached(logits, targets, maximum.view(targets.shape), terms))
+    found = torch.cat(losses).transpose(0, 1).double().cpu().numpy()
+    return (found, torch.cat(first_of_all).transpose(0, 1).cpu().numpy()) if likeliest else found
+
+
+def _reached(logits: torch.Tensor, targets: torch.Tensor, maximum: torch.Tensor, terms) -> torch.Tensor:
+    """Whether the target's logit is the row's maximum; bool [s, b]. The rank that owns it knows, and tells."""
+    column = targets - terms.first_column
+    owned = (column >= 0) & (column < terms.valid_columns)
+    own = logits.gather(-1, column.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1).to(maximum.dtype)
+    right = ((own == maximum) & owned).to(torch.int32)
+    if terms.group is not None:
+        torch.distributed.all_reduce(right, group=terms.group)
+    return (right > 0) | (targets == IGNORE)

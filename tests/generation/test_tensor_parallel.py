@@ -47,6 +47,22 @@ def test_perplexity(folder, tmp_path):
         assert told["modalities"][name] == {key: pytest.approx(value, rel=1e-5) for key, value in row.items()}
 
 
+def test_choices(folder, tmp_path):
+    choices = ["draw", "two triangles", "a red circle"]
+    rows = [{"context": "first", "choices": choices, "answer": answer} for answer in range(3)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", str(folder / "jam"), "--task", "choices", "--suite", "file"]
+    command += ["--data", str(tmp_path / "q.jsonl"), "--output", str(tmp_path)]
+    results = launch(["-m", "megamug", *command], processes=2)
+    assert [code for code, _ in results] == [0, 0], results
+    alone = evaluate.run_task(folder / "jam", "choices", suite="file", data=tmp_path / "q.jsonl")
+    told = json.loads((tmp_path / "choices.json").read_text())
+    assert told["accuracy"] == alone["accuracy"] == pytest.approx(1 / 3)
+    one, two = ([json.loads(line) for line in open(figures["results"])] for figures in (alone, told))
+    for mine, other in zip(one, two, strict=True):
+        assert other["log_likelihoods"] == pytest.approx(mine["log_likelihoods"], rel=1e-5)
+
+
 def test_more_processes_than_can_share(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
