@@ -42,8 +42,8 @@ def run_task(
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
-        task: `reconstruction`, `captioning`, `retrieval` or `masked_text` of MUG, `perplexity` or `choices` of a language
-            model, `classification`.
+        task: `reconstruction`, `captioning`, `retrieval` or `masked_text` of MUG, `perplexity` or `choices` of a
+            language model, `classification`.
         samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification and
             choices, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents. Of
