@@ -252,6 +252,8 @@ def apply() -> bool:
         return False
     if not _applied:
         console.import_megatron()
+        with torch.device("cpu"):  # torch lists its factories when the first such block ends, and keeps that list: in
+            torch.empty(0)  # a later one `torch.device("meta")` would know the replacements alone, and do nothing
         for module, path, replace, _ in PATCHES:
             with console.own():
                 owner, name = _attribute(module, path)

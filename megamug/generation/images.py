@@ -44,10 +44,19 @@ def generate_from_images(
     `captions.json` into `output` (default: a new folder in RUN/generate), prints their paths, returns the figures.
     Raises `UserError`: no picture, one that does not decode, a ratio that hides everything, a run that cannot be read.
     """
-    from megamug.generation.loading import load_run
+    from megamug.generation.loading import load_run, read_config
 
     if top_p is None and temperature != 1.0:
         raise UserError(f"--temperature is {temperature:g} but nothing is drawn at random; give --top-p as well")
+    model = read_config(Path(run_dir)).model
+    fills_in = model.caption_loss_weight > 0 and model.text_objective == "masked"
+    if fills_in and (top_p is not None or model.image_loss_weight == 0):
+        found, fix = "there is nothing else to generate", ""
+        if model.image_loss_weight > 0:
+            found, fix = "--top-p draws the words of captions", "leave it out, or "
+        raise UserError(f"{run_dir} was trained with model.text_objective=masked: its text decoder fills in hidden"
+                        f" words of a caption and writes none, and {found}; {fix}measure it by megamug evaluate"
+                        f" {run_dir} --task masked_text")  # fmt: skip
     paths = find_images(images)
     regions = centre_squares(*image_sizes(paths))
     with load_run(run_dir, step) as run:
@@ -81,6 +90,8 @@ def generate_from_images(
         }  # fmt: skip
         if plan.paints and plan.norm_pix:
             figures["note"] = TRUE_STATISTICS
+        if fills_in:
+            figures["no_captions"] = "model.text_objective is masked: the text decoder fills in words, it writes none"
         write_atomically(folder / "captions.json", (json.dumps(figures, indent=1) + "\n").encode())
     for line in [*pictures, str(folder / "captions.json"), *([figures["note"]] if "note" in figures else [])]:
         print(line, file=sys.stderr)

@@ -148,18 +148,21 @@ with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     torch.cuda.Event().record()
     torch.cuda.synchronize()
+with torch.device("meta"):  # as other libraries build a model that is to be filled
+    elsewhere = [torch.empty(2), torch.arange(3), torch.zeros_like(torch.ones(1)), torch.nn.Linear(2, 2).weight]
 state = torch.cuda.get_rng_state()
 a = torch.rand(2)
 torch.cuda.set_rng_state(state)
 print(json.dumps({
     "devices": sorted({str(t.device) for t in made}),
     "stays": [x.cuda() is x, module.cuda() is module, torch.zeros(1, device="meta").device.type == "meta"],
+    "meta": [t.is_meta for t in elsewhere],
     "types": [t.type() for t in (x, x.bfloat16(), x.half())],
     "converted": x.type(torch.float64).dtype == torch.float64,
     "random": torch.equal(a, torch.rand(2)),
 }))
 """)
-    assert found["devices"] == ["cpu"] and found["stays"] == [True] * 3
+    assert found["devices"] == ["cpu"] and found["stays"] == [True] * 3 and found["meta"] == [True] * 4
     assert found["types"] == [f"torch.cuda.{t}Tensor" for t in ("Float", "BFloat16", "Half")]
     assert found["converted"] and found["random"]
 
