@@ -237,7 +237,9 @@ def _draw(data: Set, queries: list[dict], thumbnails: Tensor, folder: Path) -> l
     for image, query in zip(pixels, queries[:count], strict=False):
         lines = [f"{place}{' (right)' * one['right']}: {one['text']}" for place, one in
                  enumerate(query["top"][:SHOWN], start=1)]  # fmt: skip
-        by_image.append(PictureRow([image], [*lines, f"rank {query['ranks'][SHOWN_RANKING]}"]))
+        by_image.append(PictureRow(
+            [image], [f"true: {query['captions'][0]}", *lines, f"rank {query['ranks'][SHOWN_RANKING]}"]
+        ))  # fmt: skip
     by_text, texts = [], queries[len(data.places) :]
     shown = min(SHOWN, len(pixels))
     for query in (texts[own[0]] for own in data.own[:count]):

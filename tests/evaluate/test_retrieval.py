@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from megamug import cli, evaluate
-from megamug.configuration.reading import to_yaml
+from megamug.configuration.reading import load_config, to_yaml
 from megamug.data.pairs.text import train_tokenizer
 from megamug.data.shards.sources import resolve_sources
 from megamug.errors import UserError
@@ -138,7 +139,10 @@ def test_figures_are_those_of_every_pair_by_itself(run_dir, tmp_path, capsys, mo
 
 
 def test_a_few_samples_and_what_is_refused(run_dir, tmp_path, monkeypatch):
-    assert evaluate.run_task(run_dir, "retrieval", samples=5, output=tmp_path)["samples"] == 5
+    data = load_config(Path(run_dir) / "config.yaml").data.validation
+    words = ["evaluate", run_dir, "--task", "retrieval", "--samples", "5", "--data", data, "--output", tmp_path]
+    assert cli.main(list(map(str, words))) == 0
+    assert json.loads((tmp_path / "retrieval.json").read_text())["samples"] == 5
     with pytest.raises(UserError, match="needs two images and two different texts"):
         evaluate.run_task(run_dir, "retrieval", samples=1, output=tmp_path)
     monkeypatch.setattr(retrieval, "SCORE_BYTES", 1000)

@@ -177,6 +177,9 @@ def test_what_is_wrong_is_told(folder, photos, mug, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="caption_loss_weight=0, so it has no text decoder"):
         mae.caption(photos)
     assert mae.reconstruct(photos[0])[0].size == (32, 32)
+    make_run(tiny_config(folder, tmp_path / "masked", text_objective="masked"))
+    with pytest.raises(UserError, match="text_objective=masked: its text decoder fills in"):
+        megamug.load(tmp_path / "masked").caption(photos)
     for options, said in [
         ({"top_p": 0.0}, "top_p is 0; it must be above 0"), ({"temperature": 2.0}, "give top_p"),
         ({"mask_ratio": 1.0}, "mask_ratio is 1"), ({"mask_ratio": 0.97}, "0 stay visible"),
