@@ -13,9 +13,11 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +86,25 @@ def extract(
     progress = Progress(f"features{f' of process {rank}' if size > 1 else ''}", sum(
         min(chunk, settings.images - number * chunk) for number in mine
     ))  # fmt: skip
-    try:
-        for number in mine:
-            first = number * chunk
-            tensors = _features(encoder, reader, range(first, min(first + chunk, settings.images)), layers, progress)
-            write_atomically(_part(parts, number), save(tensors))
-    finally:
-        reader.close()
+    started = time.monotonic()
+    # Neither what is read nor the device waits for the end of a chunk: the next one's first batch is under way by then,
+    # and the last one is written meanwhile.
+    ranges = [range(number * chunk, min((number + 1) * chunk, settings.images)) for number in mine]
+    with ThreadPoolExecutor(1, "megamug-writer") as writer:
+        written: Future | None = None
+        try:
+            for place, batches in groupby(reader.batches(ranges), key=itemgetter(0)):
+                tensors = _features(encoder, batches, len(ranges[place]), layers, progress)
+                if written is not None:
+                    written.result()
+                written = writer.submit(_write_part, _part(parts, mine[place]), tensors)
+            if written is not None:
+                written.result()
+        finally:
+            reader.close()
+    seconds = time.monotonic() - started
+    if progress.done and seconds > 0:
+        print(f"{progress.done / seconds:,.0f} images/s, data wait {reader.waited / seconds:.0%}", file=sys.stderr)
     if rank:
         return None
     while missing := [number for number in range(chunks) if not _part(parts, number).exists()]:
@@ -141,17 +155,22 @@ def _part(parts: Path, number: int) -> Path:
     return parts / f"chunk-{number:06d}.safetensors"
 
 
+def _write_part(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_atomically(path, save(tensors))
+
+
 def _features(
-    encoder: VisionEncoder, reader: _Reader, numbers: range, layers: Sequence[int], progress: Progress
+    encoder: VisionEncoder, batches: Iterable[tuple], count: int, layers: Sequence[int], progress: Progress
 ) -> dict[str, Tensor]:
-    """The features of some images, by name, and the numbers of the images (`rows`) that decode."""
+    """The features of a chunk of `count` images, by name, and the numbers of the images (`rows`) that decode. They stay
+    on the device until its end: a copy after each batch would have the host wait, and then the device."""
     found: dict[str, list[Tensor]] = {}
     failed: list[str] = []
     kept: list[int] = []
-    for rows, pixels, reasons in reader.batches(numbers):
+    for _, rows, pixels, reasons in batches:
         failed += reasons
-        if len(failed) > max(10, MOST_FAILURES * len(numbers)):
-            raise UserError(f"{len(failed)} of {len(numbers)} images do not decode, the first: {failed[0]}")
+        if len(failed) > max(10, MOST_FAILURES * count):
+            raise UserError(f"{len(failed)} of {count} images do not decode, the first: {failed[0]}")
         progress.update(len(rows) + len(reasons), f"{len(failed)} left out" if failed else "")
         if not rows:
             continue
@@ -161,11 +180,11 @@ def _features(
         for number, layer in zip(encoder.wanted(layers), features.layers, strict=True):
             named[f"layer_{number}"] = layer.mean((1, 2))
         for name, value in named.items():
-            found.setdefault(name, []).append(value.float().cpu())
+            found.setdefault(name, []).append(value.float())
         kept += rows
     for reason in failed[:20]:
         print(f"left out: {reason}", file=sys.stderr)
-    tensors = {name: torch.cat(values) for name, values in found.items()}
+    tensors = {name: torch.cat(values).cpu() for name, values in found.items()}
     return {**tensors, "rows": torch.tensor(kept, dtype=torch.int64)}
 
 
@@ -184,28 +203,35 @@ def _rows(sources: list[Source]):
 
 
 class _Reader:
-    """Pixels by the number of the image through all sets; the next batch is read while this one is computed with."""
+    """Pixels by the number of the image through all sets; the next batch is read while this one is computed with.
+    `waited`: seconds in which nothing was read yet."""
 
     def __init__(
         self, sources: list[Source], encoder: VisionEncoder, share: float, batch: int, threads: int,
         device: torch.device,
     ):  # fmt: skip
-        self.sources, self.share, self.batch = sources, share, batch
+        self.sources, self.share, self.batch, self.waited = sources, share, batch, 0.0
         self.starts = np.cumsum([0, *map(len, sources)])
         background = encoder.preprocess.background
         self.decoder = CropDecoder(encoder.image_size, batch, threads, device, background)
         self.shards = OpenShards()
         self.ahead = ThreadPoolExecutor(1, "megamug-features")
 
-    def batches(self, numbers: range) -> Iterator[tuple[list[int], Tensor, list[str]]]:
-        """(numbers of the images that decode, uint8 [b, 3, S, S], why others do not)"""
-        slices = [numbers[i : i + self.batch] for i in range(0, len(numbers), self.batch)]
-        pending = self.ahead.submit(self._read, slices[0])
-        for k in range(len(slices)):
+    def batches(self, chunks: Sequence[range]) -> Iterator[tuple[int, list[int], Tensor, list[str]]]:
+        """(which chunk, numbers of the images that decode, uint8 [b, 3, S, S], why others do not)"""
+        slices = ((place, numbers[i : i + self.batch]) for place, numbers in enumerate(chunks)
+                  for i in range(0, len(numbers), self.batch))  # fmt: skip
+        coming = self._start(next(slices, None))
+        while coming is not None:
+            place, pending = coming
+            started = time.monotonic()
             result = pending.result()
-            if k + 1 < len(slices):
-                pending = self.ahead.submit(self._read, slices[k + 1])
-            yield result
+            self.waited += time.monotonic() - started
+            coming = self._start(next(slices, None))
+            yield place, *result
+
+    def _start(self, item: tuple[int, range] | None) -> tuple[int, Future] | None:
+        return None if item is None else (item[0], self.ahead.submit(self._read, item[1]))
 
     def _read(self, numbers: range) -> tuple[list[int], Tensor, list[str]]:
         rows, images, sizes, places, reasons = [], [], [], [], []

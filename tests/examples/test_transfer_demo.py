@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 def demo(script: str, *words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "examples/transfer" / script), *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
 
 
 def test_the_demo_runs_to_the_table(data, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from megamug.errors import UserError
 from megamug.transfer import logistic
 from megamug.transfer.knn import _nearest, knn
 from megamug.transfer.logistic import choose_strength, fit, linear_probe
+from tests.command_line.test_arguments import called
 
 
 def clouds(count: int, classes: int = 5, width: int = 12, noise: float = 2.0, seed: int = 0):
@@ -115,6 +117,14 @@ def test_correlated_features_have_the_same_minimum_from_wherever_it_is_sought():
     assert cold.converged and warm.converged
     assert cold.loss == pytest.approx(float(theirs), rel=1e-6) and warm.loss == pytest.approx(cold.loss, rel=1e-7)
     assert (warm.weight - cold.weight).abs().max() < 1e-3 * cold.weight.abs().max()
+
+
+def test_the_benchmark_beside_scikit_learn():
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra `dev`)")
+    code, told, _ = called("benchmark/probe", "--images", 100, "--width", 8, "--classes", 3, "--tolerance", 1e-8)
+    excess = [float(number) for number in re.findall(r"scikit-learn's ([+-]\S+)$", told, re.MULTILINE)]
+    assert code == 0 and told.startswith("80 images x 8, 3 classes: megamug ") and len(excess) == 7
+    assert max(map(abs, excess)) < 1e-6
 
 
 def test_the_strength_is_chosen_on_what_is_held_out():

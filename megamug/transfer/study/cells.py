@@ -121,6 +121,8 @@ def _measure(
     train, test = (stored.read(features[name]) for name in _SETS)
     measure = study.measure
     results = probing.probe(train, test, measure.methods, measure.features, [measure.k], device=tools.device)
+    if tools.device != "cpu":
+        torch.cuda.empty_cache()  # the next training is another process on this GPU
     if not tools.keep_features:
         for path in features.values():
             path.unlink()

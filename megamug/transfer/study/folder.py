@@ -137,7 +137,9 @@ def begin(
         there = Study(folder)
         before = there.identity | {"variants": there.question.as_tree()} | asdict(there.measure)
         now = tree["identity"] | {"variants": question.as_tree()} | asdict(measure)
-        other = [key for key in {**now, **before} if _plain(before.get(key)) != _plain(now.get(key))]
+        known = _flat(Config())  # a key that one of two versions has not is what the other has by default
+        before, now = ({**known, **values} for values in (before, now))
+        other = [key for key in now if _plain(before.get(key)) != _plain(now[key])]
         if other:
             raise UserError(
                 f"{folder} holds another study: {_differences(other, before, now)}; name another --output, or go on"
@@ -153,16 +155,22 @@ def begin(
 def identity(config: Config, data: dict[str, Sequence[Source]]) -> dict[str, object]:
     """What the figures depend on, by name: keys of the configuration that CONFIG and overrides give, the data behind
     each option, the tokenizer."""
-    found: dict[str, object] = {}
-    for name, values in asdict(resolve(config)).items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            full = f"{name}.{key}" if key else name
-            if name not in _FREE_SECTIONS and full not in _FREE:
-                found[full] = value
+    found = _flat(resolve(config))
     tokenizer = config.data.tokenizer
     found["data.tokenizer"] = None if tokenizer is None else Tokenizer(tokenizer).sha256[:16]
     for option, sources in data.items():
         found[option] = [source.fingerprint()[:16] for source in sources]
+    return found
+
+
+def _flat(config: Config) -> dict[str, object]:
+    """The keys that figures depend on, as `section.key`."""
+    found: dict[str, object] = {}
+    for name, values in asdict(config).items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            full = f"{name}.{key}" if key else name
+            if name not in _FREE_SECTIONS and full not in _FREE:
+                found[full] = value
     return found
 
 

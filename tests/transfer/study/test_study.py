@@ -153,6 +153,11 @@ def test_another_study_is_refused(inputs, trained, tmp_path, capsys):  # noqa: F
     ]
     for more, said in cases:
         assert said in told(capsys, *words(inputs, tmp_path, *more))
+    tree = json.loads((tmp_path / "study.json").read_text())
+    del tree["identity"]["model.mask_ratio"]  # of a version that did not have the key
+    (tmp_path / "study.json").write_text(json.dumps(tree))
+    command = words(inputs, tmp_path, "captions", *QUICK, "model.mask_ratio=0.5")
+    assert "model.mask_ratio was 0.75 and is now 0.5" in told(capsys, *command)
     free = ("parallel.timeout_minutes=3", "log.every=5", "data.threads=2")  # of other machines, and other habits
     assert study(inputs, tmp_path, "captions", "--seeds", 1, *QUICK, *free) == 0 and len(trained) == 4
 
