@@ -91,11 +91,13 @@ def of_classes(
 
 def of_pairs(
     train: Tensor, train_targets: Tensor, test: Tensor, test_targets: Tensor, *, candidates: int | None = None,
-    seed: int = 0,
+    seed: int = 0, groups: Sequence[object] | None = None,
 ) -> Bound:  # fmt: skip
     """InfoNCE between features [n, h], [m, h] and targets [n, w], [m, w] of the same pairs, each pair drawn alone.
 
-    `candidates`: K; the bound is never above log K. None: as many as leave 8 batches of `test`, at most 512. Held-out
+    `candidates`: K; the bound is never above log K. None: as many as leave 8 batches of `test`, at most 512. `groups`:
+    of each pair to learn from, something that related ones share (several pictures of one thing): they are all in the
+    part on which f is chosen, or none, since that part must be as new to f as `test` is. None: each is alone. Held-out
     pairs are put into batches by `seed`; what is left of them is not counted. The standard error is that of the mean of
     the batches. Raises UserError: too few pairs.
     """
@@ -103,13 +105,16 @@ def of_pairs(
     sets = train, train_targets, test, test_targets
     train, train_targets, test, test_targets = (x.to(device).float() for x in sets)
     size = candidates or min(MOST_CANDIDATES, len(test) // BATCHES)
-    count = round(len(train) * HELD_OUT)
+    groups = range(len(train)) if groups is None else groups
+    names = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    count = round(len(names) * HELD_OUT)
     if size < 2 or len(test) < 2 * size or count < 2:
         raise UserError(f"{len(train)} pairs to learn from and {len(test)} held out are too few for an InfoNCE bound"
                         f" of {max(size, 2)} candidates: 10, and two batches of candidates, are wanted at least")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(train), generator=generator)
-    learned, stopping = order[count:], order[:count]
+    place = torch.randperm(len(names), generator=generator)[torch.tensor([names[group] for group in groups])]
+    learned, stopping = (place >= count).nonzero()[:, 0], (place < count).nonzero()[:, 0]
+    stopping = stopping[torch.randperm(len(stopping), generator=generator)]
     scale, scale_targets = _standard(train[learned]), _standard(train_targets[learned])
     z, t = scale(train), scale_targets(train_targets)
     found = {}
@@ -260,7 +265,8 @@ def about(
         features.append(one.named(name)[kept].to(device))
         captions.append([rows.captions[row] for row in kept])
     words = bags(*captions)
-    return of_pairs(features[0], words[0], features[1], words[1], candidates=candidates, seed=seed)
+    pairs = features[0], words[0], features[1], words[1]
+    return of_pairs(*pairs, candidates=candidates, seed=seed, groups=captions[0])
 
 
 def about_features(

@@ -72,6 +72,24 @@ def test_several_dimensions_and_none_in_common():
     assert nothing.nats < 3 * nothing.standard_error + 0.01
 
 
+def test_pairs_of_one_group_are_all_in_the_part_that_is_chosen_on_or_none(monkeypatch):
+    parts, (z, t) = [], gaussians(200, 1, 1.0)
+    learn = information._learn
+
+    def noted(critic, pairs, stopping, *more):
+        parts.append((pairs[0][:, 0].tolist(), stopping[0][:, 0].tolist()))
+        return learn(critic, pairs, stopping, *more)
+
+    monkeypatch.setattr(information, "_learn", noted)
+    monkeypatch.setattr(information, "STEPS", information.LOOK)
+    z[:, 0] = torch.arange(200) % 40  # of a group
+    of_pairs(z, t, z, t, candidates=10, groups=[f"thing {i % 40}" for i in range(200)])
+    of_pairs(z, t, z, t, candidates=10)
+    for learned, stopping in parts[:2]:
+        assert (len(learned), len(stopping), len(set(stopping))) == (160, 40, 8) and not set(learned) & set(stopping)
+    assert set(parts[2][0]) & set(parts[2][1]) and len(parts[2][1]) == 40  # each alone
+
+
 def test_infonce_is_the_mean_over_batches_of_a_softmax_over_candidates():
     generator = torch.Generator().manual_seed(0)
     critic = information.Critic(3, 2, 0, generator)
