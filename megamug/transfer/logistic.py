@@ -118,9 +118,10 @@ def fit(
 
 def choose_strength(
     features: Tensor, labels: Tensor, strengths: Sequence[float] = STRENGTHS, *, seed: int = 0,
-    held_out: float = HELD_OUT, standardise: bool = True,
+    held_out: float = HELD_OUT, standardise: bool = True, by: str = "top1",
 ) -> tuple[float, dict[float, float]]:  # fmt: skip
     """(the C that is best on a held-out part, top-1 there by C). Of equals the smaller, which is regularised more.
+    `by="loss"`: the C of least cross-entropy, and the cross-entropies.
 
     The part is a share `held_out` of the images, drawn by `seed`. Raises UserError: too few images to hold some out.
     """
@@ -133,8 +134,9 @@ def choose_strength(
     learned = _Problem(features[kept], labels[kept], classes, standardise, torch.float64)
     for strength in sorted(strengths):  # each minimum is near the one before
         probe = learned.minimum(strength, probe)
-        found[strength] = probe.measure(features[out], labels[out])["top1"]
-    return max(found, key=lambda strength: (found[strength], -strength)), found
+        found[strength] = probe.measure(features[out], labels[out])[by]
+    sign = -1 if by == "loss" else 1
+    return max(found, key=lambda strength: (sign * found[strength], -strength)), found
 
 
 def linear_probe(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megamug.errors import UserError
-from megamug.transfer import knn, logistic
+from megamug.transfer import information, knn, logistic
 from megamug.transfer.stored import StoredFeatures
 
 
@@ -24,9 +24,7 @@ def probe(
 
     Raises UserError: features that were extracted in two ways, none of that name, none with a label.
     """
-    if train.settings and test.settings and (other := _differing(train.settings, test.settings)):
-        raise UserError(f"{test.path} was extracted otherwise than {train.path} (other {', '.join(other)}); extract"
-                        " both alike")  # fmt: skip
+    _check_alike(train, test)
     results: dict[str, dict] = {}
     for name in features or train.tensors:
         sets = tuple(tensor.to(device) for tensor in (*train.labelled(name), *test.labelled(name)))
@@ -37,6 +35,42 @@ def probe(
         if "linear" in methods:
             found["linear"] = logistic.linear_probe(*sets, strengths=strengths, seed=seed)
     return results
+
+
+def bounds(
+    train: StoredFeatures, test: StoredFeatures, features: Sequence[str] | None = None,
+    about: Sequence[str] | None = None, others: tuple[StoredFeatures, StoredFeatures] | None = None,
+    candidates: int | None = None, strengths: Sequence[float] = logistic.STRENGTHS, seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, dict[str, dict]]:  # fmt: skip
+    """{feature: {"labels" | "captions" | "paired": figures of an `information.Bound`}}.
+
+    Args:
+        about: of "labels" and "captions"; default: those that both files have, none where there are `others`.
+        others: features of the same images, to learn from and held out, of which is told as well.
+
+    Raises UserError: features that were extracted in two ways, nothing to be told of; as `information` does.
+    """
+    _check_alike(train, test)
+    if about is None:
+        about = [] if others else information.targets(train, test)
+        if not about and not others:
+            raise UserError(f"{train.path} and {test.path} do not both have labels, or captions, to be told of; name"
+                            " other features of the same images with --paired")
+    results: dict[str, dict] = {}
+    more = {"candidates": candidates, "seed": seed, "device": device}
+    for name in features or train.tensors:
+        found = {one: information.about(one, train, test, name, strengths=strengths, **more) for one in about}
+        if others:
+            found["paired"] = information.about_features(others, train, test, name, **more)
+        results[name] = {one: bound.figures() for one, bound in found.items()}
+    return results
+
+
+def _check_alike(train: StoredFeatures, test: StoredFeatures) -> None:
+    if train.settings and test.settings and (other := _differing(train.settings, test.settings)):
+        raise UserError(f"{test.path} was extracted otherwise than {train.path} (other {', '.join(other)}); extract"
+                        " both alike")  # fmt: skip
 
 
 def _differing(one: dict, other: dict) -> list[str]:

@@ -56,15 +56,28 @@ class StoredFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def labelled(self, name: str) -> tuple[Tensor, Tensor]:
-        """(features `name`, labels) of the rows with a label. Raises UserError where there are none."""
+    def named(self, name: str) -> Tensor:
+        """The features `name`, [n, h]. Raises UserError where there are none."""
         if name not in self.tensors:
             raise UserError(f"{self.path} has no feature {name!r}; it has {', '.join(self.tensors)}")
+        return self.tensors[name]
+
+    def labelled(self, name: str) -> tuple[Tensor, Tensor]:
+        """(features `name`, labels) of the rows with a label. Raises UserError where there are none."""
+        features = self.named(name)
         known = self.labels >= 0
         if not known.any():
             raise UserError(f"{self.path} has no labels: extract features of shards that have some (KEY.cls, or `label`"
                             " in KEY.json)")  # fmt: skip
-        return self.tensors[name][known], self.labels[known]
+        return features[known], self.labels[known]
+
+
+@dataclass
+class Rows:
+    """What the rows are of: `keys`, "shard: key" each, and captions, "" for none."""
+
+    keys: list[str]
+    captions: list[str]
 
 
 def write(output: Path, parts: Sequence[Path], settings: dict, describe: Callable[[int], dict]) -> Summary:
@@ -144,6 +157,28 @@ def _settings(path: Path) -> dict:
             return json.loads(str(file[SETTINGS])) if SETTINGS in file else {}
     with safe_open(path, "pt") as file:  # it compares the header with the length of the file
         return json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+
+
+def rows_of(features: StoredFeatures) -> Rows | None:
+    """What lies beside the features of each row; None where nothing does. Raises UserError: damaged, other rows."""
+    path = features.path if features.path.suffix == ".npz" else features.path.with_suffix(".jsonl")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:  # `read` has read it
+            if not {f"{name}_utf8" for name in TEXTS} <= set(file.files):
+                return None
+        rows = Rows(*(texts(path, name) for name in TEXTS))
+    elif not path.is_file():
+        return None
+    else:
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = Rows([f"{line['shard']}: {line['key']}" for line in lines], [line["caption"] for line in lines])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); extract the features again") from None
+    if not len(features) == len(rows.keys) == len(rows.captions):
+        raise UserError(f"{path} describes {len(rows.keys)} rows and {features.path} has {len(features)}; extract the"
+                        " features again")  # fmt: skip
+    return rows
 
 
 def read(path: str | Path) -> StoredFeatures:
