@@ -33,10 +33,12 @@ from megamug.command_line.arguments import Parser
 from megamug.command_line.launcher import world_size
 from megamug.command_line.tool import INTERRUPTED, STOPPED, of_a_file
 from megamug.configuration import validate, validate_classifier
+from megamug.configuration.checks import segmenter
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.reading import check_own_folder, load_config, resolve
 from megamug.durable import folder_problem
 from megamug.errors import UserError
-from megamug.evaluate import TASKS
+from megamug.evaluate import OF_KIND, TASKS
 from megamug.generation import options
 
 # Options of `generate` that one family of models has; the others concern both.
@@ -98,7 +100,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     evaluate.add_argument("--task", choices=TASKS, required=True)
     evaluate.add_argument(
         "--samples", type=int, metavar="N",
-        help="at most so many (default: data.validation_samples; classification, choices: all)",
+        help="at most so many (default: data.validation_samples; classification, segmentation, choices: all)",
     )  # fmt: skip
     evaluate.add_argument(
         "--data", nargs="+", metavar="PATH",
@@ -112,6 +114,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--references", type=Path, metavar="FILE",
         help="captioning: true captions, a .json as COCO writes it (default: those of the data)",
     )  # fmt: skip
+    evaluate.add_argument("--predictions", action="store_true",
+                          help="segmentation: write the classes of every image as a PNG, too")  # fmt: skip
     evaluate.set_defaults(run=_evaluate)
 
     _add_generate(commands_of.add_parser(
@@ -201,8 +205,9 @@ def _train(arguments: argparse.Namespace) -> int:
     config = resolve(load_config(arguments.config, arguments.overrides))
     check_own_folder(arguments.config, config, arguments.overrides)
     validate.validate(config, size, here=not elsewhere)
-    if config.model.kind == "classifier":
-        config = validate_classifier.with_classes(config)
+    of_the_data = {"classifier": validate_classifier.with_classes, "segmenter": segmenter.filled}
+    if config.model.kind in of_the_data:
+        config = of_the_data[config.model.kind](config)
     if arguments.dry_run:
         from megamug.planner import dry_run
 
@@ -219,6 +224,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
     if arguments.samples is not None and arguments.samples < 1:
         raise UserError(f"--samples is {arguments.samples}; it must be at least 1")
+    if arguments.predictions and arguments.task != "segmentation":
+        raise UserError(f"--predictions is of --task segmentation, and the task is {arguments.task}; leave it out")
     data = arguments.data
     if data is not None and len(data) == 1:
         data = data[0]
@@ -227,6 +234,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     figures = evaluate.run_task(
         arguments.run_dir, arguments.task, step=arguments.checkpoint, samples=arguments.samples, data=data,
         output=arguments.output, references=arguments.references, suite=arguments.suite,
+        predictions=arguments.predictions,
     )
     _print_json(figures, arguments.json)
     return 0
@@ -235,9 +243,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
     kind = load_config(arguments.run_dir / "config.yaml").model.kind
-    if kind == "classifier":
-        raise UserError(f"{arguments.run_dir} is a run of a classifier, which writes nothing; measure it by megamug"
-                        f" evaluate {arguments.run_dir} --task classification")
+    if kind in FINE_TUNED:
+        raise UserError(f"{arguments.run_dir} is a run of a {kind}, which writes nothing; measure it by megamug"
+                        f" evaluate {arguments.run_dir} --task {OF_KIND[kind][0]}")
     foreign = LM_OPTIONS if kind == "mug" else MUG_OPTIONS
     given = [name for name in foreign if getattr(arguments, name) is not None]
     if given:

@@ -67,7 +67,8 @@ def _presets() -> str:
     text = "\n## Presets\n\n`model.preset` fills the keys left at `null`; what it is by default:"
     text += "".join(f" `{preset}` for `{kind}`," for kind, preset in DEFAULT.items())[:-1] + ".\n"
     text += "\n### `kind: mug`: section `model`\n\n" + _sizes(PRESETS)
-    text += "\n### `kind: classifier`: section `model`\n\nThe same names, and only the sizes of the encoder.\n"
+    text += "\n### `kind: classifier` and `segmenter`: section `model`\n\n"
+    text += "The same names, and only the sizes of the encoder.\n"
     text += "\n### `kind: decoder_lm`: section `lm`\n\n" + _sizes(TOWERS)
     text += "\n### `kind: jam_cross`: sections `text_tower` and `image_tower`\n\n| preset | towers |\n|---|---|\n"
     for name, sections in BY_KIND["jam_cross"].items():

@@ -21,7 +21,7 @@ from megamug.errors import UserError
 KEY = "configuration"  # of state.json
 # Sections of which every key is kept, but paths and what belongs to a machine: two runs of equal content in two places
 # leave equal bytes.
-SECTIONS = ("model", "lm", "text_tower", "image_tower", "fusion", "classifier", "data")
+SECTIONS = ("model", "lm", "text_tower", "image_tower", "fusion", "classifier", "segmenter", "data")
 ELSEWHERE = {
     "model.initial", "data.train", "data.validation", "data.tokenizer", "data.global_batch_size",
     "data.micro_batch_size", "data.validation_samples", "data.threads", "data.prefetch", "data.max_failure_rate",

@@ -19,6 +19,7 @@ from megamug.checkpoint.tensors import TensorReader
 from megamug.command_line import launcher
 from megamug.configuration import validate
 from megamug.configuration.parts import PARTS, initial_parts
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.reading import load_config, resolve
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What a model of the same parameters may differ in: MUG's patch positions are computed, so images may grow.
 FREE = {"data.image_size"}
-ENCODERS = ("mug", "classifier")  # kinds of model with the same encoder
+ENCODERS = ("mug", *FINE_TUNED)  # kinds of model with the same encoder
 
 
 def check(config: Config, task) -> None:
@@ -130,7 +131,7 @@ def _other_model(
     if len(other) > MOST_TOLD:
         told.append(f"{len(other) - MOST_TOLD} more")
     fix = "give the weights of a model of these sizes, or set model.initial=null"
-    if config is not None and config.model.kind == "classifier" and before["model.kind"] in ENCODERS:
+    if config is not None and config.model.kind in FINE_TUNED and before["model.kind"] in ENCODERS:
         if config.model.initial_parts is None:
             fix = "set model.initial_parts=[encoder] to take its encoder alone"
     return UserError(f"model.initial: {path} holds the weights of another model: {', '.join(told)}; {fix}")

@@ -1,5 +1,5 @@
 """The tokenizer in the run folder: a file, with those beside it that say what its tokens are for, or a vocabulary with
-its image tokenizer; of a classifier the names of its classes. Evaluation and generation read this copy, so that a run
+its image tokenizer; of what gives classes their names. Evaluation and generation read this copy, so that a run
 folder can be moved, and its tokenizer's original be changed."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.sections import Config
 from megamug.data.documents import vocabulary
 from megamug.data.shards.labels import CLASSES, classes_bytes, read_classes
@@ -22,9 +23,9 @@ FILE, FILES, FOLDER = "tokenizer.model", "tokenizer", "vocabulary"
 
 
 def keep(config: Config) -> None:
-    """Copies `data.tokenizer` into the run folder, whole or not at all, unless it is there; of a classifier the names
-    of its classes. One process calls it."""
-    if config.model.kind == "classifier":
+    """Copies `data.tokenizer` into the run folder, whole or not at all, unless it is there; of what gives classes
+    their names. One process calls it."""
+    if config.model.kind in FINE_TUNED:
         names = resolve_sources(config.data.train)[0].class_names()
         if names is not None:
             write_atomically(Path(config.run_dir, CLASSES), classes_bytes(names))

@@ -1,9 +1,10 @@
 """Verify shards and write their indexes: megamug data index PATH...
 
-PATH is a folder of .tar shards, a glob or a shard. A sample is an image with its caption and its label, where it has
-them; --images-alone and --labels say what it must have. Each image is decoded in full; what fails is quarantined with
-its reason and never trained on. Shards that are up to date cost nothing, so repeat this after any change. An index lies
-beside its shard; where that folder is read-only, under $MEGAMUG_INDEX_DIRECTORY (default: ~/.cache/megamug/index).
+PATH is a folder of .tar shards, a glob or a shard. A sample is an image with its caption, its label and its map of
+classes, where it has them; --images-alone, --labels and --maps say what it must have. Each image is decoded in full;
+what fails is quarantined with its reason and never trained on. Shards that are up to date cost nothing, so repeat this
+after any change. An index lies beside its shard; where that folder is read-only, under $MEGAMUG_INDEX_DIRECTORY
+(default: ~/.cache/megamug/index).
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--labels", action="store_true",
                         help="quarantine what has no class (KEY.cls, or `label` in KEY.json); where labels are names"
                         " and no classes.txt numbers them, write it")  # fmt: skip
+    parser.add_argument("--maps", action="store_true",
+                        help="quarantine what has no usable map of classes, KEY.seg.png of its image's size")
     args = parser.parse_args(argv)
     chosen = Limits(
         pixels=args.max_pixels, pixels_per_byte=args.max_pixels_per_byte, caption_bytes=args.max_caption_bytes,
-        images_alone=args.images_alone, labels=args.labels,
+        images_alone=args.images_alone, labels=args.labels, maps=args.maps,
     )  # fmt: skip
     reports = index_paths(args.paths, limits=chosen, processes=args.processes)
     if args.quarantine:

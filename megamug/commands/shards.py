@@ -5,6 +5,7 @@ file with lines `path of the image<TAB>caption` (paths relative to the file). Im
 are indexed. --captions FILE takes captions from a .json as COCO writes it (images, annotations); an image keeps all of
 its own. --labels folders makes classes of the folders in SOURCE, in the order of their names; --labels FILE takes
 them from a .json as COCO and iNaturalist write it (images, annotations, categories), or a .txt of lines `path label`.
+--maps FOLDER packs a class for every pixel beside each image: of SOURCE/a/b.jpg the PNG FOLDER/a/b.png (ADE20K).
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ def main(argv: list[str], prog: str | None = None) -> None:
     parser.add_argument("--captions", type=Path, metavar="FILE",
                         help="a .json of captions as COCO writes it, not files beside the images")  # fmt: skip
     parser.add_argument("--labels", metavar="folders|FILE", help="the class of each image; what has none is left out")
+    parser.add_argument("--maps", type=Path, metavar="FOLDER",
+                        help="of the maps of classes of the images; what has none is left out")  # fmt: skip
     parser.add_argument("--no-index", action="store_true", help="do not index the shards")
     args = parser.parse_args(argv)
     shards, skipped = make_shards(
         args.source, args.output, prefix=args.prefix, shard_size=args.shard_size, overwrite=args.overwrite,
-        images_alone=args.images_alone, labels=args.labels, captions=args.captions,
+        images_alone=args.images_alone, labels=args.labels, captions=args.captions, maps=args.maps,
     )  # fmt: skip
     for path, reason in skipped[:20]:
         print(printable(f"  left out: {path}: {reason}"))
     print(printable(f"{args.output}: {counted(len(shards), 'shard')}; {counted(len(skipped), 'image')} left out"))
     if not args.no_index:
-        reports = index_paths(shards, limits=Limits(images_alone=args.images_alone))
+        reports = index_paths(shards, limits=Limits(images_alone=args.images_alone, maps=args.maps is not None))
         print(summary(reports))
         check_usable(reports)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 
@@ -22,12 +23,21 @@ def data_parallel(config: Config, world_size: int) -> int:
 
 
 def as_mug(config: Config) -> Config:
-    """A classifier's configuration as that of a MUG without decoders that sees every patch, which is what its encoder
-    is; any other one as it is."""
-    if config.model.kind != "classifier":
+    """The configuration of a classifier or segmenter as that of a MUG without decoders that sees every patch, which is
+    what its encoder is; any other one as it is."""
+    if config.model.kind not in FINE_TUNED:
         return config
     model = replace(config.model, kind="mug", mask_ratio=0.0, image_loss_weight=0.0, caption_loss_weight=0.0)
     return replace(config, model=model)
+
+
+def segmenter_blocks(config: Config) -> tuple[int, ...]:
+    """The four blocks that a segmenter reads, from 0: at a third, a half, two thirds and the end, which are BEiT's and
+    MAE's 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24."""
+    if config.segmenter.blocks is not None:
+        return tuple(config.segmenter.blocks)
+    layers = config.model.layers
+    return tuple(max(round(layers * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1))
 
 
 def patch_count(config: Config) -> int:

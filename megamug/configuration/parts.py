@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from megamug.configuration.counts import as_mug
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
 
-# Of a MUG (a classifier has the first): keys of `model_identity` that their tensors depend on, beside model.kind.
+# Of a MUG (a classifier and a segmenter have the first): keys of `model_identity` that their tensors depend on, beside
+# model.kind.
 PARTS = {
     "encoder": ("patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"),
     "image_decoder": ("patch_size", "width", "decoder_layers", "decoder_width", "decoder_heads",
@@ -31,7 +33,8 @@ def initial_parts(config: Config) -> tuple[str, ...]:
         if part not in own:
             raise UserError(f"model.initial_parts: there is no part {part!r}; there are {', '.join(own)}")
         if not own[part]:
-            why = "it is a classifier" if config.model.kind == "classifier" else "its loss weight is 0"
+            kind = config.model.kind
+            why = f"it is a {kind}" if kind in FINE_TUNED else "its loss weight is 0"
             raise UserError(f"model.initial_parts: this model has no {part} ({why}); leave it out")
     if not parts or len(set(parts)) < len(parts):
         raise UserError("model.initial_parts: name each part once, at least one; null takes all of them")

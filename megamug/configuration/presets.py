@@ -75,9 +75,15 @@ BY_KIND: dict[str, dict[str, dict[str, dict]]] = {
     "jam_cross": {
         "jam_2x350m": _jam("cm3leon_350m"), "jam_2x7b": _jam("cm3leon_7b"), "jam_demo": _jam("lm_demo"),
     },
-    "classifier": {name: {"model": {key: sizes[key] for key in _OF_ENCODER}} for name, sizes in PRESETS.items()},
 }  # fmt: skip
-DEFAULT = {"mug": "vit_b16", "decoder_lm": "cm3leon_350m", "jam_cross": "jam_2x350m", "classifier": "vit_b16"}
+FINE_TUNED = ("classifier", "segmenter")  # kinds that are the encoder of a MUG on every patch, and a head
+BY_KIND |= {
+    kind: {name: {"model": {key: sizes[key] for key in _OF_ENCODER}} for name, sizes in PRESETS.items()}
+    for kind in FINE_TUNED
+}
+DEFAULT = {"mug": "vit_b16", "decoder_lm": "cm3leon_350m", "jam_cross": "jam_2x350m"} | dict.fromkeys(
+    FINE_TUNED, "vit_b16"
+)
 # Ids that the planner assumes where neither data.tokenizer nor its command says how many: LLaMA's for captions, and
-# CM3leon's (arXiv 2309.02591). A classifier has none.
-VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320, "classifier": 0}
+# CM3leon's (arXiv 2309.02591). Classifiers and segmenters have none.
+VOCABULARY = {"mug": 32000, "decoder_lm": 56320, "jam_cross": 56320} | dict.fromkeys(FINE_TUNED, 0)

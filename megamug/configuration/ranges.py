@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megamug.command_line.arguments import Range
-from megamug.configuration.presets import BY_KIND
+from megamug.configuration.presets import BY_KIND, FINE_TUNED
 from megamug.configuration.reading import keys, nearest
 from megamug.configuration.sections import Config
 from megamug.data.pairs.selection import CAPTIONS
@@ -27,6 +27,11 @@ RANGES = {
     "classifier.drop_path": _DECAY, "classifier.mixup": _FROM_ZERO, "classifier.cutmix": _FROM_ZERO,
     "classifier.random_erasing": Range(0, 1), "classifier.ema": _DECAY,
     "classifier.layer_decay": Range(0, 1, open_low=True),
+    "segmenter.classes": Range(2, 255), "segmenter.position_image_size": _COUNT, "segmenter.blocks": _FROM_ZERO,
+    "segmenter.channels": _COUNT, "segmenter.pool_scales": _COUNT, "segmenter.auxiliary_weight": _FROM_ZERO,
+    "segmenter.auxiliary_channels": _COUNT, "segmenter.dropout": _DECAY, "segmenter.drop_path": _DECAY,
+    "segmenter.layer_decay": Range(0, 1, open_low=True), "segmenter.scale": _POSITIVE,
+    "segmenter.most_of_one_class": Range(0, 1, open_low=True),
     "data.context_length": _COUNT, "data.cm3_spans": _FROM_ZERO, "data.hidden_text": Range(0, 1),
     "data.fraction": Range(0, 1, open_low=True),
     "data.image_size": _COUNT, "data.caption_length": _COUNT, "data.global_batch_size": _COUNT,
@@ -61,6 +66,7 @@ CHOICES = {
     "precision.layers": ("auto", "local", "te"),
     "precision.compile": ("auto", "always", "never"),
     "optimizer.name": ("adamw", "lars", "sgd"),
+    "optimizer.schedule": ("cosine", "linear"),
     "optimizer.fused": ("auto", "te", "apex", "torch"),
     "log.trackers": ("tensorboard", "wandb"),
 }
@@ -77,6 +83,7 @@ for _tower in ("lm", "text_tower", "image_tower"):
 LARGEST = 2**31 - 1  # of whole numbers: what C++ underneath takes everywhere
 EMPTY = {f"{_tower}.rotary_scaling" for _tower in ("lm", "text_tower", "image_tower")}  # or may be []
 LENGTHS = {"data.crop_scale": 2, "data.background": 3, "data.mean": 3, "data.std": 3} | dict.fromkeys(EMPTY, 4)
+LENGTHS |= {"segmenter.blocks": 4, "segmenter.scale": 2}
 
 
 def check_values(config: Config) -> None:
@@ -95,15 +102,17 @@ def check_values(config: Config) -> None:
                 choices, near = CHOICES[key], nearest(word, CHOICES[key])
                 near = f"[{near}]" if isinstance(value, list) else near
                 raise UserError(f"{key}: {word!r} is none of {', '.join(choices)}; set {key}={near}")
-        if key in LENGTHS and not (key in EMPTY and not value) and len(value) != LENGTHS[key]:
+        may_lack = value is None or key in EMPTY and not value
+        if key in LENGTHS and not may_lack and len(value) != LENGTHS[key]:
             raise UserError(f"{key}: {LENGTHS[key]} numbers wanted, found {len(value)}: {value}")
         if key in RANGES and value is not None:
             for number in value if isinstance(value, list) else [value]:
                 if number not in RANGES[key]:
                     raise UserError(f"{key}({number}) must be {RANGES[key]}")
-    low, high = config.data.crop_scale
-    if low > high:
-        raise UserError(f"data.crop_scale: {low} is above {high}; set data.crop_scale=[{high}, {low}]")
+    for key in ("data.crop_scale", "segmenter.scale"):
+        low, high = get(config, key)
+        if low > high:
+            raise UserError(f"{key}: {low} is above {high}; set {key}=[{high}, {low}]")
 
 
 def _texts(value: object) -> list[str]:
@@ -115,17 +124,19 @@ def _texts(value: object) -> list[str]:
 
 # What only models of some kinds read; the rest of `model` belongs to mug.
 _KINDS = {"lm": ("decoder_lm",), "text_tower": ("jam_cross",), "image_tower": ("jam_cross",), "fusion": ("jam_cross",)}
-_VISION = ("mug", "classifier")
+_VISION = ("mug", *FINE_TUNED)
 _LANGUAGE = tuple(kind for kind in BY_KIND if kind not in _VISION)
 _KINDS |= dict.fromkeys(("model.kind", "model.preset", "model.initial"), tuple(BY_KIND)) | {"model": ("mug",)}
-_KINDS |= {"model.z_loss_weight": _LANGUAGE, "classifier": ("classifier",), "data.tokenizer": ("mug", *_LANGUAGE)}
+_KINDS |= {"model.z_loss_weight": _LANGUAGE, "data.tokenizer": ("mug", *_LANGUAGE)}
+_KINDS |= {kind: (kind,) for kind in FINE_TUNED}
 _KINDS |= {f"model.{key}": _VISION for key in ("initial_parts", "patch_size", "layers", "width", "heads", "ffn_width",
                                                "register_tokens", "layer_norm_eps")}  # fmt: skip
 _KINDS |= {f"data.{key}": _LANGUAGE for key in ("context_length", "cm3_spans", "hidden_text",
                                                   "separate_documents", "loss_on")}  # fmt: skip
-_KINDS |= {f"data.{key}": _VISION for key in ("fraction", "image_size", "crop_scale", "flip", "background",
+_KINDS |= {f"data.{key}": _VISION for key in ("fraction", "image_size", "flip", "background",
                                               "mean", "std", "threads", "prefetch", "max_failure_rate")}  # fmt: skip
 _KINDS |= {f"data.{key}": ("mug",) for key in ("captions", "caption_length", "caption_lines")}
+_KINDS["data.crop_scale"] = ("mug", "classifier")
 
 
 def check_keys(config: Config) -> None:

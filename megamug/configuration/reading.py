@@ -88,7 +88,7 @@ def resolve(config: Config) -> Config:
 
 
 def towers(config: Config) -> dict[str, TowerConfig]:
-    """The towers of this kind of model by the name of their section; none for mug and classifier."""
+    """The towers of this kind of model by the name of their section; none for those of images."""
     names = {"decoder_lm": ("lm",), "jam_cross": ("text_tower", "image_tower")}.get(config.model.kind, ())
     return {name: getattr(config, name) for name in names}
 

@@ -14,10 +14,10 @@ Sources = str | list[dict]  # a folder of shards, a glob, or a list of {path, we
 @dataclass
 class ModelConfig:
     """The model. What follows `initial` and `z_loss_weight` is for `kind: mug`, the sizes of its encoder for `kind:
-    classifier` too; the sizes of the other kinds are in the sections `lm`, or `text_tower`, `image_tower` and `fusion`.
-    A `None` size is taken from the preset (`megamug.configuration.presets`)."""
+    classifier` and `segmenter` too; the sizes of the other kinds are in the sections `lm`, or `text_tower`,
+    `image_tower` and `fusion`. A `None` size is taken from the preset (`megamug.configuration.presets`)."""
 
-    kind: str = "mug"  # mug: vision learner | decoder_lm: one tower | jam_cross: two fused | classifier: of images
+    kind: str = "mug"  # mug: vision learner | decoder_lm, jam_cross: language | classifier, segmenter: of images
     preset: str | None = None  # a name of the tables below; null: see the tables below
     initial: str | None = None  # run folder or checkpoint folder whose weights start the run; unused once it resumes
     initial_parts: list[str] | None = None  # of `initial`: encoder, image_decoder, text_decoder; null: all
@@ -107,9 +107,30 @@ class ClassifierConfig:
 
 
 @dataclass
+class SegmenterConfig:
+    """What `kind: segmenter` puts behind a MUG's encoder, which sees every patch of an image: UperNet and an auxiliary
+    FCN head. `data.image_size` is the side of its crops."""
+
+    classes: int | None = None  # null: those of data.train (names in classes.txt, else the largest value of its maps)
+    reduce_zero_label: bool = False  # 0 in a map is no class, 1 the first one (ADE20K); else 0 is; 255 never is one
+    position_image_size: int | None = None  # side whose positions are resampled; null: model.initial's, else data's
+    blocks: list[int] | None = None  # four blocks that are read, from 0, the last one last; null: at 1/3, 1/2, 2/3, 1
+    channels: int = 768  # of UperNet
+    pool_scales: list[int] = field(default_factory=lambda: [1, 2, 3, 6])  # sides of the grids of pyramid pooling
+    auxiliary_weight: float = 0.4  # of the auxiliary head's loss; 0: no such head
+    auxiliary_channels: int = 256  # of that head, on the third of the blocks
+    dropout: float = 0.1  # share of the channels of an image that either head's last layer does not see in training
+    drop_path: float = 0.0  # share of images that skip a part of the last layer; linearly fewer before it
+    layer_decay: float = 1.0  # each layer's learning rate is so many times that of the next one; 1: all have the same
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])  # shorter side before the crop, in crops
+    most_of_one_class: float = 0.75  # share of a crop above which it is drawn again, ten times at most; 1: never
+    distortion: bool = False  # random brightness, contrast, saturation and hue
+
+
+@dataclass
 class DataConfig:
-    """Data. Batch sizes count images with their captions or classes; rows of `context_length` tokens for decoder_lm and
-    jam_cross."""
+    """Data. Batch sizes count images with their captions, classes or maps; rows of `context_length` tokens for
+    decoder_lm and jam_cross."""
 
     train: Sources | None = None  # folder of shards | glob | list of {path, weight}; tokenised documents; must be set
     validation: Sources | None = None  # the same; None: no validation
@@ -173,11 +194,13 @@ class PrecisionConfig:
 
 @dataclass
 class OptimizerConfig:
-    """An optimizer with a cosine schedule. Biases, norms and tokens do not decay, nor does LARS adapt their rates."""
+    """An optimizer with a linear warm-up and a decay. Biases, norms and tokens have no weight decay, and LARS does not
+    adapt their rates."""
 
     name: str = "adamw"  # adamw | lars (MAE's linear probe) | sgd (with momentum; MoCo v3's)
     learning_rate: float = 1.5e-4  # at the end of warm-up, as it stands: not scaled by the batch
-    min_learning_rate: float = 0.0  # that the cosine falls towards; reached one step after the last
+    min_learning_rate: float = 0.0  # that the rate falls towards; reached one step after the last
+    schedule: str = "cosine"  # cosine | linear: how the rate falls behind the warm-up
     warmup_steps: int = 0  # linear from 0
     weight_decay: float = 0.05  # adamw: decoupled; lars, sgd: added to the gradient, times the weight
     beta1: float = 0.9  # decay of the first moment
@@ -231,6 +254,7 @@ class Config:
     image_tower: TowerConfig = field(default_factory=TowerConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from megamug.configuration.sections import Config, TowerConfig
 
@@ -118,3 +119,52 @@ def _mlp(tower: TowerConfig, prefix: str) -> Shapes:
     return _linear(tower, f"{prefix}linear_fc1.", tower.width, first) | _linear(
         tower, f"{prefix}linear_fc2.", tower.ffn_width, tower.width
     )
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of `kernel` x `kernel`, how many places of an image it computes, and what stands around it."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    places: int  # of its inputs where it is transposed: each makes kernel x kernel
+    bias: bool = False
+    norm: bool = True  # a BatchNorm behind it
+    transposed: bool = False
+
+    @property
+    def parameters(self) -> int:
+        weights = self.inputs * self.outputs * self.kernel**2
+        return weights + self.outputs * self.bias + 2 * self.outputs * self.norm
+
+    @property
+    def flops(self) -> int:
+        """Forward, of one image."""
+        return 2 * self.inputs * self.outputs * self.kernel**2 * self.places
+
+
+def segmenter_convolutions(config: Config) -> dict[str, Convolution]:
+    """All of a segmenter's head, by name; `segmenter.classes` is known."""
+    own, width, side = config.segmenter, config.model.width, config.data.image_size // config.model.patch_size
+    wide, sides = own.channels, (4 * side, 2 * side, side, side // 2)
+    fine = sides[0] ** 2
+    found = {
+        "pyramid.first": Convolution(width, width, 2, side**2, bias=True, transposed=True),
+        "pyramid.second": Convolution(width, width, 2, sides[1] ** 2, bias=True, norm=False, transposed=True),
+        "pyramid.doubled": Convolution(width, width, 2, side**2, bias=True, norm=False, transposed=True),
+    }
+    for i, scale in enumerate(own.pool_scales):
+        found[f"decode.pooling.{i}"] = Convolution(width, wide, 1, scale**2)
+    pooled = width + len(own.pool_scales) * wide
+    found["decode.bottleneck"] = Convolution(pooled, wide, 3, sides[3] ** 2)
+    for i, each in enumerate(sides[:3]):
+        found[f"decode.laterals.{i}"] = Convolution(width, wide, 1, each**2)
+        found[f"decode.outputs.{i}"] = Convolution(wide, wide, 3, each**2)
+    found["decode.fusion"] = Convolution(4 * wide, wide, 3, fine)
+    found["decode.classifier"] = Convolution(wide, own.classes, 1, fine, bias=True, norm=False)
+    if own.auxiliary_weight > 0:
+        found["auxiliary.convolution"] = Convolution(width, own.auxiliary_channels, 3, side**2)
+        found["auxiliary.classifier"] = Convolution(own.auxiliary_channels, own.classes, 1, side**2, bias=True,
+                                                    norm=False)  # fmt: skip
+    return found

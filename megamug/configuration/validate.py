@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from megamug.configuration import validate_classifier, validate_lm, validate_optimizer, validate_precision
+from megamug.configuration.checks import segmenter
 from megamug.configuration.counts import (
     as_mug,
     data_parallel,
@@ -24,6 +25,7 @@ from megamug.configuration.counts import (
     visible_tokens,
 )
 from megamug.configuration.parts import initial_parts
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.ranges import check_keys, check_values
 from megamug.configuration.reading import load_config, resolve, towers
 from megamug.configuration.sections import Config, ModelConfig
@@ -41,8 +43,8 @@ def validate(config: Config, world_size: int, here: bool = True) -> None:
     config = resolve(config)
     sizes(config, world_size)
     trackers(config)
-    classifier = (validate_classifier.augmentation, validate_classifier.files, run_folder)
-    own = {"mug": (files, run_folder, vocabulary), "classifier": classifier}
+    own = {"mug": (files, run_folder, vocabulary), "segmenter": (segmenter.files, run_folder),
+           "classifier": (validate_classifier.augmentation, validate_classifier.files, run_folder)}  # fmt: skip
     for check in own.get(config.model.kind, (validate_lm.files, run_folder)):
         check(config)
     if here:
@@ -67,8 +69,9 @@ def model(config: Config) -> None:
     check_values(config)
     check_keys(config)
     language = (validate_lm.widths, validate_lm.context, validate_lm.fusion)
-    classifier = (image, widths, validate_classifier.head, initial_parts)
-    own = {"mug": (losses, text, image, widths, initial_parts), "classifier": classifier}
+    own = {"mug": (losses, text, image, widths, initial_parts),
+           "classifier": (image, widths, validate_classifier.head, initial_parts),
+           "segmenter": (image, widths, segmenter.head, initial_parts)}  # fmt: skip
     for check in own.get(config.model.kind, language):
         check(config)
 
@@ -157,7 +160,7 @@ def layout(config: Config, world_size: int) -> None:
 
 
 def batch(config: Config, world_size: int) -> None:
-    """Whole micro-batches for every data-parallel rank."""
+    """Whole micro-batches for every data-parallel rank, which a BatchNorm has more than one image of."""
     whole, micro, data = config.data.global_batch_size, config.data.micro_batch_size, data_parallel(config, world_size)
     if micro > whole:
         raise UserError(f"data.micro_batch_size({micro}) is larger than data.global_batch_size({whole});"
@@ -170,6 +173,11 @@ def batch(config: Config, world_size: int) -> None:
             fix = f"data.global_batch_size={round_up(whole, micro * data)}"
         raise UserError(f"data: global_batch_size({whole}) is not divisible by micro_batch_size({micro}) x"
                         f" data-parallel ranks({data}) = {micro * data}; set {fix}")
+    kind = config.model.kind
+    own = config.classifier
+    if micro * data == 1 and (kind == "segmenter" or own.frozen and own.batch_norm and own.pool != "attention"):
+        raise UserError(f"data.micro_batch_size(1): the BatchNorm of this {kind} takes its statistics over the images"
+                        " of a micro-batch of all replicas, and that is one image; set data.micro_batch_size=2")
 
 
 def tensor_parallel(config: Config) -> None:
@@ -340,7 +348,7 @@ def block_count(config: Config) -> int:
     model = as_mug(config).model
     if towers(config):
         return validate_lm.block_count(config)
-    blocks = 1 + model.layers + (config.model.kind == "classifier")
+    blocks = 1 + model.layers + (config.model.kind in FINE_TUNED)
     if model.image_loss_weight > 0:
         blocks += 1 + model.decoder_layers + 1
     if model.caption_loss_weight > 0:
@@ -355,6 +363,8 @@ def model_identity(config: Config) -> dict[str, object]:
         return validate_lm.identity(config)
     if model.kind == "classifier":
         return validate_classifier.identity(config)
+    if model.kind == "segmenter":
+        return segmenter.identity(config)
     sizes = ["patch_size", "layers", "width", "heads", "ffn_width", "register_tokens"]
     if model.image_loss_weight > 0:
         sizes += ["decoder_layers", "decoder_width", "decoder_heads", "decoder_register_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,9 @@ SIZES = ("patch_size", "layers", "width", "heads", "ffn_width", "register_tokens
 def head(config: Config) -> None:
     """Stochastic depth where layers have it, whole images in pairs; what a frozen encoder does not go with."""
     own, parallel, precision = config.classifier, config.parallel, config.precision
-    if own.drop_path > 0 and (precision.layers == "te" or precision.fp8 != "none"):
-        said = "precision.layers(te)" if precision.layers == "te" else f"precision.fp8({precision.fp8})"
-        raise UserError(f"classifier.drop_path({own.drop_path:g}): Transformer Engine's layers have no stochastic"
-                        f" depth, and {said} asks for them; set precision.layers=local precision.fp8=none, or"
-                        " classifier.drop_path=0")
-    if own.drop_path > 0 and parallel.tensor > 1 and precision.layers != "local":
-        raise UserError(f"classifier.drop_path({own.drop_path:g}): under parallel.tensor({parallel.tensor})"
-                        " precision.layers=auto may take Transformer Engine's layers, which have no stochastic depth;"
-                        " set precision.layers=local")
+    if own.drop_path > 0:
+        local_layers(config, f"classifier.drop_path({own.drop_path:g})", "have no stochastic depth",
+                     "classifier.drop_path=0")  # fmt: skip
     for key in ("mixup", "cutmix"):
         if getattr(own, key) > 0 and config.data.micro_batch_size == 1:
             raise UserError(f"classifier.{key}({getattr(own, key):g}) mixes the images of a micro-batch, and"
@@ -60,22 +55,44 @@ def head(config: Config) -> None:
                             f" {key}={str(wanted).lower()}")
 
 
+def local_layers(config: Config, wants: str, why: str, instead: str | None = None) -> None:
+    """Raises UserError where the layers are, or may be, Transformer Engine's. `wants`: who cannot go with those, and
+    `why`; `instead`: what could be set in place of other layers."""
+    precision, tensor = config.precision, config.parallel.tensor
+    if precision.layers == "te" or precision.fp8 != "none":
+        said = "precision.layers(te)" if precision.layers == "te" else f"precision.fp8({precision.fp8})"
+        other = "" if instead is None else f", or {instead}"
+        raise UserError(f"{wants}: Transformer Engine's layers {why}, and {said} asks for them; set"
+                        f" precision.layers=local precision.fp8=none{other}")
+    if tensor > 1 and precision.layers != "local":
+        raise UserError(f"{wants}: under parallel.tensor({tensor}) precision.layers=auto may take Transformer Engine's"
+                        f" layers, which {why}; set precision.layers=local")
+
+
 def files(config: Config) -> None:
     """Data sets are there and indexed, every image has a class, and the head one for each of them."""
-    sources = _sources(config)
-    classes, found = config.classifier.classes, max(source.classes for source in sources)
+    from megamug.data.shards.sources import check_labels
+
+    enough_classes(config, labelled_sources(config, check_labels), lambda source: source.classes)
+
+
+def enough_classes(config: Config, sources: list[Source], count: Callable[[Source], int]) -> None:
+    """Raises UserError where the head has fewer outputs than the `sources` (of training, then of validation) have
+    classes, or they are not those of the run that is there. `count`: the classes of one of them."""
+    key = f"{config.model.kind}.classes"
+    classes, found = getattr(config, config.model.kind).classes, max(map(count, sources))
+    own = max(map(count, sources[: _sets(config)]))
     if classes is not None and found > classes:
-        raise UserError(f"classifier.classes({classes}) is less than the classes of the data({found});"
-                        f" set classifier.classes={found}, or null")
-    if classes is None and found > _of_training(sources, config):
-        raise UserError(f"data.validation has {found} classes and data.train {_of_training(sources, config)}; name the"
-                        f" same {found} in classes.txt beside both, or set classifier.classes={found}")
+        raise UserError(f"{key}({classes}) is less than the classes of the data({found}); set {key}={found}, or null")
+    if classes is None and found > own:
+        raise UserError(f"data.validation has {found} classes and data.train {own}; name the same {found} in"
+                        f" classes.txt beside both, or set {key}={found}")
     names, run = sources[0].class_names(), Path(config.run_dir)
     if any((run / "checkpoints").glob("step-*")) and names is not None and read_classes(run) not in (None, names):
         raise UserError(f"run_dir: {run} holds a run on other classes: its {CLASSES} is not that of the data; set"
                         " run_dir to a new folder")
     if found < 2:
-        raise UserError(f"the data have {found} class; a classifier wants two at least")
+        raise UserError(f"the data have {found} class; a {config.model.kind} wants two at least")
 
 
 def augmentation(config: Config) -> None:
@@ -91,7 +108,9 @@ def with_classes(config: Config) -> Config:
     if config.classifier.classes is not None:
         return config
     config = copy.deepcopy(config)
-    config.classifier.classes = _of_training(_sources(config), config)
+    from megamug.data.shards.sources import resolve_sources
+
+    config.classifier.classes = max(source.classes for source in resolve_sources(config.data.train))
     return config
 
 
@@ -105,9 +124,9 @@ def identity(config: Config) -> dict[str, object]:
     return found | ({} if config.classifier.classes is None else {"classifier.classes": config.classifier.classes})
 
 
-def _sources(config: Config) -> list[Source]:
-    """Of training, then of validation."""
-    from megamug.data.shards.sources import check_labels, resolve_sources
+def labelled_sources(config: Config, check: Callable[[list[Source]], None]) -> list[Source]:
+    """Of training, then of validation; `check` raises UserError where a sample lacks what is learned from it."""
+    from megamug.data.shards.sources import resolve_sources
 
     data, found = config.data, []
     if data.train is None:
@@ -115,13 +134,13 @@ def _sources(config: Config) -> list[Source]:
     for key, value in (("data.train", data.train), ("data.validation", data.validation)):
         try:
             own = [] if value is None else resolve_sources(value)
-            check_labels(found + own)
+            check(found + own)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
         found += own
     return found
 
 
-def _of_training(sources: list[Source], config: Config) -> int:
-    count = len(config.data.train) if isinstance(config.data.train, list) else 1
-    return max(source.classes for source in sources[:count])
+def _sets(config: Config) -> int:
+    """Of data.train."""
+    return len(config.data.train) if isinstance(config.data.train, list) else 1

@@ -158,8 +158,12 @@ class CropDecoder:
     """
 
     def __init__(
-        self, image_size: int, batch_size: int, threads: int, device: torch.device, background: Sequence[int] = WHITE
-    ) -> None:
+        self, image_size: int, batch_size: int, threads: int, device: torch.device, background: Sequence[int] = WHITE,
+        padding: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """`padding`: the colour of what regions that are given a size leave free; on the CPU alone."""
+        assert padding is None or device.type == "cpu"
+        self.padding = padding
         self.image_size, self.batch_size, self.threads, self.device = image_size, batch_size, threads, device
         self.background = tuple(background)
         self._pipeline = None
@@ -194,7 +198,8 @@ class CropDecoder:
         return built
 
     def __call__(self, images: list[bytes], regions: np.ndarray, flips: np.ndarray) -> torch.Tensor:
-        """`regions`: int [b, 4] of (top, left, height, width) in pixels; `flips`: bool [b].
+        """`regions`: int [b, 4] of (top, left, height, width) in pixels, or with `padding` [b, 6], where height and
+        width of what each becomes follow; `flips`: bool [b].
 
         Raises one of `DECODE_ERRORS` where any image does not decode.
         """
@@ -202,7 +207,8 @@ class CropDecoder:
 
         assert 0 < len(images) <= self.batch_size
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        encoded, regions = self._opaque(images, np.array(regions, np.int32))
+        sizes = None if self.padding is None else np.asarray(regions)[:, 4:].tolist()
+        encoded, regions = self._opaque(images, np.array(regions, np.int32)[:, :4])
         pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in encoded])
         pipeline.feed_input("anchor", np.ascontiguousarray(regions[:, :2]))
         pipeline.feed_input("shape", np.ascontiguousarray(regions[:, 2:]))
@@ -215,7 +221,7 @@ class CropDecoder:
             stream.synchronize()
         else:
             (pixels,) = pipeline.run()
-            tensor = self._resized([np.asarray(pixels[i]) for i in range(len(images))], flips)
+            tensor = self._resized([np.asarray(pixels[i]) for i in range(len(images))], flips, sizes)
         self._pipeline = pipeline  # only after a success
         return tensor
 
@@ -231,7 +237,7 @@ class CropDecoder:
         regions[clear, :2] = 0
         return [flat[i] if i in flat else without_remarks(image) for i, image in enumerate(images)], regions
 
-    def _resized(self, pixels: list[np.ndarray], flips: np.ndarray) -> torch.Tensor:
+    def _resized(self, pixels: list[np.ndarray], flips: np.ndarray, sizes: list | None) -> torch.Tensor:
         """Decoded regions, uint8 [height, width, 3] each, in `threads` threads (kernels and copies release the GIL)."""
         import torch
         from torch.nn.functional import interpolate
@@ -239,12 +245,18 @@ class CropDecoder:
         size = self.image_size
         tensor = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8)
         target = tensor.numpy()
+        if sizes is None:
+            sizes = [(size, size)] * len(pixels)
+        else:
+            target[:] = np.array(self.padding, np.uint8)[:, None, None]
 
         def resize(first: int) -> None:
             for i in range(first, len(pixels), self.threads):
                 image = torch.from_numpy(pixels[i]).permute(2, 0, 1).unsqueeze(0)
-                square = interpolate(image, (size, size), mode="bicubic", antialias=True)[0].numpy()
-                target[i] = square[:, :, ::-1] if flips[i] else square  # not torch's copy, which would ask for threads
+                height, width = sizes[i]
+                new = interpolate(image, (height, width), mode="bicubic", antialias=True)[0].numpy()
+                new = new[:, :, ::-1] if flips[i] else new
+                target[i, :, :height, :width] = new  # not torch's copy, which would ask for threads
 
         list(self._pool.map(resize, range(self.threads)))
         return tensor

@@ -3,6 +3,7 @@
     megamug evaluate RUN --task reconstruction|captioning|retrieval|masked_text      (MUG)
     megamug evaluate RUN --task perplexity|choices                                   (language models)
     megamug evaluate RUN --task classification                                       (classifiers)
+    megamug evaluate RUN --task segmentation                                         (segmenters)
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ DECODERS = {
 }  # fmt: skip
 # model.text_objective of the tasks that read captions
 OBJECTIVES = {"captioning": "autoregressive", "retrieval": "autoregressive", "masked_text": "masked"}
-TASKS = (*DECODERS, "perplexity", "choices", "classification")
+TASKS = (*DECODERS, "perplexity", "choices", "classification", "segmentation")
 OF_KIND = {
     "mug": tuple(DECODERS), "decoder_lm": ("perplexity", "choices"), "jam_cross": ("perplexity", "choices"),
-    "classifier": ("classification",),
+    "classifier": ("classification",), "segmenter": ("segmentation",),
 }  # fmt: skip
 
 
@@ -38,16 +39,18 @@ def run_task(
     output: str | Path | None = None,
     references: str | Path | None = None,
     suite: str | None = None,
+    predictions: bool = False,
 ) -> dict:
     """Measures the newest checkpoint of `run_dir` (or that of `step`) on held-out data, each sample counted once.
 
     Args:
         task: `reconstruction`, `captioning`, `retrieval` or `masked_text` of MUG, `perplexity` or `choices` of a
-            language model, `classification`.
-        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification and
-            choices, all).
+            language model, `classification`, `segmentation`.
+        samples: pairs, or documents, at most (default: data.validation_samples of the run; of classification,
+            segmentation and choices, all).
         data: instead of the run's data.validation, in the same forms: shards, or folders of tokenised documents. Of
             choices: files of the suite, or folders of lm-eval's task files.
+        predictions: of segmentation: write the classes of every image as a PNG.
         output: folder of `TASK.json` and pictures (default: RUN/evaluate/step-XXXXXXXX).
         references: of captioning, a list of captions as COCO writes it, in the place of the data's own.
         suite: of choices, see `megamug.evaluate.choices`.
@@ -59,7 +62,16 @@ def run_task(
     """
     check(run_dir, task, data=data, references=references, suite=suite)
     from megamug.durable import write_atomically
-    from megamug.evaluate import captioning, choices, classification, masked_text, perplexity, reconstruction, retrieval
+    from megamug.evaluate import (
+        captioning,
+        choices,
+        classification,
+        masked_text,
+        perplexity,
+        reconstruction,
+        retrieval,
+        segmentation,
+    )
     from megamug.generation.loading import load_run
 
     questions, unanswered = choices.check(suite, data) if task == "choices" else ([], 0)
@@ -83,6 +95,8 @@ def run_task(
             measured = choices.run_suite(run, suite, data, questions, samples, folder) | {"unanswered": unanswered}
         elif task == "classification":
             measured = classification.measure(run, samples, folder)
+        elif task == "segmentation":
+            measured = segmentation.measure(run, samples, folder, predictions)
         elif task == "captioning":
             measured = captioning.measure(run, most, folder, matched)
         else:
@@ -199,6 +213,8 @@ def table(figures: dict) -> list[str]:
         return _perplexity_table(figures)
     if figures["task"] == "classification":
         return _classification_table(figures)
+    if figures["task"] == "segmentation":
+        return _segmentation_table(figures)
     if figures["task"] == "retrieval":
         return _retrieval_table(figures)
     if figures["task"] == "choices":
@@ -267,6 +283,14 @@ def _classification_table(figures: dict) -> list[str]:
         + (" (averages of the weights)" if figures["weights"] == "averages" else ""),
         *(f"  {title:<20}{share:>10.2%}" for title, share in rows.items()),
         f"  {'loss, nat':<20}{figures['loss']:>10.4f}",
+    ]
+
+
+def _segmentation_table(figures: dict) -> list[str]:
+    rows = {"mean IoU": "mean_iou", "pixel accuracy": "pixel_accuracy", "mean of classes": "mean_accuracy"}
+    return [
+        f"segmentation of {figures['samples']:,} held-out images, step {figures['step']}",
+        *(f"  {title:<20}{figures[key]:>10.2%}" for title, key in rows.items()),
     ]
 
 

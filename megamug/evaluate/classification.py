@@ -72,8 +72,13 @@ def check_classes(classes: int, sources: list[Source], run_dir: str) -> list[str
     """The names of the data's classes, None where there are none. Raises UserError: images without a class, more
     classes than the run has, or classes of other names."""
     check_labels(sources)
+    return check_names(max(source.classes for source in sources), classes, sources, run_dir)
+
+
+def check_names(found: int, classes: int, sources: list[Source], run_dir: str) -> list[str] | None:
+    """The names of the `found` classes of these data, None where there are none. Raises UserError: more than the run
+    has, or other names."""
     names, own = sources[0].class_names(), tokenizer_copy.kept_classes(Path(run_dir))
-    found = max(source.classes for source in sources)
     if found > classes:
         raise UserError(f"{sources[0].name}: {found} classes, and {run_dir} was trained on {classes}; give data of the"
                         " same classes")

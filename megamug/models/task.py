@@ -68,6 +68,11 @@ class Task:
         """Raises UserError where the data, held-out ones too, cannot be read. Before any process group exists."""
         raise NotImplementedError
 
+    def held_out(self, chunks: list[torch.nn.Module], world) -> dict[str, float]:
+        """Figures beside the losses, of what this rank's chunks saw in evaluation since the last call; the same on all
+        ranks. A collective."""
+        return {}
+
     def check_resumable(self, contents: dict) -> None:
         """Raises UserError where a checkpoint's `state.json` belongs to another identity (see there) or other data."""
         before = contents["identity"]

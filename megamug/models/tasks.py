@@ -35,6 +35,10 @@ def task_type(kind: str) -> type[Task]:
         from megamug.models.classifier.task import ClassifierTask
 
         return ClassifierTask
+    if kind == "segmenter":
+        from megamug.models.segmenter.task import SegmenterTask
+
+        return SegmenterTask
     assert kind == "jam_cross", kind
     from megamug.models.jam.task import JamTask
 

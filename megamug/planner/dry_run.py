@@ -6,7 +6,8 @@ No device and no process group is needed: a laptop tells what 512 GPUs would hol
 from __future__ import annotations
 
 from megamug.configuration import validate
-from megamug.configuration.counts import as_mug, kept_values
+from megamug.configuration.counts import as_mug, kept_values, segmenter_blocks
+from megamug.configuration.presets import FINE_TUNED
 from megamug.configuration.reading import towers
 from megamug.configuration.sections import Config
 from megamug.planner import parameters
@@ -22,7 +23,7 @@ def layout_text(config: Config, size: int) -> str:
 
 def _unit(config: Config) -> str:
     """What batch sizes count."""
-    return {"mug": "pair", "classifier": "image"}.get(config.model.kind, "row")
+    return "image" if config.model.kind in FINE_TUNED else "row" if towers(config) else "pair"
 
 
 def _layout(config: Config, size: int) -> list[str]:
@@ -58,6 +59,11 @@ def _mug(config: Config) -> list[str]:
         lines.append(f"text       {model.text_unimodal_layers} + {model.text_multimodal_layers} layers of"
                      f" {model.text_width}, {model.text_heads} heads; {data.caption_length} tokens{hidden};"
                      f" loss weight {model.caption_loss_weight:g}")
+    if config.model.kind == "segmenter":
+        own = config.segmenter
+        lines.append(f"head       {own.classes} classes of pixels, UperNet of {own.channels} channels on blocks"
+                     f" {', '.join(map(str, segmenter_blocks(config)))}; positions of {own.position_image_size} pixels;"
+                     f" auxiliary loss weight {own.auxiliary_weight:g}")  # fmt: skip
     if config.model.kind == "classifier":
         own = config.classifier
         reads = {"mean": "the mean of the patches", "class_token": "the class token",

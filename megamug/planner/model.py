@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from megamug.configuration import validate
 from megamug.configuration.counts import as_mug
 from megamug.configuration.sections import Config, TowerConfig
+from megamug.configuration.shapes import segmenter_convolutions
 from megamug.models.partition import depth_slots
 from megamug.planner.layers import (
     SEQUENCE,
@@ -29,7 +30,7 @@ from megamug.planner.layers import (
 )
 from megamug.planner.parameters import Count, linear, norm
 
-CLASSES = 1000  # of a classifier where the configuration leaves them to the data
+CLASSES, PIXEL_CLASSES = 1000, 150  # of a classifier and a segmenter whose configurations leave them to the data
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Model:
 
 def model_of(config: Config, vocabulary: int) -> Model:
     """`config` is resolved; `vocabulary` is padded."""
-    kinds = {"mug": _mug, "decoder_lm": _lm, "jam_cross": _jam, "classifier": _classifier}
+    kinds = {"mug": _mug, "decoder_lm": _lm, "jam_cross": _jam, "classifier": _classifier, "segmenter": _segmenter}
     return kinds[config.model.kind](config, vocabulary)
 
 
@@ -147,6 +148,23 @@ def _classifier(config: Config, vocabulary: int) -> Model:
     head = Unit(head, 2, products=(Product(1, width, config.classifier.classes or CLASSES, WHOLE, fp8=False),))
     latent = validate.visible_tokens(config) * width
     return Model((*blocks, last, Block("class", "head", (head,))), (*encoder.boundary, latent), None)
+
+
+def _segmenter(config: Config, vocabulary: int) -> Model:
+    """As `_classifier`; it is not cut into stages."""
+    if config.segmenter.classes is None:
+        config = replace(config, segmenter=replace(config.segmenter, classes=PIXEL_CLASSES))
+    *blocks, last = _mug(as_mug(config), 0).blocks
+    convolutions = segmenter_convolutions(config).values()
+    head = Unit(
+        Count(0, sum(each.parameters for each in convolutions)),
+        sum(1 + each.bias + 2 * each.norm for each in convolutions),
+        products=tuple(Product(each.places, each.inputs * each.kernel**2, each.outputs, WHOLE, fp8=False)
+                       for each in convolutions),
+    )  # fmt: skip
+    last = Block("encoder", "layer", last.units[:-1])  # without the final norm
+    blocks = (*blocks, last, Block("segment", "head", (head,)))
+    return Model(blocks, (0,) * len(blocks), None)
 
 
 # ---------------------------------------------------------------------------------------------- language models

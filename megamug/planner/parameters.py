@@ -97,7 +97,7 @@ def layer(width: int, ffn_width: int, context_width: int | None = None) -> Count
 
 def mug_stage(plan, stage: int) -> Count:
     """One pipeline stage of MUG (`megamug.models.mug.plan.MugPlan`), a second copy of the vocabulary included; or of a
-    classifier, whose plan is one, too."""
+    classifier or segmenter, whose plans are some, too."""
     model, values, count = plan.model, 3 * plan.patch_size**2, Count()
     sizes = {"encoder": (model.width, model.ffn_width, model.layers)}
     if plan.paints:
@@ -105,6 +105,9 @@ def mug_stage(plan, stage: int) -> Count:
     if plan.writes:
         sizes["text"] = model.text_width, 4 * model.text_width, plan.unimodal_layers + plan.multimodal_layers
     for name, part in plan.parts(stage).items():
+        if name == "segment":
+            count += Count(0, plan.head_parameters)
+            continue
         if name == "class":
             count += class_head(plan)
             continue

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megamug.configuration import validate, validate_precision
 from megamug.configuration.counts import kept_values
-from megamug.configuration.presets import VOCABULARY
+from megamug.configuration.presets import FINE_TUNED, VOCABULARY
 from megamug.configuration.reading import resolve
 from megamug.configuration.sections import Config
 from megamug.data.padding import padded_vocabulary
@@ -48,9 +48,10 @@ def plan(
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise UserError(f"--memory is {memory_gib:g} GiB; it must be above 0")
     config = resolve(config)
-    if config.model.kind == "classifier":
-        raise UserError("megamug plan: layouts of model.kind=classifier are not planned; its parameters, FLOPs and the"
-                        " memory of a layout that you name are told by megamug train CONFIG.yaml --dry-run")
+    if config.model.kind in FINE_TUNED:
+        raise UserError(f"megamug plan: layouts of model.kind={config.model.kind} are not planned; its parameters,"
+                        " FLOPs and the memory of a layout that you name are told by megamug train CONFIG.yaml"
+                        " --dry-run")
     validate.model(config)  # what no layout changes
     kind = GPUS[gpu] if memory_gib is None else replace(GPUS[gpu], memory=memory_gib)
     padded, source = _vocabulary(config, vocabulary)

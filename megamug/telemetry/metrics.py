@@ -37,6 +37,8 @@ CONSOLE = (  # key, how the console line says it
     ("caption_loss", "caption {:.4g}"),
     ("lm_loss", "language {:.4g}"),
     ("class_loss", "class {:.4g}"),
+    ("segmentation_loss", "segmentation {:.4g}"),
+    ("auxiliary_loss", "auxiliary {:.4g}"),
     ("grad_norm", "grad norm {:.3g}"),
 )
 # Keys of a record that trackers show under perf/, and their names there; all others are under train/.

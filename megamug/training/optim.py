@@ -36,8 +36,8 @@ from megamug.training.updates.averages import Averages
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> float:
-    """Rate of step `step` (1, 2, ...): linear warm-up, then half a cosine towards `min_learning_rate`, which it would
-    reach one step after the last: an update of rate 0 would be none.
+    """Rate of step `step` (1, 2, ...): linear warm-up, then half a cosine or a line (`schedule`) towards
+    `min_learning_rate`, which it would reach one step after the last: an update of rate 0 would be none.
 
     A pure function of the step: nothing of the schedule needs saving. MAE's schedule, per step.
     """
@@ -46,6 +46,8 @@ def learning_rate(step: int, optimizer: OptimizerConfig, train: TrainConfig) -> 
         return peak * step / warmup
     peaked = max(1, warmup)  # the step of the whole rate
     progress = min(1.0, (step - peaked) / max(1, train.steps - peaked + 1))
+    if optimizer.schedule == "linear":
+        return low + (peak - low) * (1 - progress)
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

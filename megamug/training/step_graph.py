@@ -40,7 +40,7 @@ def choose(config: Config, processes: int, spec: str) -> tuple[bool, str]:
         return False, "several processes; parallel.cuda_graphs=true takes them where only data are parallel"
     if not towers(config) and spec == "te":
         return False, f"Transformer Engine's layers of model.kind={config.model.kind} cannot be replayed"
-    if config.classifier.frozen:
+    if config.classifier.frozen or config.model.kind == "segmenter":
         return False, "running means of features are kept outside of a graph"
     if steps < LONG:
         return False, f"a run of {steps} steps is over sooner"

@@ -245,13 +245,15 @@ class Trainer:
         started, most = time.perf_counter(), self.config.data.validation_samples
         try:
             with averages.in_place(self.chunks, self.optimizer, self.world):
-                sums, samples = validation.held_out(self.models, self.task, self.world, most, self.watchdog.beat)
+                sums, figures, samples = validation.held_out(
+                    self.models, self.task, self.world, most, self.watchdog.beat
+                )
         except validation.DataFailed as error:
             logger.error("no validation after step %d: %s; training goes on", self.step, error)
             return
         (losses,) = self._read(sums)
         seconds = time.perf_counter() - started
-        self.metrics.validation(self.step, {**losses, "samples": samples, "seconds": seconds})
+        self.metrics.validation(self.step, {**losses, **figures, "samples": samples, "seconds": seconds})
 
     def _draw(self) -> None:
         """A picture of held-out pairs, where there are any; a drawing takes no part in training."""

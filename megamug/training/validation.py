@@ -18,8 +18,11 @@ class DataFailed(RuntimeError):
     """Held-out data could not be read, on this rank or another."""
 
 
-def held_out(models: list, task, world, most: int, beat: Callable[[], None]) -> tuple[dict[str, Tensor], int]:
-    """(sums and counts of every loss over at most `most` held-out samples, how many there were), the same on all ranks.
+def held_out(
+    models: list, task, world, most: int, beat: Callable[[], None]
+) -> tuple[dict[str, Tensor], dict[str, float], int]:  # fmt: skip
+    """(sums and counts of every loss over at most `most` held-out samples, figures of the task beside them, how many
+    samples there were), the same on all ranks.
 
     Args:
         models: this rank's chunks in their gradient buffers; put into evaluation mode and back.
@@ -39,10 +42,11 @@ def held_out(models: list, task, world, most: int, beat: Callable[[], None]) -> 
                 for name, values in run_batch(models, batches, totals, backward=False).items():
                     gathered.setdefault(name, []).extend(values)
                 beat()
+        figures = task.held_out(list(chunks), world)
     finally:
         chunks.train()
         loader.close()
-    return reduce_losses(gathered, task.loss_names, world), loader.total_samples
+    return reduce_losses(gathered, task.loss_names, world), figures, loader.total_samples
 
 
 def _together(read: Callable, world) -> object:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from megamug.configuration.sections import Config
 from megamug.errors import UserError
-from megamug.models.blocks.positions import sincos_positions
+from megamug.models.blocks.positions import resampled_positions
 from megamug.transfer.preprocessing import Preprocessor
 
 
@@ -127,19 +127,6 @@ class VisionEncoder(nn.Module):
             if not -self.depth <= layer < self.depth:
                 raise UserError(f"layers: there is no block {layer}; there are 0 to {self.depth - 1}")
         return [layer % self.depth for layer in layers]
-
-
-def resampled_positions(width: int, trained: int, here: int) -> Tensor:
-    """The sin-cos table of a grid of trained x trained patches, resampled (bicubic, antialias) to here x here.
-
-    float32 [here^2, width]. As timm's `resample_abs_pos_embed`: patches keep their place in the picture.
-    """
-    table = sincos_positions(width, trained, trained, prefix=0)
-    if here == trained:
-        return table
-    grid = table.view(1, trained, trained, width).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (here, here), mode="bicubic", antialias=True)
-    return grid.permute(0, 2, 3, 1).reshape(-1, width)
 
 
 # Names of this module's parameters by megamug's global names, without "encoder." and "stack.layers.I.".

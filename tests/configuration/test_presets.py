@@ -108,8 +108,8 @@ def test_every_preset_is_one_that_trains(preset):
 
 
 def test_vocabularies_are_the_published_ones():
-    """LLaMA's (arXiv 2302.13971) and CM3leon's (arXiv 2309.02591); a classifier reads no text."""
-    assert VOCABULARY == {"mug": 32_000, "decoder_lm": 56_320, "jam_cross": 56_320, "classifier": 0}
+    """LLaMA's (arXiv 2302.13971) and CM3leon's (arXiv 2309.02591); classifiers and segmenters read no text."""
+    assert VOCABULARY == {"mug": 32_000, "decoder_lm": 56_320, "jam_cross": 56_320, "classifier": 0, "segmenter": 0}
 
 
 def test_whoever_has_a_table_of_kinds_knows_all_of_them():
@@ -127,4 +127,4 @@ def test_whoever_has_a_table_of_kinds_knows_all_of_them():
         config = resolve(config)
         assert issubclass(task_type(kind).model, torch.nn.Module)
         assert model_of(config, 128).forward_flops > 0
-        assert (kind in ("mug", "classifier")) == (towers(config) == {})
+        assert (kind in ("mug", "classifier", "segmenter")) == (towers(config) == {})

@@ -77,7 +77,8 @@ def test_the_preset_depends_on_the_kind():
     config = load_config(None, ["model.kind=decoder_lm", "model.preset=vit_b16"])
     with pytest.raises(UserError, match="vit_b16 is of kind mug and model.kind is decoder_lm; set model.preset=cm3"):
         resolve(config)
-    with pytest.raises(UserError, match="none of mug, decoder_lm, jam_cross, classifier; set model.kind=decoder_lm"):
+    told = "none of mug, decoder_lm, jam_cross, classifier, segmenter; set model.kind=decoder_lm"
+    with pytest.raises(UserError, match=told):
         resolve(load_config(None, ["model.kind=decoder"]))
 
 

@@ -192,12 +192,13 @@ def test_refusals(inputs, overrides, world_size, said):
 @pytest.mark.parametrize("key", ranges.RANGES)
 def test_every_range_is_enforced_at_both_ends(inputs, key):
     bounds = ranges.RANGES[key]
-    number = int if keys()[key] in (int, int | None, list[int]) else float
+    number = int if keys()[key] in (int, int | None, list[int], list[int] | None) else float
     outside = [bounds.low if bounds.open_low else bounds.low - 1]
     if bounds.high != math.inf:
         outside.append(bounds.high if bounds.open_high else bounds.high + 1)
     for value in outside:
-        value = [number(value)] * ranges.LENGTHS[key] if key in ranges.LENGTHS else number(value)
+        is_list = key in ranges.LENGTHS or key == "segmenter.pool_scales"
+        value = [number(value)] * ranges.LENGTHS.get(key, 1) if is_list else number(value)
         assert f"{key}(" in refusal(inputs, f"{key}={str(value).replace(' ', '')}")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from megamug import cli
 from megamug.configuration import validate
+from megamug.configuration.counts import segmenter_blocks
 from megamug.configuration.reading import load_config, resolve
 from megamug.models.mug.plan import MugPlan
 from megamug.models.tasks import model_of
@@ -20,11 +21,13 @@ from tests.data.language import some_documents, tiny_vocabulary, write_set
 from tests.distributed.launch import ROOT
 from tests.evaluate.tiny_run import make_data
 from tests.training.classified import coloured, make_shards
+from tests.training.segmentation import made
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "studies")
 CONFIGURATIONS = [path for path in EXAMPLES if path.parent.name != "cluster"]
 CLASSIFIERS = [path for path in CONFIGURATIONS if path.stem.startswith(("finetune", "probe"))]
-MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug" and path not in CLASSIFIERS]
+SEGMENTERS = [path for path in CONFIGURATIONS if path.stem == "segment_vit_b16"]
+MUG = [path for path in CONFIGURATIONS if path.parent.name == "mug" and path not in CLASSIFIERS + SEGMENTERS]
 LARGE_JAM = sorted((ROOT / "examples" / "jam").glob("jam_2x*.yaml"))
 LAUNCHING = (ROOT / "docs" / "launching.md").read_text()
 EXPECTED = {"vit_b16_1gpu", "vit_l16_1gpu", "vit_l16_8gpu", "vit_h14_8gpu", "vit_g14_64node", "vit_s16_cpu", "demo"}
@@ -45,6 +48,7 @@ def data(tmp_path_factory) -> Path:
     vocabulary = tiny_vocabulary(folder)
     write_set(folder / "documents", vocabulary, some_documents(vocabulary, 8))
     make_shards(folder / "labelled", {"train": 6})
+    made.make_shards(folder / "mapped", {"train": 6}, reduce_zero=True, names=False)
     return folder
 
 
@@ -53,6 +57,9 @@ def overrides(path: Path, data: Path) -> list[str]:
         without = [] if importlib.util.find_spec("timm") else ["classifier.rand_augment=null"]
         return [f"data.train={data / 'labelled' / 'train'}", "data.validation=null", "model.initial=somewhere",
                 "classifier.classes=1000", f"run_dir={data / 'run'}", *without]  # fmt: skip
+    if path in SEGMENTERS:
+        return [f"data.train={data / 'mapped' / 'train'}", "model.initial=somewhere", "segmenter.classes=150",
+                f"run_dir={data / 'run'}"]  # fmt: skip
     if path.parent.name in ("mug", "transfer"):
         sources, tokenizer = data / "data" / "train", data / "tokenizer.model"
     else:
@@ -163,6 +170,18 @@ def test_fine_grained_data_become_classes_and_have_epochs_of_the_recipe(data, ca
     changes = [word for word in command[2].split() if not word.startswith("run_dir")]
     told = dry_run(ROOT / command[1], data, capsys, *changes, f"data.train={shards}", "classifier.classes=null")
     assert "42700 steps of 1024" in told and "2 classes" in told
+
+
+def test_the_segmenter_follows_the_recipe_of_beit_and_mae():
+    (path,) = SEGMENTERS
+    config = load_config(path)
+    own, optimizer = config.segmenter, config.optimizer
+    assert (config.data.image_size, config.data.global_batch_size, config.train.steps) == (512, 16, 160_000)
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.warmup_steps) == (1e-4, 0.05, 1500)
+    assert optimizer.schedule == "linear" and optimizer.beta2 == 0.999
+    assert own.blocks == [3, 5, 7, 11] == list(segmenter_blocks(resolve(load_config(None, ["model.kind=segmenter"]))))
+    assert (own.drop_path, own.layer_decay, own.auxiliary_weight, own.channels) == (0.1, 0.65, 0.4, 768)
+    assert own.pool_scales == [1, 2, 3, 6] and own.scale == [0.5, 2.0] and own.most_of_one_class == 0.75
 
 
 @pytest.mark.parametrize("path", LARGE_JAM, ids=lambda path: path.stem)

@@ -47,8 +47,8 @@ def plan_of_kind(kind: str, pipeline: int, virtual: int = 1, **sections):
     from megamug.models.tasks import model_of
 
     config = Config()
-    presets = {"decoder_lm": "lm_tiny", "jam_cross": "jam_demo", "classifier": "demo"}
-    config.model.__dict__.update(kind=kind, preset=presets[kind])
+    presets = {"decoder_lm": "lm_tiny", "jam_cross": "jam_demo"}
+    config.model.__dict__.update(kind=kind, preset=presets.get(kind, "demo"))
     config.data.context_length = 16
     config.parallel.__dict__.update(pipeline=pipeline, virtual=virtual)
     for section, keys in sections.items():
@@ -78,6 +78,7 @@ UNEQUAL = {"layers": 4, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
         ("classifier", 1, 1, {"classifier": {"classes": 10, "pool": "class_token"}}),
         ("classifier", 1, 1, {"classifier": {"classes": 10, "frozen": True}}),
         ("classifier", 1, 1, {"classifier": {"classes": 10, "frozen": True, "pool": "attention"}}),
+        ("segmenter", 1, 1, {"segmenter": {"classes": 10, "channels": 32}}),
     ],
 )
 def test_parameters_of_other_models_are_those_of_the_built_stages(world, kind, pipeline, virtual, sections):

@@ -50,11 +50,11 @@ UNEQUAL = {"layers": 3, "width": 48, "heads": 4, "ffn_width": 96, "bias": True, 
 def configuration(kind: str, dtype: str = "fp32", recompute: str = "none", **sections) -> Config:
     """A small model; `sections` as {section: {key: value}}."""
     config = Config()
-    preset = {"mug": "demo", "decoder_lm": "lm_tiny", "jam_cross": "jam_demo", "classifier": "demo"}[kind]
+    preset = {"decoder_lm": "lm_tiny", "jam_cross": "jam_demo"}.get(kind, "demo")
     config.model.__dict__.update(kind=kind, preset=preset, register_tokens=3, decoder_register_tokens=2)
     config.data.__dict__.update(context_length=64, image_size=64, caption_length=24, micro_batch_size=2)
     config.precision.dtype, config.parallel.recompute = dtype, recompute
-    if kind in ("mug", "classifier"):
+    if kind in ("mug", "classifier", "segmenter"):
         config.model.__dict__.update(layers=3, width=96, ffn_width=384)
     if kind == "jam_cross":
         config.text_tower.__dict__.update(SMALL)
@@ -128,10 +128,22 @@ def test_sizes_are_those_of_the_models_plans(kind, sections):
                 assert rank_parameters(model, layout, rank) == counts
 
 
-def test_layouts_of_classifiers_are_not_planned():
-    config = configuration("classifier")
-    with pytest.raises(UserError, match="model.kind=classifier are not planned; .* --dry-run"):
-        planner.plan(config, 8, "h100")
+@pytest.mark.parametrize("auxiliary", [0.4, 0.0])
+def test_a_segmenter_has_the_sizes_of_its_plan(auxiliary):
+    config = configuration("segmenter", segmenter={"classes": 10, "channels": 32, "auxiliary_weight": auxiliary})
+    from megamug.models.segmenter.plan import SegmenterPlan
+
+    model, plan = planned(config), SegmenterPlan(config, 0)
+    assert [block.flops for block in model.blocks] == [block.flops for block in plan.blocks]
+    for tensor in (1, 2):
+        counts = tuple(count.on_rank(tensor) for count in parameters.stage_counts(plan, 0))
+        assert rank_parameters(model, Layout(tensor=tensor), 0) == counts
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter"])
+def test_layouts_of_fine_tuned_models_are_not_planned(kind):
+    with pytest.raises(UserError, match=f"model.kind={kind} are not planned; .* --dry-run"):
+        planner.plan(configuration(kind), 8, "h100")
 
 
 # ---------------------------------------------------------------------------------------------- what a run keeps

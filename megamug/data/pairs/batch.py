@@ -23,6 +23,7 @@ class PairBatch:
     valid: np.ndarray  # bool [b]: False for the padding at the end of a validation pass
     labels: torch.Tensor | None = None  # int64 [b]: the class of each sample; of padding, too
     train: bool = True  # of a training pass
+    maps: torch.Tensor | None = None  # uint8 [b, S, S]: classes of pixels, see `megamug.data.segmentation.loader`
     _locations: list[tuple[Source, int]] = field(repr=False, default_factory=list)
     _lines: tuple[str, np.ndarray] = field(repr=False, default=("join", np.zeros(0)))  # which captions, and draws [b]
 

@@ -42,7 +42,7 @@ class TooManyFailures(RuntimeError):
 
 
 @dataclass
-class _Samples:
+class Samples:
     """This rank's samples of one global batch; `indices` change where a sample is replaced."""
 
     sources: np.ndarray  # int64 [n], as are epochs and indices
@@ -52,6 +52,7 @@ class _Samples:
     valid: np.ndarray  # bool [n]
     labels: np.ndarray  # int64 [n], as they are read
     end: int  # the cursor behind the batch
+    maps: np.ndarray | None = None  # of a loader of those
 
 
 def order_of(sources: list[Source], seed: int) -> GlobalOrder:
@@ -163,7 +164,7 @@ class PairLoader:
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
             for batch in item.micro_batches:  # made on another stream
-                for tensor in (batch.images, batch.tokens, batch.labels):
+                for tensor in (batch.images, batch.tokens, batch.labels, batch.maps):
                     if tensor is not None:
                         tensor.record_stream(stream)
         return item
@@ -208,7 +209,7 @@ class PairLoader:
         part = self.global_batch_size // self.dp_size
         step, decoder = min(part, MAX_DECODE_BATCH), None
         if self.need_images:
-            decoder = CropDecoder(self.image_size, step, self.threads, self.device, self.background)
+            decoder = self._decoder(step)
         pixels: list[torch.Tensor] = []
         captions: list[str] = []
         with ThreadPoolExecutor(1, "megamug-reader") as reader:  # reads the next chunk while this one is decoded
@@ -231,7 +232,10 @@ class PairLoader:
                 pixels, captions = [], []
         raise StopIteration
 
-    def _chunks(self, start: int, part: int, step: int) -> Iterator[tuple[_Samples, slice]]:
+    def _decoder(self, step: int) -> CropDecoder:
+        return CropDecoder(self.image_size, step, self.threads, self.device, self.background)
+
+    def _chunks(self, start: int, part: int, step: int) -> Iterator[tuple[Samples, slice]]:
         """This rank's samples of the global batches from `start` on, `step` at a time, until asked to stop."""
         while not self._stop.is_set() and (self.total_samples is None or start < self.total_samples):
             with span("loader: order"):
@@ -240,7 +244,7 @@ class PairLoader:
                 yield samples, slice(first, min(first + step, part))
             start += self.global_batch_size
 
-    def _samples(self, start: int, part: int) -> _Samples:
+    def _samples(self, start: int, part: int) -> Samples:
         end, mine = start + self.global_batch_size, start + part * self.dp_rank
         positions = np.arange(mine, mine + part)
         valid = np.ones(part, bool)
@@ -255,9 +259,9 @@ class PairLoader:
         sources, epochs, indices = (column[fill] for column in order)
         unique = self.order.unique(sources, indices)
         draws = uniform(self.seed, "caption line", epochs, unique, 1)[:, 0]
-        return _Samples(sources, epochs, indices, draws, valid, np.full(part, -1, np.int64), end)
+        return Samples(sources, epochs, indices, draws, valid, np.full(part, -1, np.int64), end)
 
-    def _make_batch(self, samples: _Samples, pixels: list[torch.Tensor], captions: list[str]) -> GlobalBatch:
+    def _make_batch(self, samples: Samples, pixels: list[torch.Tensor], captions: list[str]) -> GlobalBatch:
         part = len(samples.valid)
         images = tokens = labels = None
         if self.need_images:
@@ -277,19 +281,19 @@ class PairLoader:
             micro_batches.append(PairBatch(
                 None if images is None else images[rows], None if tokens is None else tokens[rows],
                 samples.epochs[rows], unique[rows], samples.valid[rows], None if labels is None else labels[rows],
-                self.train, locations, (self.caption_lines, samples.draws[rows]),
+                self.train, _locations=locations, _lines=(self.caption_lines, samples.draws[rows]),
             ))  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return GlobalBatch(micro_batches, samples.end, failures=self._failures)
 
-    def _read_chunk(self, chunk: tuple[_Samples, slice], shards: OpenShards) -> list[tuple | Exception]:
+    def _read_chunk(self, chunk: tuple[Samples, slice], shards: OpenShards) -> list[tuple | Exception]:
         """(image bytes, caption, (width, height), label) of each sample, or why it cannot be read. Changes nothing."""
         samples, rows = chunk
         with span("loader: bytes (ahead)"):
             return [self._read(samples, row, shards) for row in range(rows.start, rows.stop)]
 
-    def _read(self, samples: _Samples, row: int, shards: OpenShards) -> tuple | Exception:
+    def _read(self, samples: Samples, row: int, shards: OpenShards) -> tuple | Exception:
         source, index, draw = self.sources[samples.sources[row]], samples.indices[row], samples.draws[row]
         shard, i = source.locate(index)
         own = self.need_captions and source.given is None
@@ -305,7 +309,7 @@ class PairLoader:
         except (OSError, ValueError) as error:
             return error
 
-    def _read_another(self, samples: _Samples, row: int, error: Exception, shards: OpenShards) -> tuple:
+    def _read_another(self, samples: Samples, row: int, error: Exception, shards: OpenShards) -> tuple:
         """What `_read` gives of the first sample behind the one of `row` that can be read."""
         for _ in range(len(self.sources[samples.sources[row]])):
             self._replace(samples, row, f"cannot be read: {error}")
@@ -316,12 +320,12 @@ class PairLoader:
         raise TooManyFailures(f"no sample of {self.sources[samples.sources[row]].name} can be read")
 
     def _decode(
-        self, samples: _Samples, rows: slice, read: list, captions: list[str], decoder: CropDecoder, shards: OpenShards
+        self, samples: Samples, rows: slice, read: list, captions: list[str], decoder: CropDecoder, shards: OpenShards
     ) -> torch.Tensor:
         """Images uint8 [n, 3, S, S]. A sample that does not decode is replaced, in `samples`, `read`, `captions`."""
-        views = self._views(samples, rows, read)
+        regions, flips = self._views(samples, rows, read)
         with span("loader: decode and resize"):
-            pixels, failed = decode_or_none(decoder, [r[0] for r in read], *views)
+            pixels, failed = decode_or_none(decoder, [r[0] for r in read], regions, flips)
         while failed:
             for position, reason in failed.items():
                 row = rows.start + position
@@ -335,13 +339,19 @@ class PairLoader:
             replaced, still = decode_or_none(decoder, [read[p][0] for p in again], regions[again], flips[again])
             pixels[again] = replaced
             failed = {again[p]: reason for p, reason in still.items()}
+        return self._finished(samples, rows, read, pixels, regions, flips)
+
+    def _finished(
+        self, samples: Samples, rows: slice, read: list, pixels: torch.Tensor, regions: np.ndarray, flips: np.ndarray
+    ) -> torch.Tensor:
+        """The pixels of samples that have been read and seen as `regions` and `flips` say, as they are trained on."""
         if self.augment is not None:
             with span("loader: augment"):
                 unique = self.order.unique(samples.sources[rows], samples.indices[rows])
                 pixels = self.augment(pixels, samples.epochs[rows], unique)
         return pixels
 
-    def _views(self, samples: _Samples, rows: slice, read: list) -> tuple[np.ndarray, np.ndarray]:
+    def _views(self, samples: Samples, rows: slice, read: list) -> tuple[np.ndarray, np.ndarray]:
         """Regions [b, 4] and flips [b] of some samples."""
         widths, heights = np.array([r[2] for r in read]).T
         if not self.train:
@@ -352,7 +362,7 @@ class PairLoader:
             flips = random_flips(self.seed, epochs, unique) if self.flip else np.zeros(len(read), bool)
         return regions, flips
 
-    def _replace(self, samples: _Samples, row: int, reason: str) -> None:
+    def _replace(self, samples: Samples, row: int, reason: str) -> None:
         source = self.sources[samples.sources[row]]
         shard, i = source.locate(samples.indices[row])
         samples.indices[row] = (samples.indices[row] + 1) % len(source)

@@ -35,6 +35,7 @@ class Limits:
     json_bytes: int = 1 << 20  # of a whole .json member
     images_alone: bool = False  # keep images without a caption in shards where others have one
     labels: bool = False  # quarantine what has no class
+    maps: bool = False  # quarantine what has no map of classes
 
 
 DEFAULT_LIMITS = Limits()

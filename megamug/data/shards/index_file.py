@@ -23,8 +23,8 @@ import numpy as np
 from megamug.command_line.arguments import expand_home
 from megamug.durable import write_atomically
 
-MAGIC = b"megamug-index-03"
-FORMAT_VERSION = 3
+MAGIC = b"megamug-index-04"
+FORMAT_VERSION = 4
 SUFFIX = ".index"
 
 SAMPLE = np.dtype([
@@ -32,10 +32,11 @@ SAMPLE = np.dtype([
     ("caption_offset", "<u8"), ("caption_size", "<u4"), ("caption_is_json", "u1"),  # size 0: it has none
     ("label", "<i4"),  # its class, -1: it has none
     ("label_offset", "<u8"), ("label_size", "<u4"),  # the member that says so; size 0: none, or that of the caption
+    ("map_offset", "<u8"), ("map_size", "<u4"),  # the member with a class for every pixel; size 0: none
     ("width", "<u4"), ("height", "<u4"),  # pixels as decoded, EXIF orientation applied
     ("caption_length", "<u4"),  # characters
     ("key_start", "<u4"), ("key_size", "<u4"), ("key_checksum", "<u4"),  # CRC-32 of the key
-    ("sha256", "V32"),  # of the bytes of the image, the caption's member and the label's member, one after another
+    ("sha256", "V32"),  # of the bytes of image, caption's member, label's member and map, one after another
     ("checksum", "<u4"),  # CRC-32 of the record's other bytes
 ])  # fmt: skip
 _PLAIN = SAMPLE.itemsize - 4  # bytes of a record before its checksum
@@ -58,6 +59,9 @@ class IndexHeader:
     unlabelled: str = ""  # why the first of the others has none
     classes: int = 0  # the largest class, plus one
     classes_sha256: str = ""  # of the names in classes.txt that lay beside the shard, "" without one
+    mapped: int = 0  # of the samples have a map of classes
+    unmapped: str = ""  # why the first of the others has none
+    map_values: int = 0  # the largest value of the maps but 255, plus one
     quarantine: list[dict] = field(default_factory=list)  # {"key": ..., "member": ..., "reason": ...}
     ignored: dict[str, int] = field(default_factory=dict)  # members of other kinds, by extension
     limits: dict = field(default_factory=dict)  # what the verification allowed

@@ -10,6 +10,7 @@ from megamug.command_line.console import counted
 from megamug.data.dali import load_dali
 from megamug.data.shards.annotations import DEFAULT_LIMITS, NO_CAPTION, Limits, number_names
 from megamug.data.shards.labels import NO_LABEL
+from megamug.data.shards.maps import NO_MAP
 from megamug.data.shards.sources import compressed, find_shards
 from megamug.data.shards.tar_members import described
 from megamug.data.shards.verify import ShardReport, index_shard
@@ -67,7 +68,7 @@ def summary(reports: list[ShardReport], shown: int = 20) -> str:
     counts = ", ".join(f"{actions.count(action)} {action}" for action in dict.fromkeys(actions))
     total = f"{counted(len(reports), 'shard')} ({counts}): {counted(samples, 'sample')}"
     lines = [f"{total}, {len(quarantine):,} quarantined"]
-    lines += _of_captions(reports) + _of_labels(reports)
+    lines += _of_captions(reports) + _of_labels(reports) + _of_maps(reports)
     for shard, entry in quarantine[:shown]:
         lines.append(f"  {printable(shard)}: {described(entry)}")
     if len(quarantine) > shown:
@@ -111,4 +112,20 @@ def _of_labels(reports: list[ShardReport]) -> list[str]:
     if labelled < samples:
         lines.append(f"  {counted(samples - labelled, 'sample')} without a usable label ({reason}); --labels"
                      " quarantines what has none")  # fmt: skip
+    return lines
+
+
+def _of_maps(reports: list[ShardReport]) -> list[str]:
+    """How many have a map of classes, and why the others have none."""
+    mapped, samples = sum(report.mapped for report in reports), sum(report.samples for report in reports)
+    reason = next((report.unmapped for report in reports if report.unmapped), "")
+    if not mapped and (not reason or reason.endswith(NO_MAP)):
+        return []
+    lines = []
+    if mapped:
+        last = max(report.map_values for report in reports) - 1
+        lines.append(f"  maps: {counted(mapped, 'sample')} of values up to {last}, 255 not counted")
+    if mapped < samples:
+        lines.append(f"  {counted(samples - mapped, 'sample')} without a usable map ({reason}); --maps quarantines what"
+                     " has none")  # fmt: skip
     return lines

@@ -12,7 +12,7 @@ from megamug.command_line.console import counted
 from megamug.data.shards.captions import CaptionedImage, parse_captions, read_coco_captions
 from megamug.data.shards.index_file import SUFFIX
 from megamug.data.shards.labels import CLASSES, classes_bytes, labels_of_folders, read_classes, read_label_list
-from megamug.data.shards.tar_members import IMAGE_EXTENSIONS
+from megamug.data.shards.tar_members import IMAGE_EXTENSIONS, MAP_EXTENSION
 from megamug.data.shards.tar_writer import write_members
 from megamug.data.tooling import Progress
 from megamug.durable import write_atomically
@@ -28,11 +28,13 @@ class Entry:
     image: Path
     caption: bytes | Path | CaptionedImage | None  # or the file that holds it; None: it has none
     label: int | None = None
+    map: Path | None = None
 
 
 def make_shards(
     source: str | Path, output: str | Path, *, prefix: str = "shard", shard_size: int = 10_000, overwrite: bool = False,
     images_alone: bool = False, labels: str | None = None, captions: str | Path | None = None,
+    maps: Path | None = None,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:  # fmt: skip
     """Pack `source` (a folder or a .tsv file) into `output/PREFIX-000000.tar`, ...; keys are running numbers.
 
@@ -40,8 +42,10 @@ def make_shards(
     `images_alone`. `labels`: `folders` (root/CLASS/image) or a list (see `labels.read_label_list`); every image that
     is packed then has a `KEY.cls`, and `classes.txt` in `output` names the classes. `captions`: a list as COCO writes
     it (see `captions.read_coco_captions`), in the place of files beside the images; an image keeps all of its own.
+    `maps`: a folder that holds, for each `a/b.jpg` of `source`, the map of its classes `a/b.png` (ADE20K's
+    annotations); every image that is packed then has a `KEY.seg.png`.
 
-    Returns the shards and (image, reason) of what was left out: no caption, no label, an unreadable file. A shard
+    Returns the shards and (image, reason) of what was left out: no caption, label or map, an unreadable file. A shard
     appears whole; with each image it keeps the name of its file below `source`, so that the quarantine can name it.
     Images are taken in the order of their paths, or of the table. Raises `UserError` where nothing is found, and where
     shards of this prefix are there already and `overwrite` is not set.
@@ -57,8 +61,10 @@ def make_shards(
         entries = _folder_entries(source, images_alone, skipped, captions and Path(captions))
         if labels is not None:
             entries, names = _labelled(entries, source, labels, skipped)
-    elif labels is not None or captions is not None:
-        option = "--labels" if labels is not None else "--captions"
+        if maps is not None:
+            entries = _mapped(entries, source, maps, skipped)
+    elif options := [name for name, given in (("labels", labels), ("captions", captions), ("maps", maps)) if given]:
+        option = f"--{options[0]}"
         raise UserError(f"{option} is for a folder of images, and {source} is none")
     elif source.is_file() and source.suffix == ".tsv":
         entries = list(_table_entries(source))
@@ -137,6 +143,8 @@ def _read(
                 beside["txt"] = caption
             if entry.label is not None:
                 beside["cls"] = str(entry.label).encode()
+            if entry.map is not None:
+                beside[MAP_EXTENSION] = entry.map.read_bytes()
         except (OSError, ValueError) as error:
             skipped.append((image, str(error)))
         else:
@@ -201,6 +209,18 @@ def _labelled(
         if entry.label is None:
             skipped.append((entry.image, reason))
     return [entry for entry in names.values() if entry.label is not None], classes
+
+
+def _mapped(entries: list[Entry], root: Path, maps: Path, skipped: list[tuple[Path, str]]) -> list[Entry]:
+    """The entries that have a map in the folder `maps`, with it; the others go to `skipped`."""
+    if not maps.is_dir():
+        raise UserError(f"--maps {maps}: no such folder; give the one that holds, for each image a/b.jpg of {root}, its"
+                        " map a/b.png")  # fmt: skip
+    for entry in entries:
+        entry.map = (maps / entry.image.relative_to(root)).with_suffix(".png")
+        if not entry.map.is_file():
+            skipped.append((entry.image, f"no map {entry.map}"))
+    return [entry for entry in entries if entry.map.is_file()]
 
 
 def _table_entries(table: Path) -> Iterator[Entry]:

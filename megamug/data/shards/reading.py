@@ -25,6 +25,7 @@ from megamug.data.shards.index_file import (
     parse_record,
     read_header,
 )
+from megamug.data.shards.maps import decode_map
 from megamug.errors import UserError
 
 
@@ -145,12 +146,21 @@ class Shard:
             text = self._read(int(record["caption_offset"]), int(record["caption_size"]))
         if compared:
             label = self._read(int(record["label_offset"]), int(record["label_size"]))
-            digest = hashlib.sha256(picture + text + label)
+            classes = self._read(int(record["map_offset"]), int(record["map_size"]))
+            digest = hashlib.sha256(picture + text + label + classes)
             if digest.digest() != record["sha256"].tobytes():
                 raise OSError(f"{self.path}: sample {i} is not what was indexed (its SHA-256 differs)")
         if caption and not record["caption_size"]:
             raise ValueError(f"{self.path}: sample {i} has no caption")
         return picture if image else b"", text, record
+
+    def map(self, record: np.void) -> np.ndarray:
+        """The map of the sample of a record that `read` gave, uint8 [height, width]. Raises OSError where the bytes are
+        not there; `ValueError` where it has none, or it does not decode."""
+        if not record["map_size"]:
+            raise ValueError(f"{self.path}: a sample has no map")
+        data = self._read(int(record["map_offset"]), int(record["map_size"]))
+        return decode_map(data, (int(record["height"]), int(record["width"])))
 
     def _read(self, offset: int, size: int) -> bytes:
         # pread and not a mapping of the tar: a shard that shrinks or a file system that fails is then an error of one

@@ -116,6 +116,25 @@ class Source:
         self.class_names()
 
 
+    @property
+    def map_values(self) -> int:
+        """The largest value of the maps but 255, plus one; 0 without maps."""
+        return max(shard.header.map_values for shard in self.shards)
+
+    def check_maps(self) -> None:
+        """Raises `UserError` where samples have no map of classes, or the names of the classes are in disorder."""
+        total = sum(len(shard) for shard in self.shards)
+        missing = total - sum(shard.header.mapped for shard in self.shards)
+        if missing:
+            first = next(shard.header.unmapped for shard in self.shards if shard.header.unmapped)
+            raise UserError(
+                f"{self.name}: {missing:,} of {counted(total, 'sample')} without a usable map ({first}); give each a"
+                f" KEY.seg.png of its size, a class a pixel; `{index_command([self.name])} --maps` leaves out what has"
+                " none"
+            )
+        self.class_names()
+
+
 class WithoutCaptions(UserError):
     """A set that was to have captions and has none."""
 
@@ -218,6 +237,18 @@ def check_labels(sources: list[Source]) -> None:
     """Raises `UserError` where a sample of these sets has no class, or where they name their classes differently."""
     for source in sources:
         source.check_labels()
+    _check_names(sources)
+
+
+def check_maps(sources: list[Source]) -> None:
+    """Raises `UserError` where a sample of these sets has no map, or where they name their classes differently."""
+    for source in sources:
+        source.check_maps()
+    _check_names(sources)
+
+
+def _check_names(sources: list[Source]) -> None:
+    for source in sources:
         if source.class_names() != sources[0].class_names():
             raise UserError(f"{sources[0].name} and {source.name} have different {CLASSES}; number the classes of all"
                             " in one way")  # fmt: skip

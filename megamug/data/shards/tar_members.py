@@ -1,7 +1,7 @@
 """Walk a tar shard without extracting anything: which members make a sample, and what is wrong with the others.
 
-WebDataset's naming: `folder/KEY.EXTENSION`, KEY up to the first dot of the file name, which image, caption and label
-share.
+WebDataset's naming: `folder/KEY.EXTENSION`, KEY up to the first dot of the file name, which image, caption, label and
+map share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megamug.errors import printable
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "json")  # a .txt wins over a .json of the same key
 LABEL_EXTENSION = "cls"  # a number as text; it wins over `label` in a .json
+MAP_EXTENSION = "seg.png"  # a class for every pixel, see `maps`
 SOURCE = "MEGAMUG.source"  # PAX key of a member: the user's own file that it was packed from
 COMPRESSED = (
     (b"\x1f\x8b", "gzip", "gunzip"), (b"BZh", "bzip2", "bunzip2"), (b"\xfd7zXZ\0", "xz", "unxz"),
@@ -41,7 +42,7 @@ class Pair:
 
     key: str
     image: Member
-    beside: dict[str, Member] = field(default_factory=dict)  # by extension: txt, json, cls
+    beside: dict[str, Member] = field(default_factory=dict)  # by extension: txt, json, cls, seg.png
 
 
 @dataclass
@@ -164,8 +165,8 @@ def scan(path: Path) -> TarContents:
         contents.quarantine.append(problem(key, name, reason))
     contents.pairs = [Pair(key, image, beside.pop(key, {})) for key, image in images.items()]
     for key, found in beside.items():
-        extension = next(e for e in (*CAPTION_EXTENSIONS, LABEL_EXTENSION) if e in found)
-        what = "label" if extension == LABEL_EXTENSION else "caption"
+        extension = next(e for e in (*CAPTION_EXTENSIONS, LABEL_EXTENSION, MAP_EXTENSION) if e in found)
+        what = {LABEL_EXTENSION: "label", MAP_EXTENSION: "map"}.get(extension, "caption")
         contents.quarantine.append(problem(key, found[extension].name, f"a {what} without a usable image of this key"))
     return contents
 
@@ -176,7 +177,8 @@ def _sort_member(
 ) -> None:  # fmt: skip
     name, source = info.name, info.pax_headers.get(SOURCE)
     key, extension = split_name(name)
-    is_image, is_beside = extension in IMAGE_EXTENSIONS, extension in (*CAPTION_EXTENSIONS, LABEL_EXTENSION)
+    is_image = extension in IMAGE_EXTENSIONS
+    is_beside = extension in (*CAPTION_EXTENSIONS, LABEL_EXTENSION, MAP_EXTENSION)
     if info.isdir():
         return
     reason = unusable(info, total)

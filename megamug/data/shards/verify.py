@@ -44,6 +44,7 @@ from megamug.data.shards.index_file import (
     write_index,
 )
 from megamug.data.shards.labels import classes_sha256, read_classes
+from megamug.data.shards.maps import Map, find_map
 from megamug.data.shards.tar_members import Member, Pair, problem, scan
 from megamug.durable import file_sha256
 from megamug.errors import UserError, printable
@@ -67,12 +68,15 @@ class ShardReport:
     labelled: int = 0  # samples with a class
     unlabelled: str = ""  # why the first of the others has none
     classes: int = 0  # the largest class, plus one
+    mapped: int = 0  # samples with a map of classes
+    unmapped: str = ""  # why the first of the others has none
+    map_values: int = 0  # the largest value of the maps but 255, plus one
 
 
 def _report(path: Path, header: IndexHeader, action: str) -> ShardReport:
     return ShardReport(
         str(path), header.samples, header.quarantine, header.ignored, action, header.captioned, header.labelled,
-        header.unlabelled, header.classes,
+        header.unlabelled, header.classes, header.mapped, header.unmapped, header.map_values,
     )  # fmt: skip
 
 
@@ -85,6 +89,8 @@ class _Found:
     keys: list[bytes] = field(default_factory=list)
     key_bytes: int = 0
     unlabelled: str = ""
+    unmapped: str = ""
+    largest: int = -1  # value of a map
 
 
 def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:
@@ -112,6 +118,7 @@ def index_shard(path: Path, limits: Limits = DEFAULT_LIMITS) -> ShardReport:
             shard_edges_sha256=edges_sha256(path), samples=len(samples), captioned=len(found.captioned),
             labelled=int((samples["label"] >= 0).sum()), unlabelled=found.unlabelled,
             classes=int(samples["label"].max(initial=-1)) + 1, classes_sha256=classes_sha256(names),
+            mapped=int((samples["map_size"] > 0).sum()), unmapped=found.unmapped, map_values=found.largest + 1,
             quarantine=contents.quarantine, ignored=dict(contents.ignored), limits=asdict(limits),
             decoder=decoder_version(),
         )  # fmt: skip
@@ -154,27 +161,35 @@ def _verify(path: Path, pairs: list[Pair], quarantine: list[dict], names: list[s
         for batch in _batches(file, pairs, quarantine, names, limits):
             sizes = _decode(decoder, [image for _, image, _ in batch], captured)
             for (pair, image, annotations), size in zip(batch, sizes, strict=True):
-                if isinstance(size, str):
-                    quarantine.append(problem(pair.key, pair.image.name, size, pair.image.source))
-                else:
-                    _keep(found, pair, image, annotations, size)
+                try:
+                    if isinstance(size, str):
+                        raise Rejected(size)
+                    _keep(found, pair, image, annotations, find_map(file, pair, size, limits), size)
+                except Rejected as reason:
+                    member = reason.member or pair.image
+                    quarantine.append(problem(pair.key, member.name, str(reason), pair.image.source))
     return found
 
 
-def _keep(found: _Found, pair: Pair, image: bytes, annotations: Annotations, size: tuple[int, int]) -> None:
+def _keep(
+    found: _Found, pair: Pair, image: bytes, annotations: Annotations, map_: Map, size: tuple[int, int]
+) -> None:  # fmt: skip
     key, digest = pair.key.encode(), hashlib.sha256(image)
-    digest.update(annotations.hashed())
+    digest.update(annotations.hashed() + map_.data)
     nothing = Member("", 0, 0)
-    caption, label = annotations.caption or nothing, annotations.label_member or nothing
+    caption, label, classes = (x or nothing for x in (annotations.caption, annotations.label_member, map_.member))
     (found.captioned if annotations.caption else found.alone).append((
         pair.image.offset, pair.image.size, caption.offset, caption.size, annotations.caption_is_json,
-        annotations.label, label.offset, label.size,
+        annotations.label, label.offset, label.size, classes.offset, classes.size,
         size[1], size[0], annotations.length, found.key_bytes, len(key), zlib.crc32(key), digest.digest(), 0,
     ))  # fmt: skip
     found.keys.append(key)
     found.key_bytes += len(key)
     if annotations.label < 0:
         found.unlabelled = found.unlabelled or printable(f"{pair.image.name}: {annotations.unlabelled}")
+    if map_.unmapped:
+        found.unmapped = found.unmapped or printable(f"{pair.image.name}: {map_.unmapped}")
+    found.largest = max(found.largest, map_.largest)
 
 
 def _batches(

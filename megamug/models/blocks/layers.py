@@ -6,7 +6,6 @@ tensor-parallel rank holds s / tp of the sequence.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -14,7 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig, TransformerLayer
+from megatron.core.transformer import TransformerLayer
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -28,6 +27,7 @@ from megamug.models.attention import gpu as gpu_attention
 from megamug.models.blocks import cpu_linear, functional
 from megamug.models.blocks.elementwise import rotated
 from megamug.models.blocks.norms import HeadNorm
+from megamug.models.blocks.run_config import config_of_run
 
 
 class Norm(nn.Module):
@@ -308,23 +308,6 @@ class ResPostNormLayer(TransformerLayer):
         self.bias_dropout_add_exec_handler = nullcontext
 
 
-def config_of_run(config: TransformerConfig, first: int, last: int) -> TransformerConfig:
-    """The configuration of layers [first, last) of a stack, which to Megatron are a stack of their own.
-
-    Megatron counts a run's layers from 1. So of the layers that FP8 leaves in bf16, at both ends of the *whole* stack,
-    it is told those that lie in the run; the same for "first" and "last" wherever else it asks.
-    """
-    if first == last:
-        return config
-    run, count = copy.copy(config), last - first
-    run.num_layers = count
-    if config.first_last_layers_bf16:
-        end = config.num_layers - config.num_layers_at_end_in_bf16  # the first layer of those at the end
-        run.num_layers_at_start_in_bf16 = min(max(config.num_layers_at_start_in_bf16 - first, 0), count)
-        run.num_layers_at_end_in_bf16 = min(max(last - end, 0), count)
-    return run
-
-
 class LayerRun(TransformerBlock):
     """Layers [first, last) of a stack of `config.num_layers`, as one pipeline stage holds them.
 
@@ -353,6 +336,14 @@ class LayerRun(TransformerBlock):
         if not self.local:
             assert scales is None, "only `local` layers have stochastic depth"
             return super().forward(hidden_states, attention_mask, context=context, rotary_pos_emb=rotary_pos_emb)
+        for state in self.states(hidden_states, attention_mask, context, rotary_pos_emb, scales):
+            hidden_states = state
+        return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
+
+    def states(
+        self, hidden_states: Tensor, attention_mask=None, context=None, rotary_pos_emb=None, scales=None
+    ) -> Iterator[Tensor]:
+        """What stands behind each of the layers, which are `local`, before any norm. Arguments as `forward`."""
         training = self.training and torch.is_grad_enabled()
         again = training and self.config.recompute_granularity == "full"
         function = self.layer_function if training else functional.transformer_layer
@@ -360,8 +351,7 @@ class LayerRun(TransformerBlock):
             arguments = layer, hidden_states, attention_mask, rotary_pos_emb, context
             if scales is not None:
                 arguments = *arguments, scales[number]
-            hidden_states = recomputed(function, *arguments) if again else function(*arguments)
-        return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
+            yield (hidden_states := recomputed(function, *arguments) if again else function(*arguments))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding

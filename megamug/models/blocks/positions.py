@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,3 +24,16 @@ def sincos_positions(width: int, grid_height: int, grid_width: int, prefix: int)
         halves += [angles.sin(), angles.cos()]
     table = torch.cat(halves, dim=1).float()
     return torch.cat([table.new_zeros(prefix, width), table])
+
+
+def resampled_positions(width: int, trained: int, here: int) -> Tensor:
+    """The sin-cos table of a grid of trained x trained patches, resampled (bicubic, antialias) to here x here.
+
+    float32 [here^2, width]. As timm's `resample_abs_pos_embed`: patches keep their place in the picture.
+    """
+    table = sincos_positions(width, trained, trained, prefix=0)
+    if here == trained:
+        return table
+    grid = table.view(1, trained, trained, width).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (here, here), mode="bicubic", antialias=True)
+    return grid.permute(0, 2, 3, 1).reshape(-1, width)

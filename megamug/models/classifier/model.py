@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from megamug.models.blocks.batch_norm import BatchNorm
 from megamug.models.blocks.layers import replicated
 from megamug.models.classifier.plan import ClassifierPlan
 from megamug.models.mug.model import Encoder
@@ -29,43 +29,6 @@ class ClassBatch:
     rows: Tensor | None = None  # int64: the rows that count, where some are padding
     visible_ids: None = None  # the encoder sees every patch
     scales: Tensor | None = None  # [layers, 2, b, 1]: stochastic depth, see `megamug.data.pairs.mixing`
-
-
-class Standardised(nn.Module):
-    """BatchNorm without parameters, of features [rows, h] that need no gradient: MAE's linear probe, where a row is an
-    image, and AIM's attentive one, where it is a patch.
-
-    In training means and variances are those of a micro-batch of all data-parallel ranks together (so with several
-    micro-batches a step the layout says which images share them); running ones, with torch's momentum of 0.1, are for
-    evaluation.
-    """
-
-    eps, momentum = 1e-6, 0.1
-
-    def __init__(self, plan: ClassifierPlan, width: int):
-        super().__init__()
-        self.plan = plan
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            group = self.plan.data_group
-            replicas = 1 if group is None else group.size()
-            count = len(x) * replicas
-            mean = self._sum(x, group) / count
-            var = self._sum((x - mean).square(), group) / count
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
-        return (x - mean) * (var + self.eps).rsqrt()
-
-    def _sum(self, x: Tensor, group) -> Tensor:
-        total = x.sum(dim=0)
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return total
 
 
 class AttentivePool(nn.Module):
@@ -99,7 +62,7 @@ class Head(MegatronModule):
         if plan.head_norm:
             self.norm = replicated(nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype), False)
         if plan.standardised:
-            self.standardised = Standardised(plan, width)
+            self.standardised = BatchNorm(plan, width, eps=1e-6, affine=False)  # of images (MAE), or of patches (AIM)
         if plan.attentive:
             self.attention = replicated(AttentivePool(width, config.num_attention_heads, dtype), False)
         self.linear = replicated(nn.Linear(width, plan.classes, dtype=dtype), False)
@@ -112,7 +75,7 @@ class Head(MegatronModule):
         if self.plan.head_norm:
             read = self.norm(read)
         if self.plan.standardised:
-            read = self.standardised(read.flatten(0, -2).float()).to(read.dtype).view_as(read)
+            read = self.standardised(read.flatten(0, -2)).view_as(read)
         return self.linear(self.attention(read) if self.plan.attentive else read).float()
 
 
@@ -126,10 +89,7 @@ class Classifier(Stage):
         self.head = Head(plan) if "class" in parts else None
         if plan.frozen_encoder:
             self.encoder.requires_grad_(False)
-        for name, parameter in self.named_parameters():
-            parameter.no_weight_decay = parameter.dim() == 1 or name.endswith(("_token", "_tokens"))
-            if plan.layer_decay < 1:
-                parameter.rate_scale = plan.rate_scale(name, parts["encoder"].first if "encoder" in parts else 0)
+        plan.mark(self, parts["encoder"].first if "encoder" in parts else 0)
 
     def forward(self, batch: ClassBatch) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor | int]]]:
         """Runs this stage: (packed tensors for the next stage or None, {"class": (sum, count)})."""

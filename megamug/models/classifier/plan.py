@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 
-from megamug.configuration.counts import as_mug
 from megamug.configuration.sections import Config
-from megamug.models.mug.plan import MugPlan
+from megamug.models.mug.finetuning import FineTuningPlan
 from megamug.models.stages import Block, Boundary, Part
 from megamug.telemetry.flops import linear_flops
 
@@ -15,38 +13,20 @@ from megamug.telemetry.flops import linear_flops
 HEAD_STD, PROBE_STD = 2e-5, 0.01
 
 
-class ClassifierPlan(MugPlan):
+class ClassifierPlan(FineTuningPlan):
     """Derived sizes of a classifier under a layout. `config.classifier.classes` is known."""
 
     def __init__(self, config: Config, vocabulary: int, spec: str = "local"):
-        super().__init__(as_mug(config), vocabulary, spec)
-        self.classes, self.label_smoothing = config.classifier.classes, config.classifier.label_smoothing
-        assert self.classes is not None, "the number of classes is filled in from the data before"
-        self.mean_pool, self.frozen_encoder = config.classifier.pool == "mean", config.classifier.frozen
-        self.attentive = config.classifier.pool == "attention"
-        self.standardised = self.frozen_encoder and config.classifier.batch_norm
+        super().__init__(config, vocabulary, spec)
+        own = config.classifier
+        self.label_smoothing, self.mixup, self.cutmix = own.label_smoothing, own.mixup, own.cutmix
+        self.random_erasing = own.random_erasing
+        self.mean_pool, self.frozen_encoder = own.pool == "mean", own.frozen
+        self.attentive, self.standardised = own.pool == "attention", own.frozen and own.batch_norm
         # Where the encoder learns, the mean is taken before its norm, and has one of its own (MAE's fc_norm).
         self.head_norm = self.mean_pool and not self.frozen_encoder
         self.final_norm = not self.head_norm
-        self.data_group = None
-        self.drop_path, self.mixup, self.cutmix, self.random_erasing = (
-            getattr(config.classifier, key) for key in ("drop_path", "mixup", "cutmix", "random_erasing")
-        )
-        self.layer_decay = config.classifier.layer_decay
         self.loss_weights = {"class": 1.0}
-
-    def rate_scale(self, name: str, first: int) -> float:
-        """Share of the learning rate that the parameter `name` of a stage whose layers begin at `first` has.
-
-        It is layer_decay to the power of how many layers lie behind it. The embedding, tokens included, counts as a
-        layer; so does the head with the norm before it (BEiT's rule, arXiv 2106.08254, as MAE's code has it).
-        """
-        layer = re.match(r"encoder\.stack\.layers\.(\d+)\.", name)
-        if layer:
-            number = 1 + first + int(layer[1])
-        else:
-            number = 1 + self.model.layers if name.startswith(("head.", "encoder.stack.")) else 0
-        return self.layer_decay ** (1 + self.model.layers - number)
 
     def init_std(self, name: str) -> float | None:
         if name != "head.linear.weight":

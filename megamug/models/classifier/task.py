@@ -6,28 +6,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megamug.configuration.counts import as_mug
-from megamug.configuration.sections import Config
-from megamug.data.order import GlobalOrder
 from megamug.data.pairs.images import SHARE
-from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader, order_of
-from megamug.data.pairs.mixing import erased_boxes, erasing_noise, kept_shares, path_scales
+from megamug.data.pairs.loader import GlobalBatch, PairBatch, PairLoader
+from megamug.data.pairs.mixing import erased_boxes, erasing_noise, kept_shares
 from megamug.data.pairs.rand_augment import RandAugment
 from megamug.models.classifier.model import ClassBatch, Classifier
 from megamug.models.classifier.plan import ClassifierPlan
-from megamug.models.mug.task import MugTask
+from megamug.models.mug.finetuning import FineTuningTask
 
 
-class ClassifierTask(MugTask):
+class ClassifierTask(FineTuningTask):
     """Of images with classes."""
 
     plan_type, model = ClassifierPlan, Classifier
-
-    def __init__(self, config: Config):
-        super().__init__(as_mug(config))
-        self.config = config
-        self.plan = ClassifierPlan(config, 0, self.spec)
-        self.loss_names = ["class"]
 
     def loader(self, world, train: bool, state: dict | None = None, max_samples: int | None = None) -> PairLoader:
         """Held-out images are seen as MAE evaluates: the centre, `SHARE` of the shorter side."""
@@ -36,16 +27,6 @@ class ClassifierTask(MugTask):
             augment = RandAugment(policy, self.config.seed, data.image_size, data.mean, data.threads)
         return self.pairs(world, train, state, max_samples, captions=False, need_labels=True, share=SHARE,
                           augment=augment)  # fmt: skip
-
-    def order(self) -> GlobalOrder:
-        return order_of(self.sources(train=True, captions=False), self.config.seed)
-
-    def identity(self) -> dict:
-        return super().identity() | {"classifier.classes": self.plan.classes}
-
-    def join(self, world) -> None:
-        super().join(world)
-        self.plan.data_group = world.dp_group if world.dp_size > 1 else None
 
     @property
     def flops_per_sample(self) -> float:
@@ -70,10 +51,7 @@ class ClassifierTask(MugTask):
             labels = shares * own + (1 - shares) * own.flip(0)
             images, kept = images.float(), kept.unsqueeze(1)
             images = kept * images + (1 - kept) * images.flip(0)
-        scales = None
-        if plan.drop_path > 0:
-            scales = torch.from_numpy(path_scales(*sample, plan.model.layers, plan.drop_path)).to(device, plan.dtype)
-        return ClassBatch(images, labels, scales=scales)
+        return ClassBatch(images, labels, scales=self.path_scales(pairs))
 
     def _erased(self, images: torch.Tensor, pairs: PairBatch) -> torch.Tensor:
         """Noise in a box of some images [b, 3, H, W], as float32 in the range of bytes."""

@@ -74,8 +74,7 @@ class Encoder(MegatronModule):
             mean, std = (torch.tensor(x).repeat(plan.patch_size**2) for x in (plan.mean, plan.std))
             self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
             self.register_buffer("pixel_shift", -mean / std, persistent=False)
-            positions = sincos_positions(config.hidden_size, *plan.grid, prefix=0)
-            self.register_buffer("positions", positions.to(config.params_dtype), persistent=False)
+            self.register_buffer("positions", plan.positions().to(config.params_dtype), persistent=False)
             self.patch_embedding = nn.Linear(values, config.hidden_size, dtype=config.params_dtype)
             self.cls_token = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
             if plan.registers:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megamug.configuration.sections import Config
 from megamug.data.text.marks import TRAINED_HERE, Marks
 from megamug.models.blocks import specs
+from megamug.models.blocks.positions import sincos_positions
 from megamug.models.stages import Block, Boundary, Part, Plan
 from megamug.telemetry.flops import layer_flops, linear_flops
 
@@ -51,6 +52,10 @@ class MugPlan(Plan):
     @property
     def decoder_tokens(self) -> int:
         return 1 + self.decoder_registers + self.patches
+
+    def positions(self) -> Tensor:
+        """Of all patches, in the encoder: float32 [N, width]."""
+        return sincos_positions(self.model.width, *self.grid, prefix=0)
 
     def gather(self, x: Tensor) -> Tensor:
         """The whole sequence on every tensor-parallel rank, for work that all of them do alike."""

@@ -53,13 +53,13 @@ class MugTask(Task):
         return self.pairs(world, train, state, max_samples, self.plan.writes if captions is None else captions)
 
     def pairs(self, world, train: bool, state: dict | None, max_samples: int | None, captions: bool,
-              **more) -> PairLoader:  # fmt: skip
-        """A loader; `more`: further arguments of it."""
+              loader: type[PairLoader] = PairLoader, **more) -> PairLoader:  # fmt: skip
+        """A loader of a kind; `more`: further arguments of it."""
         data = self.config.data
         sources = self.sources(train, captions)
         if world.is_first:
             self._tell(sources)
-        return PairLoader(
+        return loader(
             sources,
             tokenizer=self.tokenizer,
             image_size=data.image_size,

@@ -57,10 +57,10 @@ def test_an_index_of_another_version_is_named(shard):
     body = index.read_bytes()[offset:]
     header.version = 99
     write_index(index, header, np.frombuffer(body[: 6 * SAMPLE.itemsize], SAMPLE), body[6 * SAMPLE.itemsize :])
-    with pytest.raises(UserError, match=r"of version 99, and this program reads version 3\); run: megamug data index"):
+    with pytest.raises(UserError, match=r"of version 99, and this program reads version 4\); run: megamug data index"):
         Shard(shard)
     index.write_bytes(MAGIC[:-2] + b"02" + bytes(200))  # an index of the version before
-    with pytest.raises(UserError, match=r"of version 2, and this program reads version 3"):
+    with pytest.raises(UserError, match=r"of version 2, and this program reads version 4"):
         Shard(shard)
     assert index_shard(shard).action == "indexed"
 

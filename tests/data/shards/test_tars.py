@@ -82,9 +82,9 @@ def test_names_with_dots_are_quarantined_and_not_passed_over(helpers, tmp_path):
 
 def test_more_pictures_of_one_key_are_another_kind(helpers, tmp_path):
     jpeg = helpers.encoded()
-    path = helpers.write_tar(tmp_path / "x.tar", [("k.seg.png", b"x"), ("k.jpg", jpeg), ("k.txt", b"c")])
+    path = helpers.write_tar(tmp_path / "x.tar", [("k.depth.png", b"x"), ("k.jpg", jpeg), ("k.txt", b"c")])
     report = index_shard(path)
-    assert report.samples == 1 and report.quarantine == [] and report.ignored == {"seg.png": 1}
+    assert report.samples == 1 and report.quarantine == [] and report.ignored == {"depth.png": 1}
 
 
 def test_control_characters_reach_neither_terminal_nor_quarantine(helpers, tmp_path):
