@@ -155,6 +155,7 @@ def test_the_same_command_twice_in_one_run_folder(runs, tmp_path):
     thread = threading.Thread(target=lambda: first.extend(runs.ranks(run, 1, faults=faults)))
     thread.start()
     while not (run / "metrics.jsonl").exists():
+        assert thread.is_alive(), first  # it ended before its first step
         time.sleep(0.05)
     holder = json.loads((run / "run.lock").read_text())
     [(code, output)] = runs.ranks(run, 1)

@@ -210,7 +210,7 @@ def test_a_request_to_stop_reaches_the_training(tmp_path):
 
     tools = cells.Tools([], [], [sys.executable, str(launcher)], "cpu", False)
     before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=stop).start()
+    threading.Thread(target=stop, daemon=True).start()
     with open(tmp_path / "log", "w") as log, pytest.raises(cells.Stopped):
         cells._command(tools, ["train", "c.yaml"], log)
     assert (tmp_path / "there").read_text() == "-m megamug train c.yaml"
