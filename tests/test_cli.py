@@ -246,7 +246,8 @@ def test_evaluate_calls_the_task_and_prints_its_figures(finished_run, capsys, st
     calls = stand_in("evaluate", "run_task", {"exact_match": 0.5})
     options = ["--task", "captioning", "--checkpoint", "10", "--samples", "9"]
     assert cli.main(["evaluate", str(finished_run), *options]) == 0
-    named = {"step": 10, "samples": 9, "data": None, "output": None, "references": None, "suite": None}
+    named = {"step": 10, "samples": 9, "data": None, "output": None, "references": None, "suite": None,
+             "predictions": False}  # fmt: skip
     assert calls == [((finished_run, "captioning"), named)]
     assert capsys.readouterr().out == '{\n  "exact_match": 0.5\n}\n'
 

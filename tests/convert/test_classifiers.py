@@ -15,7 +15,7 @@ from megamug.convert.conversion import from_megamug
 from megamug.convert.registry import FORMATS
 from megamug.convert.vision import classifier
 from megamug.errors import UserError
-from megamug.models.classifier.model import ClassBatch, Classifier, Standardised
+from megamug.models.classifier.model import STANDARDISED_EPS, ClassBatch, Classifier
 from megamug.models.classifier.plan import ClassifierPlan
 from megamug.models.init import initialise
 from tests.distributed.cases.classifier_case import CLASSES, sample, tiny
@@ -109,11 +109,11 @@ def test_its_encoder_gives_what_the_linear_reads(runs, name):
     read = features.mean if "mean" in name else features.class_token
     if "head.standardised.running_mean" in entries:
         read = (read - entries["head.standardised.running_mean"]) * (
-            entries["head.standardised.running_var"] + Standardised.eps
+            entries["head.standardised.running_var"] + STANDARDISED_EPS
         ).rsqrt()
     found = F.linear(read, entries["head.linear.weight"], entries["head.linear.bias"])
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
-    assert classifier.EPS == Standardised.eps
+    assert classifier.EPS == STANDARDISED_EPS
 
 
 @pytest.mark.parametrize("name", ["class_token", "probe", "plain probe"])

@@ -24,7 +24,7 @@ from megamug.convert.vision.vit import no_registers, positions
 from megamug.errors import UserError
 
 STATISTICS = "head.standardised."
-EPS = 1e-6  # of `megamug.models.classifier.model.Standardised`, which a test compares
+EPS = 1e-6  # `megamug.models.classifier.model.STANDARDISED_EPS`, which a test compares
 
 
 class Folded:

@@ -19,6 +19,8 @@ from megamug.models.classifier.plan import ClassifierPlan
 from megamug.models.mug.model import Encoder
 from megamug.models.stages import Stage, tensors_alone
 
+STANDARDISED_EPS = 1e-6  # of the BatchNorm before a probe's linear (MAE)
+
 
 @dataclass
 class ClassBatch:
@@ -62,7 +64,8 @@ class Head(MegatronModule):
         if plan.head_norm:
             self.norm = replicated(nn.LayerNorm(width, config.layernorm_epsilon, dtype=dtype), False)
         if plan.standardised:
-            self.standardised = BatchNorm(plan, width, eps=1e-6, affine=False)  # of images (MAE), or of patches (AIM)
+            # of images (MAE), or of patches (AIM)
+            self.standardised = BatchNorm(plan, width, eps=STANDARDISED_EPS, affine=False)
         if plan.attentive:
             self.attention = replicated(AttentivePool(width, config.num_attention_heads, dtype), False)
         self.linear = replicated(nn.Linear(width, plan.classes, dtype=dtype), False)

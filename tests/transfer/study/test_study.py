@@ -206,7 +206,7 @@ def test_a_request_to_stop_reaches_the_training(tmp_path):
     def stop():
         while not (tmp_path / "there").exists():
             time.sleep(0.02)
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # to the process: its main thread waits for the training
 
     tools = cells.Tools([], [], [sys.executable, str(launcher)], "cpu", False)
     before = signal.getsignal(signal.SIGTERM)
