@@ -145,9 +145,17 @@ def hooked(faults: list[dict]) -> Iterator[None]:
         Trainer._train_step, RunLock._create = step_of, create_of
 
 
+def writes_common() -> bool:
+    """Whether Megatron-core keeps what is no tensor in a file of its own, common.pt: to 0.16; later the tensors' files
+    hold it."""
+    from megatron.core.dist_checkpointing.strategies import common
+
+    return hasattr(common, "TorchCommonSaveStrategy")
+
+
 @contextmanager
 def _save_hooked(faults: list[dict]) -> Iterator[None]:
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies import common as megatrons
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from megamug.checkpoint import store
@@ -156,10 +164,13 @@ def _save_hooked(faults: list[dict]) -> Iterator[None]:
     committed = written = 0
     places = [(TensorWrite, "__init__"), (TensorWrite, "write"), (TensorWrite, "finish"),
               (store.CheckpointStore, "begin"), (store.CheckpointStore, "commit"), (store, "replace_text"),
-              (store.shutil, "rmtree"), (TorchCommonSaveStrategy, "save_common"),
-              (FileSystemWriterAsync, "finish")]  # fmt: skip
+              (store.shutil, "rmtree"), (FileSystemWriterAsync, "finish")]  # fmt: skip
+    if writes_common():
+        places.append((megatrons.TorchCommonSaveStrategy, "save_common"))
+    else:
+        assert all(fault["at"] != "common" for fault in faults), "this Megatron-core writes no common.pt"
     originals = [getattr(owner, name) for owner, name in places]
-    init_of, write_of, finish_of, begin_of, commit_of, replace_of, remove_of, common_of, describe_of = originals
+    init_of, write_of, finish_of, begin_of, commit_of, replace_of, remove_of, describe_of, *common_of = originals
 
     def reached(at: str, step: int) -> None:
         for fault in faults:
@@ -203,17 +214,17 @@ def _save_hooked(faults: list[dict]) -> Iterator[None]:
 
     def common(*arguments, **options):
         reached("common", written)
-        return common_of(*arguments, **options)
+        return common_of[0](*arguments, **options)
 
     def describe(*arguments, **options):
         reached("metadata_file", written)
         return describe_of(*arguments, **options)
 
     def put(functions) -> None:
-        for (owner, name), function in zip(places, functions, strict=True):
+        for (owner, name), function in zip(places, functions, strict=False):
             setattr(owner, name, function)
 
-    put([init, write, finish, begin, commit, replace, remove, common, describe])
+    put([init, write, finish, begin, commit, replace, remove, describe, common])
     try:
         yield
     finally:
