@@ -38,7 +38,7 @@ def measure(run, samples: int | None, folder: Path, predictions: bool = False) -
 
     FOLDER/segmentation.png shows the first images; with `predictions` FOLDER/predictions/SHARD/KEY.png holds the
     classes of each, numbered as in the data's maps. Raises UserError: data without maps, of other or more classes than
-    the run; an image that cannot be read.
+    the run; an image that cannot be read; logits that are not finite.
     """
     plan, config = run.task.plan, run.config
     sources = resolve_sources(config.data.validation, config.data.verify)
@@ -126,6 +126,8 @@ def window_logits(run, image: Tensor) -> Tensor:
         for (y, x), logits in zip(some, run.model.logits(windows), strict=True):
             total[:, y : y + size, x : x + size] += logits
             count[y : y + size, x : x + size] += 1
+    if not total.isfinite().all():  # the likeliest of no numbers would be the first class
+        raise UserError(f"step {run.step}: the logits of an image are not finite; name another --checkpoint")
     return total / count
 
 

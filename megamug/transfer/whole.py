@@ -47,8 +47,8 @@ def load(
     `dtype`: torch.float32 or torch.bfloat16 to compute in, default: the run's. Every byte is checked first. No process
     group is left behind, and torch's random states are as before.
 
-    Raises UserError: no run there, no complete checkpoint or a damaged one, a classifier, a process of several, a
-    process group that is running.
+    Raises UserError: no run there, no complete checkpoint or a damaged one, a model that writes nothing, a process of
+    several, a process group that is running.
     """
     from megamug.generation.loading import load_run, read_config
 

@@ -101,31 +101,26 @@ def _of_captions(reports: list[ShardReport]) -> list[str]:
 
 def _of_labels(reports: list[ShardReport]) -> list[str]:
     """How many have a class, and why the others have none."""
-    labelled, samples = sum(report.labelled for report in reports), sum(report.samples for report in reports)
+    labelled, last = sum(report.labelled for report in reports), max(report.classes for report in reports) - 1
     reason = next((report.unlabelled for report in reports if report.unlabelled), "")
-    if not labelled and (not reason or reason.endswith(NO_LABEL)):
-        return []
-    lines = []
-    if labelled:
-        last = max(report.classes for report in reports) - 1
-        lines.append(f"  labels: {counted(labelled, 'sample')} of classes 0 to {last}")
-    if labelled < samples:
-        lines.append(f"  {counted(samples - labelled, 'sample')} without a usable label ({reason}); --labels"
-                     " quarantines what has none")  # fmt: skip
-    return lines
+    return _having("label", reports, labelled, f"of classes 0 to {last}", reason, NO_LABEL)
 
 
 def _of_maps(reports: list[ShardReport]) -> list[str]:
     """How many have a map of classes, and why the others have none."""
-    mapped, samples = sum(report.mapped for report in reports), sum(report.samples for report in reports)
+    mapped, last = sum(report.mapped for report in reports), max(report.map_values for report in reports) - 1
     reason = next((report.unmapped for report in reports if report.unmapped), "")
-    if not mapped and (not reason or reason.endswith(NO_MAP)):
+    return _having("map", reports, mapped, f"of values up to {last}, 255 not counted", reason, NO_MAP)
+
+
+def _having(what: str, reports: list[ShardReport], having: int, told: str, reason: str, absent: str) -> list[str]:
+    """How many samples are `having` a label or map, and why the first of the others has none; nothing where that is
+    that none is there (`absent`)."""
+    samples = sum(report.samples for report in reports)
+    if not having and (not reason or reason.endswith(absent)):
         return []
-    lines = []
-    if mapped:
-        last = max(report.map_values for report in reports) - 1
-        lines.append(f"  maps: {counted(mapped, 'sample')} of values up to {last}, 255 not counted")
-    if mapped < samples:
-        lines.append(f"  {counted(samples - mapped, 'sample')} without a usable map ({reason}); --maps quarantines what"
-                     " has none")  # fmt: skip
+    lines = [f"  {what}s: {counted(having, 'sample')} {told}"] if having else []
+    if having < samples:
+        lines.append(f"  {counted(samples - having, 'sample')} without a usable {what} ({reason}); --{what}s"
+                     " quarantines what has none")  # fmt: skip
     return lines

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,17 +105,9 @@ class Source:
 
     def check_labels(self) -> None:
         """Raises `UserError` where samples have no class, or the names of the classes are in disorder."""
-        total = sum(len(shard) for shard in self.shards)
-        missing = total - sum(shard.header.labelled for shard in self.shards)
-        if missing:
-            first = next(shard.header.unlabelled for shard in self.shards if shard.header.unlabelled)
-            raise UserError(
-                f"{self.name}: {missing:,} of {counted(total, 'sample')} without a usable label ({first}); give each a"
-                f" KEY.cls with a number, or a `label` in KEY.json; `{index_command([self.name])} --labels` leaves out"
-                " what has none"
-            )
-        self.class_names()
-
+        labelled = sum(shard.header.labelled for shard in self.shards)
+        reasons = (shard.header.unlabelled for shard in self.shards)
+        self._check_all("label", labelled, reasons, "a KEY.cls with a number, or a `label` in KEY.json")
 
     @property
     def map_values(self) -> int:
@@ -123,14 +116,18 @@ class Source:
 
     def check_maps(self) -> None:
         """Raises `UserError` where samples have no map of classes, or the names of the classes are in disorder."""
+        mapped = sum(shard.header.mapped for shard in self.shards)
+        reasons = (shard.header.unmapped for shard in self.shards)
+        self._check_all("map", mapped, reasons, "a KEY.seg.png of its size, a class a pixel")
+
+    def _check_all(self, what: str, having: int, reasons: Iterable[str], give: str) -> None:
+        """Raises `UserError` where not all samples are `having` a label or map; the first of `reasons` says why."""
         total = sum(len(shard) for shard in self.shards)
-        missing = total - sum(shard.header.mapped for shard in self.shards)
-        if missing:
-            first = next(shard.header.unmapped for shard in self.shards if shard.header.unmapped)
+        if having < total:
             raise UserError(
-                f"{self.name}: {missing:,} of {counted(total, 'sample')} without a usable map ({first}); give each a"
-                f" KEY.seg.png of its size, a class a pixel; `{index_command([self.name])} --maps` leaves out what has"
-                " none"
+                f"{self.name}: {total - having:,} of {counted(total, 'sample')} without a usable {what}"
+                f" ({next(filter(None, reasons))}); give each {give}; `{index_command([self.name])} --{what}s` leaves"
+                " out what has none"
             )
         self.class_names()
 

@@ -103,11 +103,13 @@ def share(right: list[bool]) -> tuple[float, float | None]:
 
 def table(figures: dict) -> list[str]:
     """What a person reads of `measure` or `harness.measure`, a line each."""
+    cut = [f"  {figures['cut']:,} texts with more context than the run reads: its beginning was cut off"]
     if "tasks" in figures:
         return [
             f"lm-eval {figures['lm_eval']}, step {figures['step']}",
             *(f"  {task:<28}{name:<18}{value:>10.4f}{'' if error is None else f' +- {error:.4f}'}"
               for task, rows in figures["tasks"].items() for name, (value, error) in rows.items()),
+            *(cut if figures["cut"] else []),
         ]  # fmt: skip
     rows = [("accuracy", "likeliest choice"), ("accuracy_normalised", "  a character of it")]
     error = {name: figures[f"{name}_error"] for name, _ in rows}
@@ -117,8 +119,7 @@ def table(figures: dict) -> list[str]:
           for name, title in rows),
         f"  {'chance':<24}{figures['chance']:>9.2%}",
     ]  # fmt: skip
-    if figures["cut"]:
-        lines.append(f"  {figures['cut']:,} choices with more context than the run reads: its beginning was cut off")
+    lines += cut if figures["cut"] else []
     if figures["unanswered"]:
         lines.append(f"  {figures['unanswered']:,} lines without an answer were left out")
     return lines

@@ -7,6 +7,7 @@ stands behind `<bos>`. Under tensor parallelism all ranks pose the same tasks in
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -26,8 +27,9 @@ except ImportError as error:
     raise UserError(f"lm-eval cannot be imported ({error}); pip install 'lm-eval>=0.4.9', or ask a suite from its file:"
                     " --suite hellaswag --data FILE") from error  # fmt: skip
 
-WRITTEN = 256  # tokens of an answer, where a task names no limit
+WRITTEN = 256  # tokens of an answer at most, where a task names no limit; half of the context where that is less
 AT_ONCE = 16  # answers written in one batch
+OPTIONS = ("until", "max_gen_toks", "max_tokens", "do_sample", "temperature", "top_p")  # of writing
 
 
 class MegamugLM(LM):
@@ -63,17 +65,33 @@ class MegamugLM(LM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Texts written greedily (or drawn, where the task says so) behind each context, up to a stop word."""
+        asked = [request.args for request in requests]
+        for _, options in asked:
+            self._check(options)
         texts = []
-        for first in range(0, len(requests), AT_ONCE):
-            texts += self._written([request.args for request in requests[first : first + AT_ONCE]])
+        for first in range(0, len(asked), AT_ONCE):
+            texts += self._written(asked[first : first + AT_ONCE], first)
         return texts
 
-    def _written(self, requests: list[tuple[str, dict]]) -> list[str]:
-        vocabulary, rows = self.vocabulary, []
+    def _check(self, options: dict) -> None:
+        """Raises `UserError` for what a task asks of writing and a run does not do."""
+        unknown = [name for name, value in options.items() if name not in OPTIONS and value not in (None, False, 0, 1)]
+        if unknown:
+            raise UserError(f"the task wants texts written with {unknown[0]}={options[unknown[0]]}; a run knows"
+                            f" {', '.join(OPTIONS)}")  # fmt: skip
+        if (most := self._most(options)) >= self.context:
+            raise UserError(f"the task wants {most} tokens written, which leaves nothing of the {self.context} that the"
+                            " run reads (data.context_length) for its question")  # fmt: skip
+
+    def _most(self, options: dict) -> int:
+        return int(options.get("max_gen_toks", options.get("max_tokens", min(WRITTEN, self.context // 2))))
+
+    def _written(self, requests: list[tuple[str, dict]], first: int) -> list[str]:
+        """Of requests number `first` and those behind it; what is drawn depends on the number."""
+        vocabulary = self.vocabulary
         starts, limits, samplings = [], [], set()
         for context, options in requests:
-            most = int(options.get("max_gen_toks", options.get("max_tokens", WRITTEN)))
-            most = min(most, self.context - 1)
+            most = self._most(options)
             ids = vocabulary.encode_text(context.rstrip())
             room = self.context - 1 - most
             self.cut += len(ids) > room
@@ -82,10 +100,13 @@ class MegamugLM(LM):
             drawn = options.get("do_sample", options.get("temperature", 0) > 0)
             samplings.add((float(options.get("temperature", 1.0)) if drawn else 0.0, float(options.get("top_p", 1.0))))
         if len(samplings) > 1:
-            return [text for request in requests for text in self._written([request])]
+            return [text for i, request in enumerate(requests) for text in self._written([request], first + i)]
         [(temperature, top_p)] = samplings
         sampling = Sampling(temperature, top_p, seed=self.run.config.seed)
-        rows = write_documents(self.run.model, vocabulary, starts, sampling, limits=limits, max_images=0)
+        rows = write_documents(
+            self.run.model, vocabulary, starts, sampling, limits=limits, max_images=0,
+            samples=range(first, first + len(starts)),
+        )  # fmt: skip
         return [
             until(vocabulary.decode_text(row.tokens)[len(vocabulary.decode_text(row.tokens[: row.prompt])) :], options)
             for row, (_, options) in zip(rows, requests, strict=True)
@@ -114,15 +135,17 @@ def check_tasks(tasks: list[str], folders: list[Path]) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--data: {folder} is no folder; with lm-eval's tasks it is one of their YAML files")
-    known = _manager(folders, tasks)
+    known = _manager(tuple(folders), tuple(tasks))
     for name in tasks:
         if not known.match_tasks([name]):
             raise UserError(f"--suite lm-eval:{name}: lm-eval {lm_eval.__version__} knows no such task; the list:"
                             " lm-eval ls tasks; your own: --data FOLDER of YAML files")  # fmt: skip
 
 
-def _manager(folders: list[Path], tasks: list[str]) -> TaskManager:
-    """lm-eval's list of tasks. Its own thousands are read only where `folders` do not hold all that are asked for."""
+@functools.cache
+def _manager(folders: tuple[Path, ...], tasks: tuple[str, ...]) -> TaskManager:
+    """lm-eval's list of tasks. Its own thousands, which take seconds, are read only where `folders` do not hold all
+    that are asked for."""
     if folders:
         own = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
         if all(own.match_tasks([name]) for name in tasks):
@@ -135,7 +158,7 @@ def measure(run, tasks: list[str], folders: list[Path], samples: int | None) -> 
     model = MegamugLM(run)
     try:
         found = lm_eval.simple_evaluate(
-            model, tasks=tasks, task_manager=_manager(folders, tasks), limit=samples, log_samples=False,
+            model, tasks=tasks, task_manager=_manager(tuple(folders), tuple(tasks)), limit=samples, log_samples=False,
             bootstrap_iters=1000,  # of figures whose error has no formula
             random_seed=run.config.seed, numpy_random_seed=run.config.seed, torch_random_seed=None,
             fewshot_random_seed=run.config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ def log_likelihoods(run, pairs: Sequence[Pair]) -> tuple[list[tuple[float, bool]
 
     Each is read behind `<bos>`, by itself. Of a context that does not fit data.context_length its end is read. The
     same pair is asked for once. Under tensor parallelism every rank calls this. Raises `UserError` for a continuation
-    of more tokens than data.context_length.
+    of more tokens than data.context_length, and for likelihoods that are not finite.
     """
     vocabulary, data = run.task.vocabulary, run.config.data
     most = data.context_length
@@ -61,4 +62,7 @@ def log_likelihoods(run, pairs: Sequence[Pair]) -> tuple[list[tuple[float, bool]
         )
         for i, (pair, _) in enumerate(part):
             found[pair] = (-float(losses[i].sum()), bool(likeliest[i].all()))
+    if lost := [pair for pair, (score, _) in found.items() if not math.isfinite(score)]:
+        raise UserError(f"step {run.step}: the likelihoods of {len(lost):,} of {len(found):,} texts are not finite;"
+                        " name another --checkpoint")  # fmt: skip
     return [found[context, following] for context, following in pairs], cut

@@ -90,6 +90,11 @@ class Segmenter(Stage):
         batch = SegmentBatch(images)
         return resized(self.head(self.features(batch), None, both=False)[0], images.shape[2:]).float()
 
+    def train(self, mode: bool = True) -> Segmenter:
+        """As everywhere; what an evaluation that broke off has counted is forgotten."""
+        self.confusion = None
+        return super().train(mode)
+
     def take_confusion(self) -> Tensor:
         """The counts since the last call, int64 [C, C]: rows are true classes, columns predicted ones."""
         found, self.confusion = self.confusion, None

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from megamug import cli
 from megamug.convert.conversion import from_megamug, to_megamug
@@ -117,6 +118,30 @@ def test_texts_and_likelihoods_equal_those_of_the_transformers_adapter(made):
             assert mine[0] == pytest.approx(other[0], rel=1e-5) and mine[1] == bool(other[1])
         assert ours.loglikelihood_rolling(whole) == pytest.approx(rolling.loglikelihood_rolling(whole), rel=1e-5)
         assert ours.generate_until(texts) == adapter.generate_until(texts)
+
+
+def test_what_a_task_asks_of_writing_is_done_or_refused(made):
+    """lm-eval's adapter of transformers would hand on what it does not know itself; nothing is passed over here."""
+    from lm_eval.api.instance import Instance
+
+    from megamug.errors import UserError
+    from megamug.evaluate.choices.harness import MegamugLM
+    from megamug.generation.loading import load_run
+
+    def asked(**options):
+        return [Instance("generate_until", {}, ("a red circle " * 30, {"until": [], **options}), 0)]
+
+    with load_run(made[0] / "run") as run:
+        model = MegamugLM(run)
+        with pytest.raises(UserError, match="with num_beams=4; a run knows until, max_gen_toks"):
+            model.generate_until(asked(num_beams=4))
+        with pytest.raises(UserError, match=r"wants 128 tokens written, which leaves nothing of the 128"):
+            model.generate_until(asked(max_gen_toks=128))
+        assert model.cut == 0 and len(model.generate_until(asked(num_beams=1))) == 1 and model.cut == 1
+        with torch.no_grad():
+            next(run.model.parameters()).fill_(float("nan"))
+        with pytest.raises(UserError, match="the likelihoods of 1 of 1 texts are not finite; name another"):
+            model.loglikelihood([Instance("loglikelihood", {}, ("a", " red"), 0)])
 
 
 def test_mistakes(made, capsys, monkeypatch):

@@ -3,11 +3,15 @@ gradients; what is counted against what was built."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megamug.errors import UserError
+from megamug.evaluate.segmentation import window_logits
 from megamug.models.init import initialise
 from megamug.models.segmenter.model import IGNORED, SegmentBatch, Segmenter
 from megamug.models.segmenter.plan import SegmenterPlan
@@ -135,6 +139,30 @@ def test_in_evaluation_they_are_those_of_running_statistics(world):
         if true != IGNORED:
             counts[true, guess] += 1
     assert torch.equal(model.take_confusion(), counts) and not model.take_confusion().any()
+
+
+def test_what_an_evaluation_counted_that_broke_off_is_forgotten(world):
+    model = both()[1]
+    model.eval()
+    with torch.no_grad():
+        model(batch_of(model.plan))
+    model.train().eval()
+    assert not model.take_confusion().any()
+    with torch.no_grad():
+        model(batch_of(model.plan))
+    assert model.take_confusion().sum() == (batch_of(model.plan).maps != IGNORED).sum() > 0
+
+
+def test_logits_that_are_no_numbers_are_no_class(world):
+    model = both()[1].eval()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    data = SimpleNamespace(image_size=model.plan.grid[0] * model.plan.patch_size, micro_batch_size=2)
+    run = SimpleNamespace(
+        model=model, step=7, world=world, task=SimpleNamespace(plan=model.plan), config=SimpleNamespace(data=data)
+    )
+    with torch.no_grad(), pytest.raises(UserError, match="step 7: the logits of an image are not finite"):
+        window_logits(run, torch.zeros(3, data.image_size, data.image_size, dtype=torch.uint8))
 
 
 def test_a_channel_that_is_dropped_is_not_seen_in_training_alone(world):
